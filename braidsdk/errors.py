@@ -1,0 +1,111 @@
+"""Every error that BraidSDK raises.
+
+Each message gives what was expected, what came, and what to do. None holds tensor contents or long stretches of a
+user's text.
+
+    BraidError
+    ├── InputError (ValueError)            an argument can't be used
+    │   ├── EmptyTextError                 nothing is left of a text once it is stripped
+    │   ├── WindowExceededError            more tokens than the model's window holds
+    │   ├── NameTakenError                 the name stands for another text
+    │   ├── UnknownChunkError (LookupError) no chunk of that name or id in this namespace
+    │   └── UnknownModeError               no such composition mode
+    ├── ModelError                         a checkpoint can't be used
+    │   ├── ModelNotFoundError             no checkpoint there
+    │   ├── UnsupportedModelError          its config asks for what we do not compute
+    │   └── WeightsError                   weights are missing, unexpected or misshapen
+    ├── StoreError                         the chunk store can't be used
+    │   ├── StorePathError                 the path is a file, or can't be written
+    │   ├── StoreVersionError              written by a newer BraidSDK
+    │   ├── StoreCorruptError              the index is damaged
+    │   └── HashCollisionError             two different contents share a hash
+    └── ClosedError                        used after close()
+"""
+
+__all__ = [
+    "BraidError",
+    "ClosedError",
+    "EmptyTextError",
+    "HashCollisionError",
+    "InputError",
+    "ModelError",
+    "ModelNotFoundError",
+    "NameTakenError",
+    "StoreCorruptError",
+    "StoreError",
+    "StorePathError",
+    "StoreVersionError",
+    "UnknownChunkError",
+    "UnknownModeError",
+    "UnsupportedModelError",
+    "WeightsError",
+    "WindowExceededError",
+]
+
+
+class BraidError(Exception):
+    """Base of every error that BraidSDK raises."""
+
+
+class InputError(BraidError, ValueError):
+    """An argument can't be used."""
+
+
+class EmptyTextError(InputError):
+    """Nothing is left of a text once it is stripped."""
+
+
+class WindowExceededError(InputError):
+    """More tokens than the model's window holds."""
+
+
+class NameTakenError(InputError):
+    """The name already stands for another text."""
+
+
+class UnknownChunkError(InputError, LookupError):
+    """No chunk of that name or id in this namespace."""
+
+
+class UnknownModeError(InputError):
+    """No such composition mode."""
+
+
+class ModelError(BraidError):
+    """A checkpoint can't be used."""
+
+
+class ModelNotFoundError(ModelError):
+    """There is no checkpoint where one was named."""
+
+
+class UnsupportedModelError(ModelError):
+    """The checkpoint's config asks for something that BraidSDK does not compute."""
+
+
+class WeightsError(ModelError):
+    """Weights are missing, unexpected or misshapen."""
+
+
+class StoreError(BraidError):
+    """The chunk store can't be used."""
+
+
+class StorePathError(StoreError):
+    """The store's path is a file, or can't be written."""
+
+
+class StoreVersionError(StoreError):
+    """The store was written by a newer BraidSDK."""
+
+
+class StoreCorruptError(StoreError):
+    """The store's index is damaged."""
+
+
+class HashCollisionError(StoreError):
+    """Two different contents share one hash."""
+
+
+class ClosedError(BraidError):
+    """Something was used after close()."""
