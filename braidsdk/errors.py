@@ -19,6 +19,7 @@ user's text.
     │   ├── StoreVersionError              written by a newer BraidSDK
     │   ├── StoreCorruptError              the index is damaged
     │   └── HashCollisionError             two different contents share a hash
+    ├── PoolFullError (MemoryError)        more KV memory than the device's pool holds
     └── ClosedError                        used after close()
 """
 
@@ -31,6 +32,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "NameTakenError",
+    "PoolFullError",
     "StoreCorruptError",
     "StoreError",
     "StorePathError",
@@ -105,6 +107,10 @@ class StoreCorruptError(StoreError):
 
 class HashCollisionError(StoreError):
     """Two different contents share one hash."""
+
+
+class PoolFullError(BraidError, MemoryError):
+    """A call needs more KV memory than the device's pool holds beside other running calls."""
 
 
 class ClosedError(BraidError):

@@ -1,0 +1,1 @@
+"""Model families on paged KV memory, and the embedded checkpoint."""

@@ -1,0 +1,5 @@
+"""RMSNorm, QKV projection, QK-norm, RoPE on the keys and KV append, as one operation."""
+
+from braidsdk.kernels.norm_qkv.reference import NormQKVWeights, norm_qkv
+
+__all__ = ["NormQKVWeights", "norm_qkv"]

@@ -1,0 +1,57 @@
+"""Hidden states to unrotated queries and appended KV, torch reference (order as in transformers' Qwen3Attention)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from braidsdk.kernels.paging import append
+from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.rope import rotate
+
+
+@dataclass(frozen=True)
+class NormQKVWeights:
+    """Packed weights of one layer.
+
+    Attributes:
+        norm: input layer norm, [hidden].
+        qkv: query, key and value projections stacked in this order, [(q_heads + 2 * kv_heads) * head_dim, hidden].
+        bias: their biases, or None.
+        q_norm: [head_dim].
+        k_norm: [head_dim].
+    """
+
+    norm: Tensor
+    qkv: Tensor
+    bias: Tensor | None
+    q_norm: Tensor
+    k_norm: Tensor
+
+
+def norm_qkv(
+    hidden: Tensor, weights: NormQKVWeights, eps: float, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor
+) -> Tensor:
+    """Project normed hidden states, append keys and values to the paged memory, return the queries.
+
+    q_norm and k_norm are applied per head, before RoPE: per-dimension weights do not commute with a rotation. Keys are
+    rotated in their segment's frame; queries stay unrotated, since each segment wants its own rotation.
+
+    Args:
+        hidden: [tokens, hidden].
+        weights: the layer's packed weights.
+        eps: of all three norms.
+        cos, sin: at the position of each token in its segment's frame, [tokens, head_dim / 2].
+        kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
+        slots: where each token's key and value go, int64 [tokens].
+
+    Returns:
+        Normed, unrotated queries [tokens, q_heads, head_dim].
+    """
+    kv_heads, head_dim = kv.shape[2], kv.shape[4]
+    packed = linear(rms_norm(hidden, weights.norm, eps), weights.qkv, weights.bias)
+    packed = packed.view(len(hidden), -1, head_dim)
+    queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
+    append(kv, slots, rotate(rms_norm(keys, weights.k_norm, eps), cos, sin), values)
+    return rms_norm(queries, weights.q_norm, eps)

@@ -1,0 +1,79 @@
+"""The layout of paged KV memory, and the two ways to touch it: append new tokens, gather a segment.
+
+One layer's memory is a tensor `kv` of shape [2, pages, kv_heads, page_size, head_dim]; index 0 holds keys, rotated in
+their segment's own frame, index 1 holds values. Heads are outermost inside a page, so the tile of one head is
+contiguous. A slot is `page * page_size + offset`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PagedSegment:
+    """A token slice of one KV entry in paged memory, placed at an absolute position.
+
+    Attributes:
+        pages: page ids of the entry, int64 [pages].
+        start: first token of the slice, counted in the entry.
+        stop: one past its last token.
+        origin: absolute position of the entry's token 0; key j sits at `origin + j`. May be negative for a slice.
+    """
+
+    pages: Tensor
+    start: int
+    stop: int
+    origin: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """Rows of a batch that attend to the same segments.
+
+    Attributes:
+        rows: their place among the batch's tokens.
+        segments: all that they may see, the segment that holds their own keys included.
+    """
+
+    rows: slice
+    segments: tuple[PagedSegment, ...]
+
+
+def append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Write the keys and values of new tokens into one layer's memory, in place.
+
+    Args:
+        kv: one layer's memory, [2, pages, kv_heads, page_size, head_dim].
+        slots: where each token goes, int64 [tokens].
+        keys: [tokens, kv_heads, head_dim], rotated in the frame of the segment they belong to.
+        values: [tokens, kv_heads, head_dim].
+    """
+    page_size = kv.shape[3]
+    pages, offsets = slots // page_size, slots % page_size
+    kv[0, pages, :, offsets] = keys
+    kv[1, pages, :, offsets] = values
+
+
+def gather(kv: Tensor, segment: PagedSegment) -> tuple[Tensor, Tensor]:
+    """Keys and values of a segment, in order.
+
+    Args:
+        kv: one layer's memory, [2, pages, kv_heads, page_size, head_dim].
+        segment: which tokens.
+
+    Returns:
+        Two tensors [kv_heads, tokens, head_dim] in the memory's dtype.
+    """
+    page_size = kv.shape[3]
+    first, last = segment.start // page_size, -(-segment.stop // page_size)
+    tiles = kv.index_select(1, segment.pages[first:last]).transpose(1, 2).flatten(2, 3)
+    keys, values = tiles[:, :, segment.start - first * page_size : segment.stop - first * page_size]
+    return keys, values
+
+
+def slots_of(pages: Tensor, start: int, stop: int, page_size: int) -> Tensor:
+    """Slots of the tokens [start, stop) of an entry that lies on `pages`: int64 [stop - start]."""
+    tokens = torch.arange(start, stop, device=pages.device)
+    return pages[tokens // page_size] * page_size + tokens % page_size

@@ -1,0 +1,5 @@
+"""Rotary position embedding."""
+
+from braidsdk.kernels.rope.reference import RotaryTable, rotate
+
+__all__ = ["RotaryTable", "rotate"]

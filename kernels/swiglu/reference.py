@@ -1,0 +1,22 @@
+"""RMSNorm, gate and up projections, SwiGLU, torch reference (Shazeer 2020, arXiv:2002.05202)."""
+
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from braidsdk.kernels.rms_norm import rms_norm
+
+
+def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+    """`silu(gate(x)) * up(x)` with `x` the normed hidden states.
+
+    Args:
+        hidden: [tokens, hidden].
+        norm: weights of the norm, [hidden].
+        gate_up: gate and up projections stacked in this order, [2 * intermediate, hidden].
+        eps: of the norm.
+
+    Returns:
+        [tokens, intermediate], the dtype of `hidden`.
+    """
+    gate, up = linear(rms_norm(hidden, norm, eps), gate_up).chunk(2, dim=-1)
+    return silu(gate) * up
