@@ -1,4 +1,4 @@
-"""The layout of paged KV memory, and the two ways to touch it: append new tokens, gather a segment.
+"""The layout of paged KV memory, and how new tokens get into it.
 
 One layer's memory is a tensor `kv` of shape [2, pages, kv_heads, page_size, head_dim]; index 0 holds keys, rotated in
 their segment's own frame, index 1 holds values. Heads are outermost inside a page, so the tile of one head is
@@ -54,23 +54,6 @@ def append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     pages, offsets = slots // page_size, slots % page_size
     kv[0, pages, :, offsets] = keys
     kv[1, pages, :, offsets] = values
-
-
-def gather(kv: Tensor, segment: PagedSegment) -> tuple[Tensor, Tensor]:
-    """Keys and values of a segment, in order.
-
-    Args:
-        kv: one layer's memory, [2, pages, kv_heads, page_size, head_dim].
-        segment: which tokens.
-
-    Returns:
-        Two tensors [kv_heads, tokens, head_dim] in the memory's dtype.
-    """
-    page_size = kv.shape[3]
-    first, last = segment.start // page_size, -(-segment.stop // page_size)
-    tiles = kv.index_select(1, segment.pages[first:last]).transpose(1, 2).flatten(2, 3)
-    keys, values = tiles[:, :, segment.start - first * page_size : segment.stop - first * page_size]
-    return keys, values
 
 
 def slots_of(pages: Tensor, start: int, stop: int, page_size: int) -> Tensor:

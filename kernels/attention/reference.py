@@ -5,22 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.paging import PagedSegment, Request, gather
-from braidsdk.kernels.rope import RotaryTable, rotate
+from braidsdk.kernels.attention.plan import RequestPlan
+from braidsdk.kernels.rope import rotate
 
-_ROWS = 512
-"""Rows whose scores are in memory at once."""
+_BLOCK_ELEMENTS = 1 << 25
+"""Scores and rotated queries in memory at once; bounds how many rows are computed together."""
 
 
-def cascade_attention(
-    queries: Tensor,
-    positions: Tensor,
-    requests: Sequence[Request],
-    kv: Tensor,
-    rotary: RotaryTable,
-    scale: float,
-    limit: int,
-) -> Tensor:
+def cascade_attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float) -> Tensor:
     """Softmax over the union of all visible keys of all segments of a row's request, applied to their values.
 
     The score of a query at absolute position p and key j of a segment with origin s is
@@ -30,55 +22,54 @@ def cascade_attention(
 
     Args:
         queries: normed, unrotated, [tokens, q_heads, head_dim].
-        positions: absolute position of each token, int64 [tokens].
-        requests: which rows see which segments; rows of no request are left zero.
+        plans: which rows see which segments, from `plan_attention`.
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim], the new tokens already appended.
-        rotary: cosines and sines of the model.
+            What a page holds beside its tokens must be finite.
         scale: factor on the scores.
-        limit: a bound that every `p - s` is below.
 
     Returns:
         [tokens, q_heads, head_dim], the dtype of `queries`. A row that sees no key is zero.
     """
     out = torch.zeros_like(queries)
-    for request in requests:
-        cached = [(segment, *gather(kv, segment)) for segment in request.segments if segment.stop > segment.start]
-        for first in range(request.rows.start, request.rows.stop, _ROWS):
-            rows = slice(first, min(first + _ROWS, request.rows.stop))
-            out[rows] = _attend(queries[rows], positions[rows], cached, rotary, scale, limit)
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    for plan in plans:
+        tiles = kv.index_select(1, plan.pages).to(wide)
+        keys, values = tiles.transpose(1, 2).flatten(2, 3)
+        per_row = queries.shape[1] * (keys.shape[1] + len(plan.spans) * keys.shape[2])
+        step = max(1, _BLOCK_ELEMENTS // per_row)
+        for start in range(0, len(plan.hidden), step):
+            stop = min(start + step, len(plan.hidden))
+            rows = slice(plan.rows.start + start, plan.rows.start + stop)
+            block = slice(start, stop)
+            out[rows] = _attend(queries[rows], plan, block, keys, values, scale)
     return out
 
 
-def _attend(
-    queries: Tensor,
-    positions: Tensor,
-    cached: Sequence[tuple[PagedSegment, Tensor, Tensor]],
-    rotary: RotaryTable,
-    scale: float,
-    limit: int,
-) -> Tensor:
-    """Attention of one block of rows of one request; shapes as in `cascade_attention`."""
-    tokens, q_heads, head_dim = queries.shape
-    if not cached:
-        return torch.zeros_like(queries)
-    kv_heads = cached[0][1].shape[0]
-    wide = torch.promote_types(queries.dtype, torch.float32)
-    scores = []
-    for segment, keys, _ in cached:
-        cos, sin = rotary.at((positions - segment.origin).clamp(min=0), limit)
-        rotated = rotate(queries, cos, sin).to(wide).view(tokens, kv_heads, -1, head_dim)
-        grouped = rotated.permute(1, 2, 0, 3).reshape(kv_heads, -1, head_dim)
-        score = (grouped @ keys.to(wide).transpose(1, 2) * scale).view(kv_heads, -1, tokens, keys.shape[1])
-        at = torch.arange(segment.start, segment.stop, device=positions.device) + segment.origin
-        scores.append(score.masked_fill(at > positions[:, None], float("-inf")))
-    union = torch.cat(scores, dim=-1)
-    sees_none = union.amax(-1, keepdim=True) == float("-inf")
-    weights = torch.softmax(union, dim=-1).masked_fill(sees_none, 0.0)
-    parts = torch.split(weights.flatten(1, 2), [keys.shape[1] for _, keys, _ in cached], dim=-1)
-    mixed = torch.stack([part @ values.to(wide) for part, (_, _, values) in zip(parts, cached, strict=True)]).sum(0)
-    return (
-        mixed.view(kv_heads, -1, tokens, head_dim)
-        .permute(2, 0, 1, 3)
-        .reshape(tokens, q_heads, head_dim)
-        .to(queries.dtype)
+def _attend(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """Attention of one block of a request's rows.
+
+    Args:
+        queries: [rows, q_heads, head_dim].
+        plan: the request's plan.
+        block: which of its rows these are.
+        keys, values: all its segments in order, [kv_heads, tokens, head_dim], float32 or float64.
+        scale: factor on the scores.
+    """
+    rows, q_heads, head_dim = queries.shape
+    kv_heads = keys.shape[0]
+    segments = len(plan.spans)
+    cos, sin = plan.cos[block].flatten(0, 1), plan.sin[block].flatten(0, 1)
+    turned = rotate(queries.repeat_interleave(segments, 0), cos, sin).to(keys.dtype)
+    # [segments, kv_heads, group * rows, head_dim]: the query heads of one KV head are rows of one product.
+    turned = turned.view(rows, segments, kv_heads, -1, head_dim).permute(1, 2, 3, 0, 4).flatten(2, 3)
+    scores = torch.cat(
+        [query @ key.transpose(1, 2) for query, key in zip(turned, torch.split(keys, plan.spans, 1), strict=True)], -1
     )
+    scores = scores.view(kv_heads, -1, rows, keys.shape[1]).mul_(scale).masked_fill_(plan.hidden[block], float("-inf"))
+    weights = torch.softmax(scores, dim=-1)
+    blind = plan.hidden[block].all(-1)
+    if blind.any():
+        weights[:, :, blind] = 0.0
+    mixed = weights.flatten(1, 2) @ values
+    mixed = mixed.view(kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, q_heads, head_dim)
+    return mixed.to(queries.dtype)

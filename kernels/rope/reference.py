@@ -23,10 +23,10 @@ class RotaryTable:
         self._cos = self._sin = torch.empty(0, inv_freq.numel(), dtype=dtype, device=device)
 
     def at(self, positions: Tensor, limit: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at `positions`, each [tokens, head_dim / 2].
+        """Cosines and sines at `positions`, each [..., head_dim / 2].
 
         Args:
-            positions: int64 [tokens], none negative.
+            positions: int64 [...], none negative.
             limit: a bound that every position is below, known without reading the tensor.
         """
         if limit > self._cos.shape[0]:

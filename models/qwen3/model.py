@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from braidsdk.kernels.attention import cascade_attention
+from braidsdk.kernels.attention import cascade_attention, plan_attention
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.rope import RotaryTable
@@ -133,14 +133,13 @@ class Qwen3:
         """Compute new tokens over paged memory; see `models.base.Model.forward`."""
         scale = self.config.head_dim**-0.5
         cos, sin = self._rotary.at(batch.frame_positions, batch.limit)
+        plans = plan_attention(batch.positions, batch.requests, self._rotary, batch.limit, kv.shape[4])
         hidden = self._embedding[batch.token_ids]
         for layer, memory in zip(self._layers, kv, strict=True):
             queries = norm_qkv(hidden, layer.qkv, self._eps, cos, sin, memory, batch.slots)
             if layer is self._layers[-1] and logit_rows is None:
                 return None  # the last layer's keys and values were all that was wanted
-            attended = cascade_attention(
-                queries, batch.positions, batch.requests, memory, self._rotary, scale, batch.limit
-            )
+            attended = cascade_attention(queries, plans, memory, scale)
             hidden = hidden + linear(attended.flatten(1), layer.out, layer.out_bias)
             hidden = hidden + linear(norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps), layer.down)
         wanted = rms_norm(hidden[logit_rows], self._norm, self._eps)

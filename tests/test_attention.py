@@ -1,0 +1,124 @@
+"""The attention reference against a dense softmax in float64, on ragged and awkward segments."""
+
+import pytest
+import torch
+
+from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.paging import PagedSegment, Request, append, slots_of
+from braidsdk.kernels.rope import RotaryTable, rotate
+
+PAGE = 16
+THETA = 1e4
+
+
+def table(head_dim: int, dtype: torch.dtype = torch.float64) -> RotaryTable:
+    inv_freq = 1.0 / (THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    return RotaryTable(inv_freq, 1.0, dtype, torch.device("cpu"))
+
+
+class Memory:
+    """Paged memory of one layer: NaN in pages that hold nothing, large values in the padding of those that do."""
+
+    def __init__(self, kv_heads: int, head_dim: int, pages: int = 64) -> None:
+        self.kv = torch.full((2, pages, kv_heads, PAGE, head_dim), float("nan"), dtype=torch.float64)
+        self.kv_heads, self.head_dim = kv_heads, head_dim
+        self.free = torch.randperm(pages).tolist()
+        self.rotary = table(head_dim)
+
+    def write(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Append an entry of random keys; returns its pages, unrotated keys and values [tokens, kv_heads, head_dim]."""
+        pages = torch.tensor([self.free.pop() for _ in range(-(-tokens // PAGE) or 1)])
+        self.kv[:, pages] = 1e6
+        keys, values = torch.randn(2, tokens, self.kv_heads, self.head_dim, dtype=torch.float64)
+        cos, sin = self.rotary.at(torch.arange(tokens), tokens + 1)
+        append(self.kv, slots_of(pages, 0, tokens, PAGE), rotate(keys, cos, sin), values)
+        return pages, keys, values
+
+    def attend(
+        self, queries: torch.Tensor, positions: torch.Tensor, requests: list[Request], scale: float
+    ) -> torch.Tensor:
+        plans = plan_attention(positions, requests, self.rotary, 1000, PAGE)
+        return cascade_attention(queries, plans, self.kv, scale)
+
+
+def dense(queries: torch.Tensor, positions: torch.Tensor, placed: list, scale: float) -> torch.Tensor:
+    """Textbook attention: keys rotated to absolute positions, one softmax. placed: (keys, values, positions)."""
+    keys = torch.cat([k for k, _, _ in placed])
+    values = torch.cat([v for _, v, _ in placed])
+    at = torch.cat([p for _, _, p in placed])
+    head_dim, group = queries.shape[2], queries.shape[1] // keys.shape[1]
+    inv_freq = 1.0 / (THETA ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+
+    def turn(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        angle = p[:, None].double() * inv_freq.double()
+        return rotate(x, angle.cos(), angle.sin())
+
+    keys = turn(keys, at).repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", turn(queries, positions), keys) * scale
+    scores = scores.masked_fill(at[None] > positions[:, None], float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1))
+
+
+@pytest.mark.parametrize("lengths", [(1,), (15, 16, 17), (1, 63, 65), (40, 1, 130)], ids=str)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(2, 2, 64), (8, 2, 64), (8, 1, 32)])
+def test_segments_anywhere_equal_dense_attention(
+    lengths: tuple[int, ...], q_heads: int, kv_heads: int, head_dim: int
+) -> None:
+    torch.manual_seed(len(lengths) + q_heads)
+    memory = Memory(kv_heads, head_dim)
+    entries = [memory.write(n) for n in lengths]
+    segments, placed, position = [], [], 0
+    for (pages, keys, values), n in zip(reversed(entries), reversed(lengths), strict=True):
+        a, b = n // 3, n - n // 5  # a slice that starts and ends inside the entry
+        origin = position - a
+        segments.append(PagedSegment(pages, a, b, origin))
+        placed.append((keys[a:b], values[a:b], origin + torch.arange(a, b)))
+        position += b - a
+    # Rows after the context, and some inside it, as a repair would compute them.
+    positions = torch.tensor([max(position - 2, 0), position // 2, position, position + 7])
+    queries = torch.randn(len(positions), q_heads, head_dim, dtype=torch.float64)
+    segments.insert(1, PagedSegment(entries[0][0], 0, 0, 3))  # an empty one
+    got = memory.attend(queries, positions, [Request(slice(0, 4), tuple(segments))], 0.3)
+    torch.testing.assert_close(got, dense(queries, positions, placed, 0.3), rtol=1e-9, atol=1e-12)
+
+
+def test_requests_see_only_their_own_segments_and_share_entries_at_different_positions() -> None:
+    torch.manual_seed(3)
+    memory = Memory(2, 64)
+    first, second = memory.write(33), memory.write(20)
+    queries = torch.randn(3, 4, 64, dtype=torch.float64)
+    positions = torch.tensor([53, 60, 33])
+    requests = [
+        Request(slice(0, 2), (PagedSegment(first[0], 0, 33, 0), PagedSegment(second[0], 0, 20, 33))),
+        Request(slice(2, 3), (PagedSegment(first[0], 0, 33, 100),)),  # all of it after the row
+    ]
+    got = memory.attend(queries, positions, requests, 0.1)
+    placed = [(*first[1:], torch.arange(33)), (*second[1:], 33 + torch.arange(20))]
+    torch.testing.assert_close(got[:2], dense(queries[:2], positions[:2], placed, 0.1), rtol=1e-9, atol=1e-12)
+    assert torch.equal(got[2], torch.zeros(4, 64, dtype=torch.float64)), "a row that sees no key is zero, not NaN"
+
+
+def test_a_request_without_segments_or_rows_gives_zeros() -> None:
+    memory = Memory(2, 64)
+    pages, _, _ = memory.write(3)
+    queries = torch.randn(2, 4, 64, dtype=torch.float64)
+    requests = [Request(slice(0, 2), ()), Request(slice(2, 2), (PagedSegment(pages, 0, 3, 0),))]
+    assert torch.equal(memory.attend(queries, torch.arange(2), requests, 1.0), torch.zeros_like(queries))
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    memory = Memory(2, 64)
+    pages, _, _ = memory.write(50)
+    queries = torch.randn(50, 4, 64, dtype=torch.float64)
+    requests = [Request(slice(0, 50), (PagedSegment(pages, 0, 50, 0),))]
+    whole = memory.attend(queries, torch.arange(50), requests, 0.2)
+    monkeypatch.setattr("braidsdk.kernels.attention.reference._BLOCK_ELEMENTS", 7 * 4 * (64 + 64))
+    torch.testing.assert_close(memory.attend(queries, torch.arange(50), requests, 0.2), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_angles_at_high_positions_are_those_of_float64() -> None:
+    rotary = table(64, torch.float32)
+    cos, _ = rotary.at(torch.tensor([131_071]), 131_072)
+    inv_freq = 1.0 / (THETA ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64))
+    torch.testing.assert_close(cos[0].double(), (131_071 * inv_freq.double()).cos(), rtol=0, atol=6e-8)
