@@ -1,0 +1,315 @@
+"""One KV entry as one immutable, self-describing safetensors file.
+
+Knows the file's content and how to write, read and verify it; knows nothing of the index or of where files lie.
+
+Tensors: `layer.000`, `layer.001`, ... each [2 (K, V), pages, kv_heads, page_size, head_dim], and `token_ids` int32
+[tokens]. Metadata: `key` (the key record), `chunk` (id, namespace, level, text; or null), `page_size`, `tokens`,
+`provenance`, `created`, and `digest`: xxh3_128 over all of these, over every tensor's name, dtype and shape, and over
+every tensor's bytes. safetensors itself has no checksum, so without the digest most flipped bits would go unnoticed.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError, TensorSpec, serialize_file
+
+from braidsdk.errors import InputError
+from braidsdk.store.keys import FORMAT_VERSION, EntryKey, canonical_json
+
+HEADER_LIMIT_BYTES = 100_000_000  # what safetensors allows
+TOKEN_IDS = "token_ids"
+
+_CODES = {
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+}
+_CODE_OF_DTYPE = {name: code for code, (name, _) in _CODES.items()}
+ITEM_BYTES = dict(_CODES.values())
+"""Bytes per element for each dtype that a slab may have, by torch name."""
+
+
+class DamagedFile(Exception):  # noqa: N818 - internal, and it names a state of the file
+    """A file that is not what was written. The message says why, for people."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """KV of one layer.
+
+    Attributes:
+        dtype: torch name, such as "bfloat16".
+        shape: [2 (K, V), pages, kv_heads, page_size, head_dim].
+        data: the elements, C-contiguous; when read from the store, a writable view of one buffer for the whole file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.data.nbytes
+
+
+@dataclass(frozen=True)
+class Header:
+    """All of a file but the tensors' bytes; `key` is the key record, `chunk` the chunk record or None."""
+
+    key: dict[str, Any]
+    chunk: dict[str, Any] | None
+    page_size: int
+    tokens: int
+    provenance: dict[str, Any]
+    created: str
+    digest: str
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]  # name -> code, shape, begin, end within the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of KV: all tensors but the token ids."""
+        return sum(end - begin for name, (_, _, begin, end) in self.tensors.items() if name != TOKEN_IDS)
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A verified file."""
+
+    header: Header
+    slabs: tuple[Slab, ...]
+    token_bytes: bytes
+
+
+def write(
+    path: Path,
+    *,
+    key: EntryKey,
+    chunk: Mapping[str, Any] | None,
+    slabs: Sequence[Slab],
+    provenance: Mapping[str, Any],
+    created: str,
+    mode: int,
+) -> str:
+    """Write an entry to a new file, durably, and return its digest. On any error nothing is left at `path`.
+
+    Raises:
+        InputError: the slabs are not those of the key's model, or the provenance is not JSON.
+        OSError: the disk is full or fails.
+    """
+    check_slabs(key, slabs)
+    metadata = {
+        "format": str(FORMAT_VERSION),
+        "key": key.record_json,
+        "chunk": canonical_json(chunk),
+        "page_size": str(slabs[0].shape[3]),
+        "tokens": str(len(key.token_ids)),
+        "provenance": _provenance_json(provenance),
+        "created": created,
+    }
+    tensors = {f"layer.{i:03d}": (_CODE_OF_DTYPE[s.dtype], s.shape, s.data.cast("B")) for i, s in enumerate(slabs)}
+    tensors[TOKEN_IDS] = ("I32", (len(key.token_ids),), memoryview(key.token_bytes))
+    metadata["digest"] = _digest(metadata, tensors)
+    arrays = {name: np.frombuffer(view, dtype=np.uint8) for name, (_, _, view) in tensors.items()}  # keeps them alive
+    specs = {
+        name: TensorSpec(
+            dtype=_CODES[code][0], shape=shape, data_ptr=arrays[name].ctypes.data, data_len=arrays[name].nbytes
+        )
+        for name, (code, shape, _) in tensors.items()
+    }
+    try:
+        try:
+            serialize_file(specs, path, metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        descriptor = os.open(path, os.O_RDWR)
+        try:
+            os.fchmod(descriptor, mode)  # safetensors leaves 0600
+            os.fsync(descriptor)  # safetensors leaves it to the page cache
+        finally:
+            os.close(descriptor)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    return metadata["digest"]
+
+
+def check_slabs(key: EntryKey, slabs: Sequence[Slab]) -> None:
+    """Refuse slabs that can't be an entry of this key.
+
+    Raises:
+        InputError: a wrong number of layers, a wrong shape, dtype or size.
+    """
+    model = key.model
+    if len(slabs) != model.layers:
+        raise InputError(f"Expected {model.layers} slabs, one per layer, got {len(slabs)}. Pass every layer's slab.")
+    for layer, slab in enumerate(slabs):
+        if slab.dtype not in ITEM_BYTES:
+            raise InputError(f"Expected a dtype of {sorted(ITEM_BYTES)}, got {slab.dtype!r} in layer {layer}.")
+        if not slab.data.c_contiguous or slab.data.nbytes != math.prod(slab.shape) * ITEM_BYTES[slab.dtype]:
+            raise InputError(
+                f"Expected contiguous data for {list(slab.shape)} {slab.dtype} in layer {layer}, "
+                f"got {slab.data.nbytes} bytes. Make the tensor contiguous first."
+            )
+        ok = len(slab.shape) == 5 and (slab.shape[0], slab.shape[2], slab.shape[4]) == (
+            2,
+            model.kv_heads,
+            model.head_dim,
+        )
+        if not ok or slab.shape != slabs[0].shape or slab.shape[1] * slab.shape[3] < len(key.token_ids):
+            raise InputError(
+                f"Expected [2, pages, {model.kv_heads}, page_size, {model.head_dim}] with room for "
+                f"{len(key.token_ids)} tokens, alike in every layer, got {list(slab.shape)} in layer {layer}."
+            )
+
+
+def read(path: Path) -> Blob:
+    """Read a file at once into one buffer and verify every byte of it.
+
+    Nothing is memory-mapped: a mapped file that is truncated kills the process.
+
+    Raises:
+        DamagedFile: it is not what was written.
+        OSError: it is missing or can't be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        buffer = np.empty(size, dtype=np.uint8).data
+        filled = 0
+        while filled < size and (count := file.readinto(buffer[filled:])):
+            filled += count
+    if filled < size:
+        raise DamagedFile(f"expected {size} bytes, read {filled}")
+    header = _parse(buffer[: _header_end(buffer[:8], size)], size)
+    views = {name: (code, shape, buffer[begin:end]) for name, (code, shape, begin, end) in header.tensors.items()}
+    if _digest(header.metadata, views) != header.digest:
+        raise DamagedFile("its content does not match its digest")
+    token_bytes = bytes(views.pop(TOKEN_IDS)[2])
+    slabs = tuple(Slab(_CODES[code][0], shape, view) for _, (code, shape, view) in sorted(views.items()))
+    return Blob(header, slabs, token_bytes)
+
+
+def read_header(path: Path) -> Header:
+    """Read and check a file's header alone; the tensors' bytes and the digest stay unread.
+
+    Raises:
+        DamagedFile: the header is not one.
+        OSError: the file is missing or can't be read.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(8)
+        rest = file.read(_header_end(start, size) - 8)
+    return _parse(memoryview(start + rest), size)
+
+
+def is_of_another_format(path: Path) -> bool:
+    """Whether another version of the store may make sense of a file that this one does not."""
+    try:
+        return read_header(path).metadata.get("format") != str(FORMAT_VERSION)
+    except (DamagedFile, FileNotFoundError):
+        return False
+
+
+def read_token_bytes(path: Path, header: Header) -> bytes:
+    """Read a file's token ids alone, little-endian int32, unverified."""
+    _, _, begin, end = header.tensors[TOKEN_IDS]
+    with path.open("rb") as file:
+        file.seek(begin)
+        return file.read(end - begin)
+
+
+def _provenance_json(provenance: Mapping[str, Any]) -> str:
+    try:
+        return canonical_json(dict(provenance))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"Expected provenance of plain JSON values, got one that isn't: {error}.") from None
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
+    """xxh3_128 over the description of the file, length-prefixed, then the tensors' bytes in the order of names."""
+    shapes = [[name, code, list(shape)] for name, (code, shape, _) in sorted(tensors.items())]
+    described = {name: text for name, text in metadata.items() if name != "digest"}
+    head = canonical_json([described, shapes]).encode()
+    state = xxhash.xxh3_128(struct.pack("<Q", len(head)) + head)
+    for _, (_, _, view) in sorted(tensors.items()):
+        state.update(view)
+    return state.hexdigest()
+
+
+def _header_end(start: bytes | memoryview, size: int) -> int:
+    if len(start) < 8:
+        raise DamagedFile(f"expected at least 8 bytes, found {len(start)}")
+    length = int(struct.unpack("<Q", start)[0])
+    if length > min(HEADER_LIMIT_BYTES, size - 8):
+        raise DamagedFile(f"its header claims {length} bytes of a file of {size}")
+    return 8 + length
+
+
+def _parse(head: memoryview, size: int) -> Header:
+    """Turn the first bytes of a file of `size` bytes into a header, trusting none of them."""
+    if len(head) < 8 or len(head) != _header_end(head[:8], size):
+        raise DamagedFile("its header is cut short")
+    try:
+        parsed = json.loads(bytes(head[8:]))
+        metadata = parsed.pop("__metadata__")
+        tensors = {
+            str(name): (str(t["dtype"]), tuple(t["shape"]), t["data_offsets"][0], t["data_offsets"][1])
+            for name, t in parsed.items()
+        }
+        placed = _placed(tensors, len(head), size)
+        header = Header(
+            key=json.loads(metadata["key"]),
+            chunk=json.loads(metadata["chunk"]),
+            page_size=int(metadata["page_size"]),
+            tokens=int(metadata["tokens"]),
+            provenance=json.loads(metadata["provenance"]),
+            created=metadata["created"],
+            digest=metadata["digest"],
+            metadata=metadata,
+            tensors=placed,
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DamagedFile(f"its header can't be read ({type(error).__name__})") from None
+    if placed.get(TOKEN_IDS, ("", ()))[:2] != ("I32", (header.tokens,)):
+        raise DamagedFile("its token ids are missing or misshapen")
+    return header
+
+
+def _placed(
+    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], start: int, size: int
+) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Check that the tensors tile the file without a gap, each aligned to its items; offsets become the file's."""
+    placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    end = 0
+    for name, (code, shape, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][2]):
+        item = _CODES[code][1]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, stop)):
+            raise DamagedFile(f"tensor {name[:20]!r} has a shape or an offset that is not a natural number")
+        if begin != end or stop - begin != math.prod(shape) * item or (start + begin) % item:
+            raise DamagedFile(f"tensor {name[:20]!r} is not where its neighbours and its shape put it")
+        placed[name] = (code, shape, start + begin, start + stop)
+        end = stop
+    if start + end != size:
+        raise DamagedFile(f"expected {start + end} bytes, found {size}")
+    return placed

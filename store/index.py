@@ -1,0 +1,73 @@
+"""The open index: one connection, one lock, and transactions whose errors are ours."""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlite_utils import Database
+
+from braidsdk.errors import ClosedError, StoreError
+from braidsdk.store.schema import open_index, translate
+
+
+class Index:
+    """A store's index, safe to use from several threads; other processes open their own."""
+
+    def __init__(self, path: Path, *, first: Callable[[Database], None]) -> None:
+        """Open or create the index; `first` fills a new one in the transaction that creates it."""
+        self._path = path
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+        self._db: Database | None = None
+        try:
+            self._db = open_index(path, first=first)
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+
+    @contextmanager
+    def read(self) -> Iterator[Database]:
+        """A transaction that sees one state of the index."""
+        with self._transaction("BEGIN") as db:
+            yield db
+
+    @contextmanager
+    def write(self) -> Iterator[Database]:
+        """A transaction that holds the store's one write lock from its start; undone if it raises."""
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            yield db
+
+    def close(self) -> None:
+        """Close the connection; again is harmless."""
+        with self._lock:
+            if self._db is not None and self._process == os.getpid():
+                self._db.close()
+            self._db = None
+
+    @contextmanager
+    def _transaction(self, begin: str) -> Iterator[Database]:
+        with self._lock:
+            if self._db is None:
+                raise ClosedError("Expected an open store, got one that was closed. Open it again.")
+            if self._process != os.getpid():
+                raise StoreError(
+                    "Expected the store to be used in the process that opened it, got a fork of it. "
+                    "Open the store again in the new process."
+                )
+            try:
+                self._db.conn.execute(begin)
+                try:
+                    yield self._db
+                    self._db.commit()
+                except BaseException:
+                    self._db.rollback()
+                    raise
+            except sqlite3.Error as error:
+                raise translate(error, self._path) from error
+            except OSError as error:
+                raise StoreError(
+                    f"Could not change the files of the store at {self._path.parent}: {error.strerror}. "
+                    "Free some space or correct what fails; the store is as it was before."
+                ) from error

@@ -1,0 +1,72 @@
+"""The index, rebuilt from the entries' files.
+
+Reads headers and token ids alone; what is in the slabs is verified when an entry is loaded. A file that is provably not
+what its name says is set aside. Names, metadata and chunks without an entry are only in the index, and lost with it.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+
+from braidsdk.store import blobs, entries
+from braidsdk.store.entries import EntryRow
+from braidsdk.store.files import Layout
+from braidsdk.store.keys import FORMAT_VERSION, canonical_json, chunk_id, digest_of, record_chunk_ids
+
+
+def rebuild(db: Database, layout: Layout) -> None:
+    """Fill a new index from the files in their places, inside the caller's transaction."""
+    found: list[tuple[str, EntryRow]] = []
+    chunks: dict[str, dict[str, Any]] = {}
+    for path in layout.entry_files():
+        try:
+            header = blobs.read_header(path)
+            if header.metadata.get("format") != str(FORMAT_VERSION):
+                continue  # another version's: left where it is
+            row = _row(path, header, layout)
+        except blobs.DamagedFile as error:
+            moved = layout.set_aside(path)
+            entries.record_damage(db, path.stem, chunks=[], file=moved.name if moved else None, why=str(error))
+            continue
+        except FileNotFoundError:
+            continue
+        found.append((header.created, row))
+        if header.chunk is not None:
+            known = chunks.setdefault(row.chunk_id or "", {**header.chunk, "metadata": "{}", "created": header.created})
+            known["created"] = min(known["created"], header.created)
+    if chunks:
+        db.table("chunks").insert_all(sorted(chunks.values(), key=lambda chunk: (chunk["created"], chunk["id"])))
+    if found:
+        entries.insert(db, [row for _, row in sorted(found, key=lambda item: item[0])])
+
+
+def _row(path: Path, header: blobs.Header, layout: Layout) -> EntryRow:
+    token_bytes = blobs.read_token_bytes(path, header)
+    try:
+        record = canonical_json(header.key)
+        if digest_of(record, token_bytes) != path.stem:
+            raise blobs.DamagedFile("its name is not the digest of its key")
+        own = header.key["chunk_id"]
+        chunk = header.chunk
+        if (own is None) != (chunk is None):
+            raise blobs.DamagedFile("its chunk is missing")
+        if chunk is not None:
+            named = chunk_id(chunk["namespace"], chunk["level"], chunk["text"])
+            if set(chunk) != {"id", "namespace", "level", "text"} or not own == chunk["id"] == named:
+                raise blobs.DamagedFile("its chunk's text is not the one that its key names")
+        saw = record_chunk_ids(header.key)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise blobs.DamagedFile(f"its key can't be read ({type(error).__name__})") from None
+    return EntryRow(
+        digest=path.stem,
+        chunk_id=own,
+        record=record,
+        tokens_sha256=hashlib.sha256(token_bytes).hexdigest(),
+        tokens=header.tokens,
+        bytes=header.nbytes,
+        file=str(path.relative_to(layout.root)),
+        payload_digest=header.digest,
+        chunks=saw,
+    )

@@ -1,0 +1,171 @@
+"""The index's tables, and opening its database.
+
+Migrations are append-only: a migration that has shipped is never edited, a change is a new function at the end. Each
+runs in one transaction with the record of it, so several processes may open a new store at once.
+
+The index can be rebuilt from the entries' files (see `rebuild.py`), except names, metadata and chunks without an entry.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from sqlite_utils import Database
+from sqlite_utils.db import ForeignKey
+from sqlite_utils.migrations import Migrations
+
+from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
+
+BUSY_TIMEOUT_S = 30.0
+
+migrations = Migrations("braidsdk-store")
+
+
+@migrations()
+def m001_initial(db: Database) -> None:
+    """Chunks with their names, entries with the chunks that each one saw, and what was set aside as damaged."""
+    db.table("chunks").create(
+        {"number": int, "id": str, "namespace": str, "level": int, "text": str, "metadata": str, "created": str},
+        pk="number",  # registration order; an explicit one, because VACUUM may renumber rows without
+        not_null=["id", "namespace", "level", "text", "metadata", "created"],
+    )
+    db.table("chunks").create_index(["id"], unique=True)
+    db.table("chunks").create_index(["namespace", "number"])
+    db.table("names").create(
+        {"number": int, "namespace": str, "name": str, "chunk_id": str},
+        pk="number",
+        not_null=["namespace", "name", "chunk_id"],
+        foreign_keys=[ForeignKey("names", "chunk_id", "chunks", "id", on_delete="CASCADE")],
+    )
+    db.table("names").create_index(["namespace", "name"], unique=True)
+    db.table("names").create_index(["chunk_id"])
+    db.table("entries").create(
+        {
+            "digest": str,
+            "chunk_id": str,  # null: the bare prompt header
+            "record": str,  # canonical JSON of the key, without the token ids
+            "tokens_sha256": str,
+            "tokens": int,
+            "bytes": int,
+            "file": str,  # relative to the store
+            "payload_digest": str,
+            "created": str,
+        },
+        pk="digest",
+        not_null=["record", "tokens_sha256", "tokens", "bytes", "file", "payload_digest", "created"],
+        foreign_keys=[ForeignKey("entries", "chunk_id", "chunks", "id")],
+    )
+    db.table("entries").create_index(["chunk_id"])
+    db.table("entries").create_index(["tokens_sha256"])
+    db.table("entry_chunks").create(
+        {"digest": str, "chunk_id": str},  # no key to chunks: a rebuilt index may know an entry's anchor by id alone
+        pk=("digest", "chunk_id"),
+        foreign_keys=[ForeignKey("entry_chunks", "digest", "entries", "digest", on_delete="CASCADE")],
+    )
+    db.table("entry_chunks").create_index(["chunk_id"])
+    db.table("damage").create(
+        {"number": int, "digest": str, "chunks": str, "file": str, "why": str, "created": str},
+        pk="number",
+        not_null=["digest", "chunks", "why", "created"],
+    )
+    db.table("damage").create_index(["digest"])
+
+
+def open_index(path: Path, *, first: Callable[[Database], None]) -> Database:
+    """Open or create the index, bring it up to date, and return it.
+
+    Args:
+        path: the database's file.
+        first: called once, in the transaction that creates the tables of a new index.
+
+    Raises:
+        StoreVersionError: it has a migration that this version does not know.
+        StorePathError: its file system can't hold a database that several processes share.
+        sqlite3.Error: it can't be opened or is damaged.
+    """
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+    try:
+        # Plugins of the user's sqlite-utils stay out of our index.
+        db = Database(connection, execute_plugins=False)
+        if _write_ahead(connection) != "wal":
+            raise StorePathError(
+                f"Expected a local file system that supports SQLite's WAL mode at {path.parent}, got one that does "
+                "not (a network share?). Put the store on a local disk."
+            )
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA foreign_keys=ON")
+        _migrate(db, first)
+    except BaseException:
+        connection.close()
+        raise
+    return db
+
+
+def _write_ahead(connection: sqlite3.Connection) -> str:
+    # Two processes that both switch a new database to WAL may get "locked" without the busy timeout being waited for.
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            return str(connection.execute("PRAGMA journal_mode=WAL").fetchone()[0])
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _migrate(db: Database, first: Callable[[Database], None]) -> None:
+    _refuse_unknown(db)
+    if not migrations.pending(db):
+        return
+    db.conn.execute("BEGIN IMMEDIATE")
+    try:
+        _refuse_unknown(db)  # again: another process may have been quicker
+        new = not migrations.applied(db)
+        migrations.apply(db)
+        if new:
+            first(db)
+    except BaseException:
+        db.rollback()
+        raise
+    db.commit()
+
+
+def _refuse_unknown(db: Database) -> None:
+    unknown = sorted(m.name for m in migrations.applied(db) if m.name not in _known())
+    if unknown:
+        raise StoreVersionError(
+            f"Expected a store of this version or an older one, got one with the newer migrations "
+            f"{', '.join(unknown)}. Update braidsdk, or open another store."
+        )
+
+
+@cache
+def _known() -> frozenset[str]:
+    with Database(memory=True, execute_plugins=False) as empty:
+        return frozenset(m.name for m in migrations.pending(empty))
+
+
+def translate(error: sqlite3.Error, index: Path) -> StoreError:
+    """Return the error of ours that says what an error of SQLite's means for the user."""
+    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+        return StoreCorruptError(
+            f"Expected a store's index at {index}, got a damaged one ({error}). Move {index.name}, {index.name}-wal "
+            f"and {index.name}-shm aside: the next open rebuilds the index from the entries, which are left as they "
+            "are. Names, metadata and chunks without an entry have to be registered again."
+        )
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
+        return StorePathError(
+            f"Expected an index that can be written at {index}, got: {error}. "
+            "Choose another path or correct its permissions."
+        )
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreError(
+            f"Expected the index {index} to be free within {BUSY_TIMEOUT_S:.0f} s, but another process holds it. "
+            "Try again, or end that process."
+        )
+    if code == sqlite3.SQLITE_FULL:
+        return StoreError(f"The disk of {index} is full. Free some space; the store is as it was before.")
+    return StoreError(f"The index {index} could not be used: {error}. The store is as it was before.")

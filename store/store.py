@@ -1,0 +1,315 @@
+"""The chunk store: registered chunks and their computed KV entries, on disk, shared by processes.
+
+Truth is in the entries' files; the index finds them. Files change places only under the index's write lock, so what
+one process publishes, deletes or sets aside never meets another's half way. Knows nothing of models or of modes.
+"""
+
+import contextlib
+import errno
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from sqlite_utils import Database
+
+from braidsdk.errors import StoreError, StorePathError, UnknownChunkError
+from braidsdk.store import blobs, chunks, entries, rebuild
+from braidsdk.store.blobs import DamagedFile, Slab
+from braidsdk.store.chunks import ChunkRow, NewChunk
+from braidsdk.store.entries import Entry, EntryRow, Hit
+from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
+from braidsdk.store.index import Index
+from braidsdk.store.keys import EntryKey
+from braidsdk.store.reasons import Miss
+
+Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
+"""A key, its slabs (one per layer), and its provenance: JSON values that are kept and not compared."""
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """What a store holds: chunks of all namespaces, entries, their bytes of KV, files set aside so far."""
+
+    chunks: int
+    entries: int
+    bytes: int
+    damaged: int
+
+
+class ChunkStore:
+    """A folder of chunks and KV entries.
+
+    Several threads may share one; each process opens its own. A missing index is rebuilt from the entries: then names,
+    metadata and chunks without an entry are gone, because only the index has them.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the store in a folder, creating what is missing.
+
+        Raises:
+            StorePathError: the path is a file, or can't be written.
+            StoreVersionError: a newer version wrote it.
+            StoreCorruptError: its index is damaged.
+        """
+        self._layout = Layout(Path(path).absolute())
+        try:
+            self._index = Index(self._layout.index, first=lambda db: rebuild.rebuild(db, self._layout))
+            try:
+                self._layout.sweep_temporaries()
+                self._sweep_entries()
+            except BaseException:
+                self._index.close()
+                raise
+        except OSError as error:
+            raise StorePathError(
+                f"Expected a store whose files can be read at {path}, got: {error.strerror} ({error.filename}). "
+                "Correct the permissions, or choose another path."
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The store's folder, absolute."""
+        return self._layout.root
+
+    def close(self) -> None:
+        """Close the store; again is harmless. Entries that were loaded stay valid."""
+        self._index.close()
+
+    # chunks
+
+    def add_chunk(
+        self,
+        *,
+        namespace: str,
+        level: int,
+        text: str,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> ChunkRow:
+        """Register normalised text, or find it registered; metadata that is given replaces what was there.
+
+        Raises:
+            NameTakenError: the name stands for another text, and `replace` was not asked for. With it the name moves,
+                and the old chunk and its id stay.
+            InputError: the name, namespace, text or metadata can't be used.
+            HashCollisionError: another text has this text's id.
+        """
+        return self.add_chunks([NewChunk(namespace, level, text, name, metadata)], replace=replace)[0]
+
+    def add_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow]:
+        """Register many texts in one transaction, all or none; raises as `add_chunk`."""
+        with self._index.write() as db:
+            return [chunks.add(db, chunk, replace=replace) for chunk in new]
+
+    def find_chunk(self, namespace: str, name_or_id: str) -> ChunkRow | None:
+        """Return the chunk of that name, else the one of that id, else None."""
+        with self._index.read() as db:
+            return chunks.find(db, namespace, name_or_id)
+
+    def find_chunks(self, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:
+        """Return the chunks of these ids, by id; unknown ones are left out."""
+        with self._index.read() as db:
+            return chunks.find_many(db, namespace, ids)
+
+    def list_chunks(self, namespace: str) -> list[ChunkRow]:
+        """Return the namespace's chunks in the order of registration."""
+        with self._index.read() as db:
+            return chunks.list_all(db, namespace)
+
+    def close_names(self, namespace: str, name: str) -> list[str]:
+        """Return up to three registered names that resemble this one, for an error's message."""
+        with self._index.read() as db:
+            return chunks.close_names(db, namespace, name)
+
+    def delete_chunk(self, namespace: str, chunk_id: str) -> tuple[str, ...]:
+        """Delete a chunk, its names, its entries and every entry computed with sight of it.
+
+        Returns:
+            The digests of the deleted entries. None for a chunk that is not there: deleting twice is harmless.
+        """
+        with self._index.write() as db:
+            if chunks.owner(db, chunk_id) not in (namespace, None):
+                return ()
+            digests = entries.delete_of_chunk(db, chunk_id)
+            aside = entries.forget_damaged(db, chunk_id)
+            chunks.delete(db, namespace, chunk_id)
+        for name in aside:
+            remove(self._layout.damaged / name)
+        self._remove_entries(digests)
+        return tuple(digests)
+
+    # entries
+
+    def look_up(self, keys: Sequence[EntryKey]) -> list[Hit | Miss]:
+        """Say for each key, in order, whether the index has its entry, or why not. Opens no entry's file."""
+        with self._index.read() as db:
+            return entries.look_up(db, keys, self.path)
+
+    def load(self, keys: Sequence[EntryKey]) -> list[Entry | Miss]:
+        """Read and verify the entry of each key, in order, or say why not.
+
+        A file that is damaged or missing is set aside and counted, and becomes a miss: wrong data never leaves here.
+
+        Raises:
+            StoreError: a file can't be read for a reason that is not its content.
+        """
+        return [
+            self._load(key, found) if isinstance(found, Hit) else found
+            for key, found in zip(keys, self.look_up(keys), strict=True)
+        ]
+
+    def publish(self, publications: Sequence[Publication]) -> None:
+        """Store entries durably, all or none; those that the store has already are left as they are.
+
+        A key whose digest is another entry's is not stored: `look_up` keeps saying "collision".
+
+        Raises:
+            InputError: the slabs are not those of the key's model.
+            UnknownChunkError: a chunk that an entry belongs to, or was computed after, is not registered (any more).
+            StoreError: the disk is full or fails. The store is as good as before.
+        """
+        new = {key.digest: (key, slabs, provenance) for key, slabs, provenance in publications}
+        with self._index.read() as db:
+            for digest in entries.known(db, new):
+                del new[digest]
+            records = self._records(db, [key for key, _, _ in new.values()])
+        written: dict[str, Path] = {}
+        placed: list[str] = []
+        try:
+            rows = {digest: self._write(publication, records, written) for digest, publication in new.items()}
+            with self._index.write() as db:
+                self._records(db, [key for key, _, _ in new.values()])  # again: a chunk may have been deleted
+                for digest in entries.known(db, rows):
+                    del rows[digest]  # another process was quicker
+                placed = list(rows)
+                self._layout.place((written[digest], digest) for digest in placed)
+                entries.insert(db, list(rows.values()))
+        except BaseException as error:
+            with contextlib.suppress(StoreError):  # what stays is swept by a later open
+                self._remove_entries(placed)
+            if isinstance(error, OSError):
+                raise self._write_error(error) from error
+            raise
+        finally:
+            for path in written.values():
+                remove(path)
+
+    @property
+    def damaged_count(self) -> int:
+        """How many files were set aside so far."""
+        with self._index.read() as db:
+            return db.table("damage").count
+
+    def stats(self) -> StoreStats:
+        """Count what the store holds."""
+        with self._index.read() as db:
+            held = next(db.query("select count(*) as entries, coalesce(sum(bytes), 0) as bytes from entries"))
+            return StoreStats(db.table("chunks").count, held["entries"], held["bytes"], db.table("damage").count)
+
+    def _load(self, key: EntryKey, hit: Hit) -> Entry | Miss:
+        while True:
+            before = stamp(hit.path)
+            try:
+                blob = blobs.read(hit.path)
+                if blob.token_bytes != key.token_bytes or blob.header.key != key.record():
+                    raise DamagedFile("it holds another entry than the index says")
+                entry = Entry(key, blob.slabs, blob.header.page_size, hit.nbytes, blob.header.provenance)
+                blobs.check_slabs(key, entry.slabs)
+                return entry
+            except DamagedFile as error:
+                why = str(error)
+            except FileNotFoundError:
+                why = "it is missing"
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise StoreError(f"Expected to read {hit.path}, got: {error.strerror}.") from error
+                why = "the disk failed to read it"
+            missed = self._set_aside(key, hit.path, before, why)
+            if missed is not None:
+                return missed
+
+    def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Miss | None:
+        """Take a damaged file out of the store; None if another file has come to its place since it was read."""
+        with self._index.write() as db:
+            if entries.known(db, [key.digest]):
+                if stamp(path) != read:
+                    return None
+                moved = self._layout.set_aside(path)
+                entries.delete_damaged(db, key.digest, file=moved.name if moved else None, why=why)
+            found = entries.look_up(db, [key], self.path)[0]
+            return found if isinstance(found, Miss) else None
+
+    def _write(self, publication: Publication, records: Mapping[str, Any], written: dict[str, Path]) -> EntryRow:
+        key, slabs, provenance = publication
+        path = written[key.digest] = self._layout.temporary(key.digest)
+        payload_digest = blobs.write(
+            path,
+            key=key,
+            chunk=None if key.chunk_id is None else records[key.chunk_id],
+            slabs=slabs,
+            provenance=provenance,
+            created=chunks.now(),
+            mode=self._layout.mode,
+        )
+        return EntryRow(
+            digest=key.digest,
+            chunk_id=key.chunk_id,
+            record=key.record_json,
+            tokens_sha256=key.token_sha256,
+            tokens=len(key.token_ids),
+            bytes=sum(slab.nbytes for slab in slabs),
+            file=str(self._layout.entry(key.digest).relative_to(self.path)),
+            payload_digest=payload_digest,
+            chunks=key.chunk_ids(),
+        )
+
+    def _records(self, db: Database, keys: Sequence[EntryKey]) -> dict[str, dict[str, Any]]:
+        """Return what a file keeps of each chunk that these entries saw, and refuse chunks that are not there."""
+        records: dict[str, dict[str, Any]] = {}
+        for namespace in dict.fromkeys(key.namespace for key in keys):
+            wanted = dict.fromkeys(chunk for key in keys if key.namespace == namespace for chunk in key.chunk_ids())
+            found = chunks.find_many(db, namespace, wanted)
+            for chunk in wanted:
+                if chunk not in found:
+                    raise UnknownChunkError(
+                        f"Expected chunk {chunk} to be registered in namespace {namespace!r} before an entry of it is "
+                        "stored, but it is not, or was deleted meanwhile. Register it again."
+                    )
+                row = found[chunk]
+                records[chunk] = {"id": row.id, "namespace": row.namespace, "level": row.level, "text": row.text}
+        return records
+
+    def _remove_entries(self, digests: Sequence[str]) -> None:
+        """Unlink the files of entries that have no row, under the lock that publishing takes."""
+        if not digests:
+            return
+        with self._index.write() as db:
+            kept = entries.known(db, digests)
+            for digest in digests:
+                if digest not in kept:
+                    remove(self._layout.entry(digest))
+
+    def _sweep_entries(self) -> None:
+        """Remove files that no row names: a process was killed before it wrote the row, or after it deleted it."""
+        there = list(self._layout.entry_files())  # before the rows: what is published from now on is not in it
+        with self._index.read() as db:
+            kept = entries.all_digests(db)
+        stray = [path for path in there if path.stem not in kept and is_old(path)]
+        self._remove_entries([path.stem for path in stray if not blobs.is_of_another_format(path)])
+
+    def _write_error(self, error: OSError) -> StoreError:
+        return StoreError(
+            f"Could not write an entry to the store at {self.path}: {error.strerror}. "
+            "Free some space or correct what fails; nothing of the entry is left and the store is as it was before."
+        )

@@ -1,0 +1,449 @@
+"""KV entries: published, found, loaded, damaged and deleted."""
+
+import dataclasses
+import os
+import resource
+import stat
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braidsdk.errors import InputError, StoreError, UnknownChunkError
+from braidsdk.store import ChunkStore, Entry, Hit, Miss, NewChunk, blobs, sha256_of_tokens
+
+SHA = sha256_of_tokens
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".safetensors", ".part")
+    )
+
+
+def only(results: list[Any], kind: type) -> Any:
+    assert len(results) == 1
+    assert isinstance(results[0], kind), results[0]
+    return results[0]
+
+
+def test_an_entry_is_a_miss_then_published_then_loaded(store: ChunkStore, chunk: str, make: Any) -> None:
+    key, slabs = make.key(chunk), make.slabs()
+    assert store.look_up([key]) == store.load([key]) == [Miss("absent", "never computed in this store")]
+    store.publish([(key, slabs, {"torch": "2.13"})])
+    hit = only(store.look_up([key]), Hit)
+    assert (hit.digest, hit.tokens, hit.nbytes) == (key.digest, 5, sum(slab.nbytes for slab in slabs))
+    assert hit.path.is_file()
+    entry = only(store.load([key]), Entry)
+    assert make.content(entry.slabs) == make.content(slabs)
+    assert (entry.key, entry.page_size, entry.nbytes) == (key, 4, hit.nbytes)
+    assert entry.provenance == {"torch": "2.13"}
+
+
+def test_another_opening_finds_the_entry(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        key = make.key(store.add_chunk(namespace="default", level=1, text="one\n").id)
+        store.publish([(key, make.slabs(), {})])
+    with ChunkStore(folder) as store:
+        assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+
+
+def test_the_bare_header_is_an_entry_without_a_chunk(store: ChunkStore, make: Any) -> None:
+    key = make.key(None, level=0)
+    store.publish([(key, make.slabs(), {})])
+    only(store.load([key]), Entry)
+
+
+def test_hits_and_misses_come_in_the_order_of_the_keys(store: ChunkStore, make: Any) -> None:
+    rows = store.add_chunks([NewChunk("default", 1, f"{i}\n") for i in range(1000)])
+    keys = [make.key(row.id, tokens=(i + 1,)) for i, row in enumerate(rows)]
+    store.publish([(key, make.slabs(), {}) for key in keys[:4:2]])
+    found = store.look_up([*keys, keys[0]])
+    assert [i for i, result in enumerate(found) if isinstance(result, Hit)] == [0, 2, 1000]
+    assert [type(result) for result in store.load(keys[:4])] == [Entry, Miss, Entry, Miss]
+
+
+def test_publishing_again_changes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {}), (key, make.slabs(), {})])
+    before = only(store.look_up([key]), Hit).path.stat()
+    store.publish([(key, make.slabs(1), {})])
+    after = only(store.look_up([key]), Hit).path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert store.stats().entries == 1
+
+
+def test_an_entry_that_is_there_is_not_written_again(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    monkeypatch.setattr(blobs, "write", None)
+    store.publish([(make.key(chunk), make.slabs(), {})])
+
+
+def test_a_late_removal_spares_what_was_published_again(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    store._remove_entries([make.key(chunk).digest])
+    only(store.load([make.key(chunk)]), Entry)
+
+
+def test_another_text_with_the_same_token_ids_is_absent(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    other = store.add_chunk(namespace="default", level=1, text="Another text.\n")
+    assert only(store.look_up([make.key(other.id)]), Miss).reason == "absent"
+
+
+def test_a_published_file_has_the_umasks_mode(folder: Path, make: Any) -> None:
+    old = os.umask(0o027)
+    try:
+        with ChunkStore(folder) as store:
+            key = make.key(None)
+            store.publish([(key, make.slabs(), {})])
+            assert stat.S_IMODE(only(store.look_up([key]), Hit).path.stat().st_mode) == 0o640
+    finally:
+        os.umask(old)
+
+
+def test_file_and_folder_are_synced_before_the_row(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        steps.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        sync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        steps.append("rename")
+        return replace(self, target)
+
+    def insert(*_: Any) -> None:
+        steps.append("row")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", rename)
+    monkeypatch.setattr("braidsdk.store.entries.insert", insert)
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    assert steps[:2] == ["sync file", "rename"]
+    assert steps[-1] == "row"
+    assert set(steps[2:-1]) == {"sync folder"}
+    assert len(steps) == 5  # the entry's folder, and the folder that it is new in
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("weights", "ff" * 16, "model"),
+        ("head_dim", 8, "model"),
+        ("tokenizer", "ff" * 16, "tokenizer"),
+        ("dtype", "float32", "dtype"),
+        ("codec", "int8", "codec"),
+        ("rope", "{}", "rope"),
+    ],
+)
+def test_another_model_is_a_miss_with_its_reason(
+    store: ChunkStore, chunk: str, make: Any, field: str, value: Any, reason: str
+) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    tokens = (1, 2) if reason == "tokenizer" else (5, 6, 7, 8, 9)
+    wanted = make.key(chunk, tokens=tokens, model=dataclasses.replace(make.model, **{field: value}))
+    for find in (store.look_up, store.load):
+        assert only(find([wanted]), Miss).reason == reason
+
+
+def test_another_dtype_is_told_in_a_sentence(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    wanted = make.key(chunk, model=dataclasses.replace(make.model, dtype="float32"))
+    assert store.look_up([wanted]) == [Miss("dtype", "computed in bfloat16; this model runs in float32")]
+
+
+def test_the_same_text_in_another_namespace_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    other = store.add_chunk(namespace="other", level=1, text="The capital of Aistonia is Zorbin.\n")
+    miss = only(store.look_up([make.key(other.id, namespace="other")]), Miss)
+    assert miss.reason == "namespace"
+    assert "'default'" in miss.detail
+
+
+def test_an_entry_after_something_else_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk, after=(None,), after_sha256=SHA((1,))), make.slabs(), {})])
+    assert only(store.look_up([make.key(chunk)]), Miss).reason == "after"
+
+
+def test_a_text_with_other_token_ids_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    assert only(store.look_up([make.key(chunk, tokens=(1, 2))]), Miss).reason == "tokens"
+
+
+def test_an_older_algorithm_is_a_miss_with_its_reason(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    monkeypatch.setattr("braidsdk.store.keys.ALGORITHM_VERSION", 99)
+    assert only(store.look_up([make.key(chunk)]), Miss).reason == "version"
+
+
+def test_the_closest_stored_entry_gives_the_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    far = dataclasses.replace(make.model, weights="ff" * 16, rope="{}")
+    near = dataclasses.replace(make.model, dtype="float32")
+    chain = make.key(chunk, model=near, after=(None,), after_sha256=SHA((1,)))
+    store.publish([(key, make.slabs(), {}) for key in (make.key(chunk, model=near), make.key(chunk, model=far), chain)])
+    assert only(store.look_up([make.key(chunk)]), Miss).reason == "dtype"
+
+
+def test_all_differences_of_the_closest_are_told(store: ChunkStore, chunk: str, make: Any) -> None:
+    far = dataclasses.replace(make.model, weights="ff" * 16, rope="{}")
+    store.publish([(make.key(chunk, model=far), make.slabs(), {})])
+    assert only(store.look_up([make.key(chunk)]), Miss).detail.endswith("(differs also in: rope)")
+
+
+@pytest.mark.parametrize("change", [{"tokens": (1, 2, 3)}, {"after": (None,)}], ids=["other tokens", "other record"])
+def test_two_keys_with_one_digest_are_a_miss_never_wrong_data(
+    store: ChunkStore, chunk: str, make: Any, change: dict[str, Any]
+) -> None:
+    stored, wanted = make.key(chunk), make.key(chunk, **change)
+    store.publish([(stored, make.slabs(), {})])
+    wanted.__dict__["digest"] = stored.digest
+    for find in (store.look_up, store.load):
+        assert only(find([wanted]), Miss).reason == "collision"
+    store.publish([(wanted, make.slabs(1), {})])
+    assert make.content(only(store.load([stored]), Entry).slabs) == make.content(make.slabs())
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 4
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"),
+    [
+        (flip, "does not match its digest"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "expected"),
+        (lambda path: path.write_bytes(b""), "at least 8 bytes"),
+        (lambda path: path.unlink(), "missing"),
+    ],
+    ids=["flipped", "truncated", "emptied", "deleted"],
+)
+def test_a_damaged_file_is_set_aside_counted_and_computed_anew(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, harm: Any, why: str
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    path = only(store.look_up([key]), Hit).path
+    harm(path)
+    there = path.exists()
+    miss = only(store.load([key]), Miss)
+    assert miss.reason == "damaged"
+    assert why in miss.detail
+    assert store.look_up([key]) == [miss]
+    assert not path.exists()
+    assert len(list((folder / "damaged").iterdir())) == there
+    assert (store.damaged_count, store.stats().damaged, store.stats().entries) == (1, 1, 0)
+    store.publish([(key, make.slabs(), {})])
+    assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+    assert store.damaged_count == 1
+
+
+def test_a_good_file_in_a_wrong_place_is_set_aside(store: ChunkStore, chunk: str, make: Any) -> None:
+    one, other = make.key(chunk), make.key(chunk, after=(None,))
+    store.publish([(one, make.slabs(1), {}), (other, make.slabs(2), {})])
+    paths = [hit.path for hit in store.look_up([one, other]) if isinstance(hit, Hit)]
+    paths[1].write_bytes(paths[0].read_bytes())
+    assert "another entry" in only(store.load([other]), Miss).detail
+    assert make.content(only(store.load([one]), Entry).slabs) == make.content(make.slabs(1))
+
+
+def test_a_file_replaced_while_it_was_read_is_read_again(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    flip(only(store.look_up([key]), Hit).path)
+    read = blobs.read
+
+    def replaced_meanwhile(path: Path) -> blobs.Blob:
+        try:
+            return read(path)
+        finally:
+            monkeypatch.setattr(blobs, "read", read)
+            with ChunkStore(folder) as other:
+                other.load([key])
+                other.publish([(key, make.slabs(), {})])
+
+    monkeypatch.setattr(blobs, "read", replaced_meanwhile)
+    assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+    assert store.damaged_count == 1
+
+
+def test_damage_found_by_two_at_once_is_counted_once(folder: Path, make: Any) -> None:
+    key = make.key(None)
+    with ChunkStore(folder) as one, ChunkStore(folder) as other:
+        one.publish([(key, make.slabs(), {})])
+        flip(only(one.look_up([key]), Hit).path)
+        gate, results = threading.Barrier(2), []
+
+        def load(store: ChunkStore) -> None:
+            gate.wait()
+            results.extend(store.load([key]))
+
+        threads = [threading.Thread(target=load, args=(store,)) for store in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [result.reason for result in results] == ["damaged", "damaged"]
+        assert one.damaged_count == 1
+
+
+def test_an_entry_deleted_while_it_was_read_is_absent_not_damaged(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    read = blobs.read
+
+    def deleted_meanwhile(path: Path) -> blobs.Blob:
+        with ChunkStore(folder) as other:
+            other.delete_chunk("default", chunk)
+        return read(path)
+
+    monkeypatch.setattr(blobs, "read", deleted_meanwhile)
+    assert only(store.load([key]), Miss).reason == "absent"
+    assert store.damaged_count == 0
+
+
+def test_a_file_that_may_not_be_read_is_an_error_and_stays(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+
+    def refuse(_: Path) -> blobs.Blob:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blobs, "read", refuse)
+        with pytest.raises(StoreError, match="Permission denied"):
+            store.load([key])
+    only(store.load([key]), Entry)
+
+
+def test_a_deleted_chunk_takes_every_chain_that_saw_it(store: ChunkStore, folder: Path, make: Any) -> None:
+    a, b, c = (row.id for row in store.add_chunks([NewChunk("default", 1, f"{x}\n", x) for x in "abc"]))
+    keys = {
+        "a": make.key(a),
+        "b": make.key(b),
+        "b after a": make.key(b, after=(a,), after_sha256=SHA((1,))),
+        "c after a, b": make.key(c, after=(None, a, b), after_sha256=SHA((1, 2))),
+        "c after b": make.key(c, after=(b,), after_sha256=SHA((2,))),
+    }
+    store.publish([(key, make.slabs(), {}) for key in keys.values()])
+    gone = store.delete_chunk("default", a)
+    assert set(gone) == {keys[name].digest for name in ("a", "b after a", "c after a, b")}
+    left = [
+        name for name, found in zip(keys, store.look_up(list(keys.values())), strict=True) if isinstance(found, Hit)
+    ]
+    assert left == ["b", "c after b"]
+    assert len(files(folder)) == 2
+    assert store.find_chunk("default", "a") is None
+    assert [row.name for row in store.list_chunks("default")] == ["b", "c"]
+
+
+def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    assert store.delete_chunk("other", chunk) == ()
+    assert store.delete_chunk("default", "0" * 32) == ()
+    assert store.stats().entries == 1
+
+
+def test_what_was_set_aside_of_a_deleted_chunk_goes_too(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    flip(only(store.look_up([key]), Hit).path)
+    store.load([key])
+    store.delete_chunk("default", chunk)
+    assert files(folder) == []
+    assert only(store.look_up([key]), Miss).reason == "absent"
+    assert store.damaged_count == 1
+
+
+@pytest.mark.parametrize("role", ["own", "before"])
+def test_an_entry_of_an_unknown_chunk_is_refused_and_leaves_nothing(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, role: str
+) -> None:
+    key = make.key("0" * 32) if role == "own" else make.key(chunk, after=("0" * 32,))
+    with pytest.raises(UnknownChunkError, match="Register it again"):
+        store.publish([(make.key(chunk), make.slabs(), {}), (key, make.slabs(), {})])
+    assert files(folder) == []
+    assert store.stats().entries == 0
+
+
+def test_a_chunk_deleted_while_its_entry_was_written_leaves_nothing(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = blobs.write
+
+    def deleted_meanwhile(*args: Any, **kwargs: Any) -> str:
+        with ChunkStore(folder) as other:
+            other.delete_chunk("default", chunk)
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(blobs, "write", deleted_meanwhile)
+    with pytest.raises(UnknownChunkError):
+        store.publish([(make.key(chunk), make.slabs(), {})])
+    assert files(folder) == []
+
+
+def test_wrong_slabs_are_refused_and_leave_nothing(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
+    with pytest.raises(InputError):
+        store.publish([(make.key(chunk), make.slabs(), {}), (make.key(None), make.slabs()[:1], {})])
+    assert files(folder) == []
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_store_as_it_was(
+    store: ChunkStore, folder: Path, chunk: str, make: Any
+) -> None:
+    kept = make.key(None)
+    store.publish([(kept, make.slabs(), {})])
+    before = files(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match="Free some space"):
+            store.publish([(make.key(chunk), make.slabs(), {})])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(folder) == before
+    only(store.load([kept]), Entry)
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    only(store.load([make.key(chunk)]), Entry)
+
+
+@pytest.mark.parametrize("step", ["place", "insert"])
+def test_a_failure_at_any_step_leaves_the_store_as_it_was(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    target = {"place": "braidsdk.store.files.Layout.place", "insert": "braidsdk.store.entries.insert"}[step]
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fail)
+        with pytest.raises(StoreError, match="No space left"):
+            store.publish([(make.key(chunk), make.slabs(), {})])
+    assert files(folder) == []
+    assert store.stats().entries == 0
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    only(store.load([make.key(chunk)]), Entry)
+
+
+def test_stats_count_what_the_store_holds(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {}), (make.key(None), make.slabs(), {})])
+    stats = store.stats()
+    assert (stats.chunks, stats.entries, stats.damaged) == (1, 2, 0)
+    assert stats.bytes == 2 * sum(slab.nbytes for slab in make.slabs())

@@ -1,0 +1,253 @@
+"""The index and the folder: opening, migrations, rebuilding, sweeping, and what can't be opened."""
+
+import os
+import sqlite3
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlite_utils import Database
+
+from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
+from braidsdk.store import ChunkStore, Entry, Hit, Miss, NewChunk, sha256_of_tokens
+from braidsdk.store.files import LEFTOVER_AGE_S
+
+
+def aside(folder: Path) -> None:
+    """What the error about a damaged index tells the user to do."""
+    for name in ("index.db", "index.db-wal", "index.db-shm"):
+        if (folder / name).exists():
+            (folder / name).rename(folder / f"old-{name}")
+
+
+def test_a_store_is_created_with_its_parents(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "a" / "b") as store:
+        assert store.path == tmp_path / "a" / "b"
+        assert sorted(path.name for path in store.path.iterdir() if not path.name.startswith("index")) == [
+            "damaged",
+            "entries",
+            "tmp",
+        ]
+
+
+@pytest.mark.parametrize("below", ["", "store", "deep/store"])
+def test_a_file_in_the_way_is_refused_and_left_alone(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StorePathError, match="a file in the way"):
+        ChunkStore(tmp_path / "file" / below)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root can't write to")
+def test_a_folder_that_cannot_be_written_is_refused() -> None:
+    with pytest.raises(StorePathError, match="can be written"):
+        ChunkStore("/proc/self/store")
+
+
+def test_a_folder_that_is_someone_elses_index_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "index.db").mkdir()
+    with pytest.raises(StorePathError):
+        ChunkStore(tmp_path)
+
+
+def test_commits_are_durable_and_keys_are_enforced(store: ChunkStore) -> None:
+    with store._index.read() as db:
+        assert next(db.query("PRAGMA journal_mode"))["journal_mode"] == "wal"
+        assert next(db.query("PRAGMA synchronous"))["synchronous"] == 2
+        assert next(db.query("PRAGMA foreign_keys"))["foreign_keys"] == 1
+        assert next(db.query("PRAGMA busy_timeout"))["timeout"] == 30_000
+
+
+def test_a_migration_is_applied_once(folder: Path) -> None:
+    for _ in range(3):
+        with ChunkStore(folder) as store, store._index.read() as db:
+            assert [row["name"] for row in db.table("_sqlite_migrations").rows] == ["m001_initial"]
+
+
+def test_threads_that_open_a_new_store_at_once_all_get_it(tmp_path: Path) -> None:
+    for attempt in range(5):
+        gate = threading.Barrier(6)
+
+        def open_it(number: int, folder: Path = tmp_path / str(attempt), gate: threading.Barrier = gate) -> None:
+            gate.wait()
+            with ChunkStore(folder) as store:
+                store.add_chunk(namespace="default", level=1, text=f"text {number}\n")
+
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(open_it, range(6)))
+        with ChunkStore(tmp_path / str(attempt)) as store:
+            assert len(store.list_chunks("default")) == 6
+
+
+def test_a_migration_that_fails_leaves_no_trace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise sqlite3.OperationalError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("braidsdk.store.rebuild.rebuild", fail)
+        with pytest.raises(StoreError, match="planted"):
+            ChunkStore(folder)
+    with closing(sqlite3.connect(folder / "index.db")) as connection:
+        assert connection.execute("select count(*) from sqlite_master").fetchone() == (0,)
+    ChunkStore(folder).close()
+
+
+def test_a_store_of_a_newer_version_is_refused(folder: Path) -> None:
+    ChunkStore(folder).close()
+    with closing(Database(folder / "index.db")) as db:
+        db.table("_sqlite_migrations").insert({"migration_set": "braidsdk-store", "name": "m999_later"})
+    with pytest.raises(StoreVersionError, match="m999_later"):
+        ChunkStore(folder)
+
+
+@pytest.mark.parametrize(
+    "content", [b"not a database at all, but long enough" * 50, b"SQLite format 3\0" + bytes(4080)]
+)
+def test_a_malformed_index_says_how_to_rebuild_it_and_nothing_is_deleted(
+    folder: Path, make: Any, content: bytes
+) -> None:
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.slabs(), {})])
+    (folder / "index.db").write_bytes(content)
+    with pytest.raises(StoreCorruptError, match="aside: the next open rebuilds"):
+        ChunkStore(folder)
+    assert (folder / "index.db").read_bytes() == content
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
+def test_an_index_damaged_in_the_middle_is_named_when_it_is_met(folder: Path) -> None:
+    with ChunkStore(folder) as store:
+        store.add_chunks([NewChunk("default", 1, f"text {i} " * 50) for i in range(200)])
+    content = bytearray((folder / "index.db").read_bytes())
+    pages = range(4096 * 12, len(content), 4096)
+    for page in pages:
+        content[page : page + 100] = b"\xff" * 100
+    (folder / "index.db").write_bytes(content)
+    with pytest.raises(StoreCorruptError), ChunkStore(folder) as store:
+        store.list_chunks("default")
+
+
+def test_a_missing_index_is_rebuilt_from_the_entries(folder: Path, make: Any) -> None:
+    texts = ["zebra: naïve\n", "apple\n", "mango \N{SNOWMAN}\n"]
+    with ChunkStore(folder) as store:
+        rows = store.add_chunks([NewChunk("default", 1, text, f"name {i}", {"i": i}) for i, text in enumerate(texts)])
+        store.add_chunk(namespace="default", level=1, text="without an entry\n")
+        keys = [make.key(None, level=0), *(make.key(row.id) for row in rows)]
+        keys.append(make.key(rows[1].id, after=(None, rows[0].id), after_sha256=sha256_of_tokens((1,))))
+        for i, key in enumerate(keys):
+            store.publish([(key, make.slabs(i), {"i": i})])
+        hits = store.look_up(keys)
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert store.look_up(keys) == hits
+        for i, entry in enumerate(store.load(keys)):
+            assert isinstance(entry, Entry)
+            assert make.content(entry.slabs) == make.content(make.slabs(i))
+        assert [row.text for row in store.list_chunks("default")] == texts
+        assert {row.names for row in store.list_chunks("default")} == {()}
+        assert store.damaged_count == 0
+        assert len(store.delete_chunk("default", rows[0].id)) == 2  # the chain that saw it too
+
+
+def test_an_anchor_without_an_entry_of_its_own_still_takes_its_chains_along(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        anchor, chunk = store.add_chunks([NewChunk("default", 0, "rules\n"), NewChunk("default", 1, "text\n")])
+        key = make.key(chunk.id, after=(anchor.id,), after_sha256=sha256_of_tokens((1,)))
+        store.publish([(key, make.slabs(), {})])
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert isinstance(store.look_up([key])[0], Hit)
+        assert store.delete_chunk("default", anchor.id) == (key.digest,)
+
+
+def test_a_rebuild_sets_aside_what_is_not_an_entry(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        rows = store.add_chunks([NewChunk("default", 1, f"text {i}\n") for i in range(4)])
+        keys = [make.key(row.id) for row in rows]
+        store.publish([(key, make.slabs(), {}) for key in keys])
+        paths = [hit.path for hit in store.look_up(keys) if isinstance(hit, Hit)]
+    paths[0].write_bytes(b"junk")
+    paths[1].write_bytes(paths[2].read_bytes())
+    paths[3].write_bytes(paths[3].read_bytes().replace(b"text 3", b"text 4"))
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert [row.text for row in store.list_chunks("default")] == ["text 2\n"]
+        assert store.damaged_count == 3
+        assert [getattr(found, "reason", "hit") for found in store.look_up(keys)] == [
+            "damaged",
+            "damaged",
+            "hit",
+            "damaged",
+        ]
+
+
+def test_a_rebuild_leaves_the_files_of_another_format_alone(
+    folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ChunkStore(folder) as store, monkeypatch.context() as patch:
+        patch.setattr("braidsdk.store.blobs.FORMAT_VERSION", 99)
+        store.publish([(make.key(None), make.slabs(), {})])
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert (store.stats().entries, store.damaged_count) == (0, 0)
+    (path,) = folder.glob("entries/*/*.safetensors")
+    os.utime(path, (0, 0))
+    ChunkStore(folder).close()
+    assert path.exists(), "the sweep leaves them alone too"
+
+
+def test_a_stale_write_ahead_log_does_not_come_back_in_a_new_index(folder: Path) -> None:
+    with ChunkStore(folder) as store:
+        row = store.add_chunk(namespace="default", level=1, text="text\n", name="x")
+        log = (folder / "index.db-wal").read_bytes()
+        assert log
+    (folder / "index.db").unlink()
+    (folder / "index.db-wal").write_bytes(log)
+    with ChunkStore(folder) as store:
+        assert store.find_chunk("default", row.id) is None
+
+
+def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.slabs(), {})])
+        good = store.look_up([make.key(None)])[0]
+        assert isinstance(good, Hit)
+    names = {
+        "tmp/" + "a" * 32 + "." + "b" * 16 + ".part": True,
+        "tmp/.tmpAbC123": True,
+        "tmp/mine.txt": False,
+        "entries/aa/" + "a" * 32 + ".safetensors": True,
+        "entries/aa/mine.safetensors": False,
+    }
+    (folder / "entries" / "aa").mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    with ChunkStore(folder):
+        assert all((folder / name).exists() for name in names), "young files may be another process's"
+    past = time.time() - LEFTOVER_AGE_S - 60
+    for path in (good.path, *(folder / name for name in names)):
+        os.utime(path, (past, past))
+    with ChunkStore(folder) as store:
+        assert {name: not (folder / name).exists() for name in names} == names
+        assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
+def test_a_store_used_after_a_fork_says_so(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(StoreError, match="fork"):
+        store.list_chunks("default")
+
+
+def test_a_closed_store_leaves_loaded_entries_valid(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.slabs(), {})])
+        (entry,) = store.load([make.key(None)])
+    assert not isinstance(entry, Miss)
+    assert make.content(entry.slabs) == make.content(make.slabs())
