@@ -1,0 +1,5 @@
+"""The `braid` command."""
+
+from braidsdk.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,62 @@
+"""BraidSDK: composable context caching for Qwen3.
+
+Register documents once, compose their KV caches in any order, answer without prefilling them again::
+
+    from braidsdk import Braid
+
+    with Braid("braid-tiny", store="my-store") as braid:
+        rules = braid.register_system("You answer questions from the documents.")
+        doc = braid.register("The capital of Aistonia is Flubarg.", anchor=rules)
+        print(braid.ask("What is the capital of Aistonia?", chunks=[rules, doc]).text)
+
+Names load on first use, so that importing the package (or `braidsdk.store` alone) does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from braidsdk import errors
+from braidsdk.errors import BraidError
+
+if TYPE_CHECKING:
+    from braidsdk.braid import Braid
+    from braidsdk.context import Context, Stream
+    from braidsdk.types import Answer, Chunk, Explanation, Timings, Usage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Answer",
+    "Braid",
+    "BraidError",
+    "Chunk",
+    "Context",
+    "Explanation",
+    "Stream",
+    "Timings",
+    "Usage",
+    "errors",
+]
+
+_HOME = {
+    "Answer": "braidsdk.types",
+    "Braid": "braidsdk.braid",
+    "Chunk": "braidsdk.types",
+    "Context": "braidsdk.context",
+    "Explanation": "braidsdk.types",
+    "Stream": "braidsdk.context",
+    "Timings": "braidsdk.types",
+    "Usage": "braidsdk.types",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

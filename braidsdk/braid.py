@@ -1,0 +1,289 @@
+"""The facade: one model, one store, one namespace."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from braidsdk.chunks import Chunks
+from braidsdk.compose import check_window, compose
+from braidsdk.context import Context, Stream
+from braidsdk.device import parse_device, parse_dtype
+from braidsdk.encode import BATCH_TOKENS
+from braidsdk.engine import Engine
+from braidsdk.errors import InputError
+from braidsdk.models.registry import find_checkpoint, load_model
+from braidsdk.pool import Pool, default_capacity_bytes
+from braidsdk.settings import store_folder
+from braidsdk.store import ChunkStore, Miss, NewChunk
+from braidsdk.tokens import PromptLayout, normalise
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk
+
+
+class Braid:
+    """Register texts once, compose their KV caches in any order, ask.
+
+    A context manager; `close` frees memory and closes the store. Not yet for several threads at once.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        store: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        namespace: str = "default",
+    ) -> None:
+        """Load a model and open a store.
+
+        Args:
+            model: "braid-tiny", or a folder with a Qwen3 checkpoint (config.json, safetensors, tokenizer).
+            store: the store's folder, made if it is not there. None is `BRAID_STORE`, or the user's data folder.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: "auto" (what the checkpoint's config names), "float32", "bfloat16" or "float64".
+            namespace: chunks and entries of one namespace are not seen from another.
+
+        Raises:
+            InputError: device, dtype or namespace can't be used.
+            ModelError: the checkpoint can't be used.
+            StoreError: the store can't be used.
+        """
+        if not namespace or len(namespace) > 200:
+            raise InputError(f"namespace must have 1 to 200 characters; got {len(namespace)}.")
+        target, wanted = parse_device(device), parse_dtype(dtype)
+        folder = find_checkpoint(model)
+        opened = ChunkStore(store_folder(store))
+        try:
+            loaded = load_model(folder, device=target, dtype=wanted)
+            pool = Pool(
+                layers=loaded.config.layers,
+                kv_heads=loaded.config.kv_heads,
+                head_dim=loaded.config.head_dim,
+                dtype=loaded.dtype,
+                device=loaded.device,
+                capacity_bytes=default_capacity_bytes(target),
+            )
+            self._engine = Engine(loaded, PromptLayout(folder), opened, pool, namespace)
+        except BaseException:
+            opened.close()
+            raise
+        self.chunks = Chunks(self._engine)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._engine.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model is computed in, and its KV entries are kept in."""
+        return self._engine.model.dtype
+
+    def register(
+        self,
+        text: str,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        anchor: Chunk | str | None = None,
+        level: int = LEVEL_CONTEXT,
+        replace: bool = False,
+    ) -> Chunk:
+        """Register a text, and compute its KV entry if the store lacks it.
+
+        The same text again is the same chunk and computes nothing. Without an anchor only a system prompt is computed
+        now: which entry a document needs depends on the system prompt it will stand after, so it waits for the first
+        question.
+
+        Args:
+            text: plain text; control tokens in it are plain characters.
+            name: a name to find it by. A second name for the same text is an alias.
+            metadata: JSON types; replaces what the chunk has.
+            anchor: the level-0 chunk that it will stand after.
+            level: 0 for a system prompt, 1 for context.
+            replace: let `name` move here from another text; the old chunk keeps its id.
+
+        Raises:
+            EmptyTextError: nothing but white space.
+            WindowExceededError: longer than the model's window.
+            NameTakenError: `name` stands for another text and `replace` is off.
+            UnknownChunkError: no such anchor.
+            InputError: anchor, level, name or metadata can't be used.
+            StoreError: the store can't be written.
+        """
+        return self._register([text], [name], [metadata], anchor, level, replace, show_progress=False)[0]
+
+    def register_system(
+        self, text: str, *, name: str | None = None, metadata: Mapping[str, Any] | None = None, replace: bool = False
+    ) -> Chunk:
+        """Register a system prompt: `register` at level 0."""
+        return self.register(text, name=name, metadata=metadata, level=LEVEL_SYSTEM, replace=replace)
+
+    def register_many(
+        self,
+        texts: Sequence[str],
+        *,
+        names: Sequence[str | None] | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        anchor: Chunk | str | None = None,
+        level: int = LEVEL_CONTEXT,
+        replace: bool = False,
+        progress: bool = True,
+    ) -> list[Chunk]:
+        """Register texts in batches; chunks come back in the order of the texts.
+
+        All texts are checked before anything is written. What is computed is stored batch by batch: an interrupted
+        run goes on where it stopped when it is run again.
+
+        Args:
+            texts: see `register`.
+            names: one per text.
+            metadata: one per text.
+            anchor, level, replace: see `register`.
+            progress: show a progress bar on stderr, where stderr is a terminal.
+
+        Raises:
+            InputError: `names` or `metadata` has another length than `texts`; and all that `register` raises.
+        """
+        for what, values in (("names", names), ("metadata", metadata)):
+            if values is not None and len(values) != len(texts):
+                raise InputError(f"{what} must have one item per text: expected {len(texts)}, got {len(values)}.")
+        nothing = [None] * len(texts)
+        return self._register(texts, names or nothing, metadata or nothing, anchor, level, replace, progress)
+
+    def compose(self, chunks: Sequence[Chunk | str], *, mode: str | None = None, keep: bool | None = None) -> Context:
+        """Put chunks one after another, in any order. Runs no model: what is missing is computed by the first question.
+
+        Args:
+            chunks: chunks, names or ids.
+            mode: "anchored" (default): each chunk as computed after the level-0 chunk that stands first. "isolated":
+                each chunk as computed alone. "exact": each chunk as computed after all that precede it here, equal to a
+                full prefill.
+            keep: whether computed entries go to the store; None keeps all but the chains of "exact".
+
+        Raises:
+            UnknownChunkError: a chunk is not in this namespace.
+            UnknownModeError: no such mode.
+            WindowExceededError: together they exceed the model's window.
+        """
+        composition = compose(self.chunks.resolve(chunks), layout=self._engine.layout, mode=mode, keep=keep)
+        window = self._engine.model.config.window
+        check_window(len(composition.input_ids), window, "This composition", "Compose fewer or shorter chunks.")
+        return Context(self._engine, composition)
+
+    def ask(
+        self,
+        question: str,
+        *,
+        chunks: Sequence[Chunk | str],
+        mode: str | None = None,
+        keep: bool | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Answer:
+        """`compose` and `Context.ask` in one; takes and raises what they do."""
+        return self.compose(chunks, mode=mode, keep=keep).ask(question, max_new_tokens=max_new_tokens)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        chunks: Sequence[Chunk | str],
+        mode: str | None = None,
+        keep: bool | None = None,
+        max_new_tokens: int | None = None,
+    ) -> Stream:
+        """`compose` and `Context.stream` in one; takes and raises what they do."""
+        return self.compose(chunks, mode=mode, keep=keep).stream(question, max_new_tokens=max_new_tokens)
+
+    def close(self) -> None:
+        """Free memory and close the store. Safe to call twice."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _register(
+        self,
+        texts: Sequence[str],
+        names: Sequence[str | None],
+        metadata: Sequence[Mapping[str, Any] | None],
+        anchor: Chunk | str | None,
+        level: int,
+        replace: bool,
+        show_progress: bool,
+    ) -> list[Chunk]:
+        self._engine.check_open()
+        if level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
+            raise InputError(f"level must be 0 (system prompt) or 1 (context); got {level!r}.")
+        before = self.chunks.resolve([anchor])[0] if anchor is not None else None
+        if before and (before.level != LEVEL_SYSTEM or level == LEVEL_SYSTEM):
+            raise InputError(
+                f"A context chunk is anchored to a level-0 chunk; got a chunk of level {level} anchored to one of "
+                f"level {before.level}. Register the anchor with register_system, and system prompts without an anchor."
+            )
+        new = []
+        for text, name, extra in zip(texts, names, metadata, strict=True):
+            clean = normalise(text)
+            tokens = len(self._engine.layout.chunk_ids(level, clean)) + (len(before.token_ids) if before else 0)
+            check_window(
+                tokens, self._engine.model.config.window, "This text", "Split it into chunks and register each."
+            )
+            new.append(NewChunk(self._engine.namespace, level, clean, name, extra))
+        registered = [self.chunks.from_row(row) for row in self._engine.store.add_chunks(new, replace=replace)]
+        if before or level == LEVEL_SYSTEM:
+            self._compute_missing(before, registered, show_progress)
+        return registered
+
+    def _compute_missing(self, anchor: Chunk | None, chunks: Sequence[Chunk], show_progress: bool) -> None:
+        """Compute and store what the store lacks of the entries that default compositions of these chunks need."""
+        lacking = []
+        alone = [[anchor, chunk] if anchor else [chunk] for chunk in chunks]
+        compositions = [compose(pieces, layout=self._engine.layout) for pieces in alone]
+        keys = [self._engine.keys(composition)[-1] for composition in compositions]
+        lacking = [
+            chunk
+            for chunk, found in zip(chunks, self._engine.store.look_up(keys), strict=True)
+            if isinstance(found, Miss)
+        ]
+        with Progress(
+            TextColumn("registering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not show_progress or not lacking,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("", total=sum(len(chunk.token_ids) for chunk in lacking))
+            for group in _groups(lacking):
+                pieces = [[anchor, *group]] if anchor else [[chunk] for chunk in group]
+                for composition in (compose(piece, layout=self._engine.layout) for piece in pieces):
+                    keys_now = self._engine.keys(composition)
+                    with self._engine.pool.pinned(keys_now):
+                        self._engine.prepare(composition, keys_now)
+                bar.advance(task, sum(len(chunk.token_ids) for chunk in group))
+
+
+def _groups(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Consecutive chunks that fit in one forward pass together."""
+    group: list[Chunk] = []
+    tokens = 0
+    for chunk in chunks:
+        if group and tokens + len(chunk.token_ids) > BATCH_TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(chunk)
+        tokens += len(chunk.token_ids)
+    if group:
+        yield group

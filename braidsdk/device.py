@@ -1,0 +1,42 @@
+"""Names of devices and dtypes to what torch calls them."""
+
+import torch
+
+from braidsdk.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+"""What a model can be computed in; float64 is the reference that others are measured against."""
+
+
+def parse_device(device: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        InputError: no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError:
+        parsed = None
+    if parsed is None or parsed.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}.")
+    if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use 'cpu'."
+        )
+    return parsed
+
+
+def parse_dtype(dtype: str) -> torch.dtype | None:
+    """The dtype of that name; "auto" is None: what the checkpoint's config names.
+
+    Raises:
+        InputError: no such dtype.
+    """
+    if dtype == "auto":
+        return None
+    if dtype not in DTYPES:
+        raise InputError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
+    return DTYPES[dtype]

@@ -1,0 +1,185 @@
+"""Model, pool and store together: makes the entries of a composition resident.
+
+One read of the store for what the pool lacks, one pass of the model for what the store lacks, at most one write.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+import transformers
+from torch import Tensor
+
+from braidsdk.compose import Composition
+from braidsdk.encode import Run, compute
+from braidsdk.errors import ClosedError
+from braidsdk.models.base import Model
+from braidsdk.pool import Pool, Resident
+from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Slab
+from braidsdk.tokens import PromptLayout
+
+NO_CODEC = "none"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Resident entries of a composition, and what it took to have them.
+
+    Attributes:
+        entries: one per segment, in order.
+        computed_tokens: tokens whose entries were computed now; all others were cached.
+        load_ms: time spent on reading the store.
+        compute_ms: time spent on computing and writing what was missing.
+    """
+
+    entries: tuple[Resident, ...]
+    computed_tokens: int
+    load_ms: float
+    compute_ms: float
+
+
+class Engine:
+    """What one open Braid holds."""
+
+    def __init__(self, model: Model, layout: PromptLayout, store: ChunkStore, pool: Pool, namespace: str) -> None:
+        self.model = model
+        self.layout = layout
+        self.store = store
+        self.pool = pool
+        self.namespace = namespace
+        self.identity = ModelIdentity(
+            weights=model.fingerprint,
+            tokenizer=layout.fingerprint,
+            dtype=_name(model.dtype),
+            codec=NO_CODEC,
+            layers=model.config.layers,
+            kv_heads=model.config.kv_heads,
+            head_dim=model.config.head_dim,
+            rope=model.config.rope,
+        )
+        self._open = True
+
+    def check_open(self) -> None:
+        """Raises:
+        ClosedError: `close` was called.
+        """
+        if not self._open:
+            raise ClosedError("This Braid is closed. Open a new one; what it stored is still there.")
+
+    def close(self) -> None:
+        """Free the pool and close the store. Safe to call twice."""
+        if self._open:
+            self._open = False
+            self.store.close()
+            del self.pool, self.model
+
+    def keys(self, composition: Composition) -> tuple[EntryKey, ...]:
+        """The key of each segment's entry."""
+        return composition.keys(self.identity, self.namespace)
+
+    def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | Miss]:
+        """Where each entry is, without loading or computing any."""
+        found = dict(zip(keys, self.store.look_up(keys), strict=True))
+        return [self.pool.peek(key.digest) or found[key] for key in keys]
+
+    def prepare(self, composition: Composition, keys: Sequence[EntryKey]) -> Prepared:
+        """Make every entry of a composition resident. Call it with the keys pinned.
+
+        Raises:
+            PoolFullError: they do not fit in the pool.
+            UnknownChunkError: a chunk was deleted meanwhile, by this or another process.
+            StoreError: what was computed can't be written.
+        """
+        started = perf_counter()
+        absent = list({key.digest: key for key in keys if not self.pool.get(key.digest)}.values())
+        if absent:
+            for found in self.store.load(absent):
+                if isinstance(found, Entry):
+                    self._take_in(found)
+        loaded = perf_counter()
+        computed = self._compute_missing(composition, keys)
+        self._keep(composition, keys)
+        return Prepared(
+            entries=tuple(self._resident(key) for key in keys),
+            computed_tokens=computed,
+            load_ms=(loaded - started) * 1e3,
+            compute_ms=(perf_counter() - loaded) * 1e3,
+        )
+
+    def _compute_missing(self, composition: Composition, keys: Sequence[EntryKey]) -> int:
+        """Compute what neither pool nor store holds; returns the number of tokens."""
+        pages: dict[str, Tensor] = {}
+        runs = []
+        try:
+            for segment, key in zip(composition.segments, keys, strict=True):
+                if key.digest in pages or self.pool.get(key.digest):
+                    continue
+                context, origin = [], 0
+                for index in segment.after:
+                    before = keys[index]
+                    entry = self.pool.get(before.digest) or Resident(before, pages[before.digest], stored=False)
+                    context.append(entry.at(origin))
+                    origin += entry.tokens
+                pages[key.digest] = self.pool.allocate(len(key.token_ids))
+                runs.append(Run(key.token_ids, tuple(context), pages[key.digest], 0, origin))
+            compute(self.model, self.pool, runs)
+        except BaseException:
+            for unused in pages.values():
+                self.pool.release(unused)
+            raise
+        for key in {key.digest: key for key in keys if key.digest in pages}.values():
+            self.pool.adopt(Resident(key, pages[key.digest], stored=False))
+        return sum(len(run.token_ids) for run in runs)
+
+    def _keep(self, composition: Composition, keys: Sequence[EntryKey]) -> None:
+        """Write to the store what the composition keeps and the store does not hold."""
+        wanted = {key.digest: key for segment, key in zip(composition.segments, keys, strict=True) if segment.keep}
+        entries = [entry for key in wanted.values() if not (entry := self._resident(key)).stored]
+        if entries:
+            self.store.publish([(entry.key, self._slabs(entry), self._provenance()) for entry in entries])
+            for entry in entries:
+                self.pool.adopt(replace(entry, stored=True))
+
+    def _resident(self, key: EntryKey) -> Resident:
+        entry = self.pool.peek(key.digest)
+        if entry is None:
+            raise RuntimeError(f"entry {key.digest} left the pool while it was pinned")
+        return entry
+
+    def _take_in(self, found: Entry) -> None:
+        """Copy a stored entry into the pool, a layer slab at a time."""
+        pages = self.pool.allocate(len(found.key.token_ids))
+        size = self.pool.page_size
+        for memory, slab in zip(self.pool.kv, found.slabs, strict=True):
+            tiles = torch.frombuffer(slab.data, dtype=self.model.dtype).view(slab.shape)
+            if found.page_size != size:  # written with other pages: lay its tokens out anew
+                tokens = tiles.transpose(1, 2).flatten(2, 3)[:, :, : len(found.key.token_ids)]
+                padded = torch.nn.functional.pad(tokens, (0, 0, 0, len(pages) * size - tokens.shape[2]))
+                tiles = padded.view(2, self.pool.kv.shape[3], len(pages), size, -1).transpose(1, 2)
+            memory[:, pages] = tiles.to(memory.device)
+        self.pool.adopt(Resident(found.key, pages, stored=True))
+
+    def _slabs(self, entry: Resident) -> list[Slab]:
+        """A stored entry's layer slabs, in the pool's order."""
+        slabs = []
+        for memory in self.pool.kv:
+            tiles = memory[:, entry.pages].cpu().contiguous()
+            data = tiles.view(-1).view(torch.uint8).numpy().data
+            slabs.append(Slab(self.identity.dtype, tuple(tiles.shape), data))
+        return slabs
+
+    def _provenance(self) -> dict[str, str]:
+        """What may change an entry's rounding, for the record; never compared."""
+        return {
+            "device": str(self.model.device),
+            "machine": platform.machine(),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

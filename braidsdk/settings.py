@@ -1,0 +1,12 @@
+"""Defaults that come from the environment."""
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def store_folder(store: str | Path | None) -> Path:
+    """The store's folder; None is `BRAID_STORE`, or the user's data folder."""
+    chosen = store or os.environ.get("BRAID_STORE") or platformdirs.user_data_path("braidsdk") / "store"
+    return Path(chosen).expanduser()

@@ -1,0 +1,159 @@
+"""Text to token ids and back: the prompt's layout, taken from the model's own chat template.
+
+Text never becomes control. Documents and questions are encoded by a copy of the tokenizer that has no added tokens, so
+`<|im_end|>` or `<think>` in a text are plain characters; only the template's own parts hold control tokens. Pieces are
+encoded one by one and their ids joined; ids are never decoded and encoded again. Each piece is NFC-normalised, stripped
+and (but for those that a control token follows) closed with a newline, so that the joined ids are what the tokenizer
+gives for the joined text.
+
+Knows nothing about models, caches or chunks.
+"""
+
+import json
+import unicodedata
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import xxhash
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import AutoTokenizer
+
+from braidsdk.errors import EmptyTextError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.types import LEVEL_SYSTEM
+
+_MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
+
+
+class LayoutWarning(UserWarning):
+    """The ids of a composed prompt differ from what the model's chat template gives for the same text."""
+
+
+def normalise(text: str, what: str = "The text") -> str:
+    """NFC-normalise and strip a text.
+
+    Raises:
+        EmptyTextError: nothing is left.
+    """
+    clean = unicodedata.normalize("NFC", text).strip()
+    if not clean:
+        raise EmptyTextError(f"{what} must hold something besides white space; got {len(text)} characters of it.")
+    return clean
+
+
+class PromptLayout:
+    """The tokenizer of one checkpoint and the parts of its chat template.
+
+    Attributes:
+        fingerprint: hash of everything here that changes a prompt's ids.
+        header_ids: the user header, for a prompt without a system block.
+        vocab_size: number of ids the tokenizer knows, added tokens included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read tokenizer and chat template from a checkpoint's folder.
+
+        Raises:
+            ModelNotFoundError: the folder holds no `tokenizer.json`.
+            UnsupportedModelError: there is no chat template, or it has no place for a system prompt.
+        """
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelNotFoundError(
+                f"{folder} holds no tokenizer.json. Save the tokenizer beside the weights: "
+                "tokenizer.save_pretrained(folder)."
+            )
+        self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not self._hf.chat_template:
+            raise UnsupportedModelError(
+                f"{folder} has no chat template; save the tokenizer of an instruct model there."
+            )
+        spec = json.loads(self._hf.backend_tokenizer.to_str())
+        self._with_control = Tokenizer.from_str(json.dumps(spec))
+        self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        self.vocab_size = self._with_control.get_vocab_size(with_added_tokens=True)
+
+        head, between, closing = self._parts(with_system=True)
+        header, _, _ = self._parts(with_system=False)
+        self._system_open, self._system_close, self._closing = map(self._control_ids, (head, between, closing))
+        self.header_ids = self._control_ids(header)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(
+            json.dumps([spec, head, between, closing, header], sort_keys=True).encode()
+        )
+        self._encode = lru_cache(maxsize=4096)(self._encode_plain)
+        self._check_seams()
+
+    def chunk_ids(self, level: int, text: str) -> tuple[int, ...]:
+        """Ids of a normalised text as a chunk of that level owns them (see `compose`)."""
+        if level == LEVEL_SYSTEM:
+            return self._system_open + self._encode(text) + self._system_close
+        return self.plain_ids(text)
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a normalised text closed with a newline, without any control token."""
+        return self._encode(text + "\n")
+
+    def question_ids(self, question: str) -> tuple[int, ...]:
+        """Ids of the tail: a question, the end of the user's turn, the assistant's header."""
+        return self._encode(normalise(question, "The question")) + self._closing
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of generated ids, special tokens left out."""
+        return str(self._with_control.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
+        """Text as ids arrive, in pieces that never split a character; joined they equal `decode` of all ids."""
+        stream = DecodeStream(skip_special_tokens=True)
+        seen: list[int] = []
+        given = ""
+        for token_id in token_ids:
+            seen.append(token_id)
+            if piece := stream.step(self._with_control, token_id):
+                given += piece
+                yield piece
+        if rest := self.decode(seen)[len(given) :]:
+            yield rest
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def _control_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._with_control.encode(text, add_special_tokens=False).ids)
+
+    def _render(self, system: str | None, user: str) -> str:
+        messages = [{"role": "user", "content": user}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return str(
+            self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+        )
+
+    def _parts(self, *, with_system: bool) -> tuple[str, str, str]:
+        """What the template puts before the system text, between it and the user's, and after (no system: first is
+        what stands before the user's text, second is empty)."""
+        system, user = _MARKS
+        text = self._render(system if with_system else None, user)
+        before, found, after = text.partition(user)
+        if not found or (with_system and system not in before):
+            raise UnsupportedModelError(
+                "The chat template must show the system and the user message as they are given; this one does not. "
+                "Use a checkpoint with Qwen3's template."
+            )
+        if not with_system:
+            return before, "", after
+        head, _, between = before.partition(system)
+        return head, between, after
+
+    def _check_seams(self) -> None:
+        system, document, question = "Answer briefly.", "First fact: 12.\nSecond (fact)", "Which one?"
+        ours = self.chunk_ids(LEVEL_SYSTEM, system) + self.plain_ids(document) + self.question_ids(question)
+        theirs = self._control_ids(self._render(system, f"{document}\n{question}"))
+        bare = self.header_ids + self.plain_ids(document) + self.question_ids(question)
+        if ours != theirs or bare != self._control_ids(self._render(None, f"{document}\n{question}")):
+            warnings.warn(
+                "Composed prompts differ by some tokens from what this model's chat template gives for the same text. "
+                "Answers may differ from a plain transformers prompt; check the template's white space.",
+                LayoutWarning,
+                stacklevel=4,
+            )

@@ -1,0 +1,96 @@
+"""Shared fixtures: random Qwen3 checkpoints saved by transformers, and an open Braid over a temporary store."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen3Config, Qwen3ForCausalLM, logging
+
+from braidsdk import Braid
+from braidsdk.models.tiny.tokenizer import save_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "models" / "tiny" / "checkpoint"
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what needs CUDA where there is none."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_report_header() -> str:
+    return "cuda: " + ("yes" if torch.cuda.is_available() else "none, tests marked gpu are deselected")
+
+
+def save_random_checkpoint(folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A Qwen3 of odd geometry with random weights, saved by transformers, with braid-tiny's tokenizer beside it."""
+    config = Qwen3Config(
+        **{
+            "vocab_size": 1024,
+            "hidden_size": 96,
+            "intermediate_size": 160,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": False,
+            "bos_token_id": None,
+            "eos_token_id": 1021,
+            **changes,
+        }
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config).eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 2.0)
+        else:
+            torch.nn.init.normal_(weight, std=0.08)
+    model.save_pretrained(folder)
+    save_tokenizer(Tokenizer.from_file(str(TINY / "tokenizer.json")), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint shared by all tests; do not write to it."""
+    return save_random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`save_random_checkpoint` into a folder of this test."""
+
+    def make(name: str = "made", **changes: object) -> Path:
+        return save_random_checkpoint(tmp_path / name, **changes)
+
+    return make
+
+
+@pytest.fixture
+def random_braid(random_checkpoint: Path, tmp_path: Path) -> Iterator[Braid]:
+    """A Braid on the random checkpoint, in float32 on the CPU."""
+    with Braid(random_checkpoint, store=tmp_path / "store", device="cpu", dtype="float32") as braid:
+        yield braid
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Iterator[Braid]:
+    """A Braid on braid-tiny, on the CPU."""
+    with Braid("braid-tiny", store=tmp_path / "store", device="cpu") as braid:
+        yield braid

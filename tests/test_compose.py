@@ -1,0 +1,107 @@
+"""The composition rule: modes, positions, who owns which control token, keys."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from braidsdk.compose import compose
+from braidsdk.errors import UnknownModeError
+from braidsdk.store.keys import ModelIdentity, chunk_id
+from braidsdk.types import Chunk
+
+MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 8, "{}")
+
+
+@dataclass(frozen=True)
+class FakeLayout:
+    """Ids that show where they come from: 1 and 2 are control, a text is one id per character."""
+
+    header_ids: tuple[int, ...] = (1, 2)
+
+    def chunk_ids(self, level: int, text: str) -> tuple[int, ...]:
+        return (1, *map(ord, text), 1, 2) if level == 0 else self.plain_ids(text)
+
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        return (*map(ord, text), 10)
+
+
+LAYOUT = FakeLayout()
+
+
+def chunk(text: str, level: int = 1) -> Chunk:
+    return Chunk(chunk_id("default", level, text), "default", level, text, text, {}, LAYOUT.chunk_ids)
+
+
+RULES, A, B, C = chunk("rules", 0), chunk("a"), chunk("bb"), chunk("ccc")
+
+
+def after(*chunks: Chunk, mode: str | None = None) -> list[tuple[int, ...]]:
+    return [segment.after for segment in compose(chunks, layout=LAYOUT, mode=mode).segments]
+
+
+def test_modes_say_what_each_chunk_is_computed_after() -> None:
+    assert after(RULES, A, B, mode="exact") == [(), (0,), (0, 1)]
+    assert after(RULES, A, B, mode="isolated") == [(), (), ()]
+    assert after(RULES, A, B) == after(RULES, A, B, mode="anchored") == [(), (0,), (0,)]
+
+
+def test_without_an_anchor_the_header_stands_alone_and_chunks_are_isolated() -> None:
+    composition = compose([A, B], layout=LAYOUT)
+    assert [segment.chunk for segment in composition.segments] == [None, A, B]
+    assert [segment.after for segment in composition.segments] == [(), (), ()]
+    assert "no anchor" in composition.notes[0]
+    assert after(A, B, mode="exact") == [(), (0,), (0, 1)]
+
+
+def test_a_second_or_later_system_chunk_is_a_plain_chunk() -> None:
+    other = chunk("other", 0)
+    composition = compose([RULES, A, other], layout=LAYOUT)
+    assert composition.segments[2].token_ids == LAYOUT.plain_ids("other")
+    assert composition.segments[2].after == (0,)
+    assert "other" in composition.notes[0]
+    late = compose([A, RULES], layout=LAYOUT)
+    assert late.segments[0].chunk is None
+    assert [segment.after for segment in late.segments] == [(), (), ()]
+
+
+@given(st.permutations([RULES, A, B, C, A]), st.sampled_from(["exact", "isolated", "anchored"]))
+def test_positions_are_contiguous_and_ids_are_the_prompt(order: list[Chunk], mode: str) -> None:
+    composition = compose(order, layout=LAYOUT, mode=mode).with_tail((7, 7))
+    position = 0
+    for segment in composition.segments:
+        assert segment.origin == position
+        position += len(segment.token_ids)
+    assert composition.tail_origin == position
+    assert composition.input_ids == (*(i for s in composition.segments for i in s.token_ids), 7, 7)
+
+
+def test_only_chains_of_exact_stay_out_of_the_store_unless_kept() -> None:
+    def keeps(mode: str, keep: bool | None = None) -> list[bool]:
+        return [segment.keep for segment in compose([RULES, A, B], layout=LAYOUT, mode=mode, keep=keep).segments]
+
+    assert keeps("anchored") == keeps("isolated") == [True, True, True]
+    assert keeps("exact") == [True, False, False]
+    assert keeps("exact", keep=True) == [True, True, True]
+    assert keeps("anchored", keep=False) == [False, False, False]
+
+
+def test_keys_depend_on_what_a_chunk_was_computed_after_and_on_nothing_else() -> None:
+    def digests(*chunks: Chunk, mode: str) -> list[str]:
+        return [key.digest for key in compose(chunks, layout=LAYOUT, mode=mode).keys(MODEL, "default")]
+
+    anchored = digests(RULES, A, B, mode="anchored")
+    assert digests(RULES, B, A, mode="anchored") == [anchored[0], anchored[2], anchored[1]]
+    exact = digests(RULES, A, B, mode="exact")
+    assert exact[:2] == anchored[:2], "right behind the anchor the two modes mean the same"
+    assert exact[2] != anchored[2]
+    assert digests(RULES, B, A, mode="exact")[2] != exact[1]
+    assert len({*digests(RULES, A, mode="isolated"), anchored[1]}) == 3
+    changed = replace(MODEL, dtype="bfloat16")
+    assert not {key.digest for key in compose([RULES, A], layout=LAYOUT).keys(changed, "default")} & set(anchored)
+
+
+def test_an_unknown_mode_names_the_known_ones() -> None:
+    with pytest.raises(UnknownModeError, match="exact, isolated, anchored; got 'fast'"):
+        compose([A], layout=LAYOUT, mode="fast")

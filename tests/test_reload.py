@@ -1,0 +1,136 @@
+"""A later process, another model, a damaged file: what is taken from the store, and what is not."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from braidsdk import Braid
+
+SYSTEM = "You answer questions from the documents."
+TEXTS = ["Oslo is cold. " * 9, "Rome is warm.", "Bern is small, and so is Graz."]
+NAMES = ["oslo", "rome", "bern"]
+
+
+def fill(model: Path, store: Path, dtype: str = "float32") -> tuple[int, ...]:
+    with Braid(model, store=store, device="cpu", dtype=dtype) as braid:
+        rules = braid.register_system(SYSTEM, name="rules")
+        braid.register_many(TEXTS, names=NAMES, anchor=rules)
+        return braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8).token_ids
+
+
+CHILD = """
+import json, sys
+from braidsdk import Braid
+with Braid(sys.argv[1], store=sys.argv[2], device="cpu", dtype="float32") as braid:
+    context = braid.compose(["rules", "bern", "oslo"])
+    where = [chunk.where for chunk in context.explain().chunks]
+    answer = context.ask("Where?", max_new_tokens=8)
+    print(json.dumps([where, answer.token_ids, answer.usage.cached_tokens, len(context.input_ids)]))
+"""
+
+
+def test_a_second_process_answers_from_the_store(random_checkpoint: Path, tmp_path: Path) -> None:
+    want = fill(random_checkpoint, tmp_path)
+    command = [sys.executable, "-P", "-c", CHILD, str(random_checkpoint), str(tmp_path)]
+    where, token_ids, cached, tokens = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    assert where == ["store"] * 3
+    assert tuple(token_ids) == want
+    assert cached == tokens
+
+
+def test_entries_written_with_other_pages_are_laid_out_anew(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = fill(random_checkpoint, tmp_path)
+    monkeypatch.setattr("braidsdk.pool.Pool.__init__.__kwdefaults__", {"page_size": 32}, raising=True)
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
+        assert braid._engine.pool.page_size == 32
+        answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
+        assert answer.token_ids == want
+        assert answer.usage.cached_tokens == len(answer.prompt_ids) - answer.usage.computed_tokens > 100
+
+
+def other_weights(folder: Path, make: Callable[..., Path]) -> Path:
+    return make("other", seed=1)
+
+
+def other_tokenizer(folder: Path, make: Callable[..., Path]) -> Path:
+    copied = make("same")  # the same seed: the same weights
+    spec = json.loads((copied / "tokenizer.json").read_text())
+    spec["model"]["merges"].pop()
+    (copied / "tokenizer.json").write_text(json.dumps(spec))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [(other_weights, "weights"), (other_tokenizer, "tokenizer")],
+    ids=["another model", "another tokenizer"],
+)
+def test_what_another_model_computed_is_a_miss_with_its_reason(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    change: Callable[[Path, Callable[..., Path]], Path],
+    says: str,
+) -> None:
+    folder = make_checkpoint("first")
+    fill(folder, tmp_path / "store")
+    with Braid(change(folder, make_checkpoint), store=tmp_path / "store", device="cpu", dtype="float32") as braid:
+        explained = braid.compose(["rules", "bern", "oslo"]).explain()
+        assert [row.hit for row in explained.chunks] == [False] * 3
+        assert all(says in row.reason for row in explained.chunks), [row.reason for row in explained.chunks]
+
+
+def test_the_same_weights_in_another_folder_are_a_hit(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    want = fill(make_checkpoint("first"), tmp_path / "store")
+    shutil.move(tmp_path / "first", tmp_path / "moved")
+    with Braid(tmp_path / "moved", store=tmp_path / "store", device="cpu", dtype="float32") as braid:
+        context = braid.compose(["rules", "bern", "oslo"])
+        assert all(row.hit for row in context.explain().chunks)
+        assert context.ask("Where?", max_new_tokens=8).token_ids == want
+
+
+def test_another_dtype_is_a_miss_with_its_reason(random_checkpoint: Path, tmp_path: Path) -> None:
+    fill(random_checkpoint, tmp_path, "bfloat16")
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
+        reasons = {row.reason for row in braid.compose(["rules", "oslo"]).explain().chunks}
+        assert all("bfloat16" in reason and "float32" in reason for reason in reasons)
+
+
+def test_another_namespace_sees_neither_chunks_nor_entries(random_checkpoint: Path, tmp_path: Path) -> None:
+    fill(random_checkpoint, tmp_path)
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32", namespace="other") as braid:
+        assert braid.chunks.list() == []
+        rules, document = braid.register(SYSTEM, level=0), braid.register(TEXTS[0])
+        row = braid.compose([rules, document]).explain().chunks[1]
+        assert not row.hit
+        assert "namespace" in row.reason
+
+
+@pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing"])
+def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: Path, tmp_path: Path, how: str) -> None:
+    want = fill(random_checkpoint, tmp_path)
+    files = sorted((tmp_path / "entries").rglob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 4
+        if how == "missing":
+            file.unlink()
+        else:
+            file.write_bytes(data if how == "a flipped bit" else data[: len(data) // 2])
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
+        answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
+        assert answer.token_ids == want
+        assert answer.usage.cached_tokens == 0
+        assert braid._engine.store.damaged_count == 3
+    assert len(list((tmp_path / "damaged").iterdir())) == (0 if how == "missing" else 3)
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
+        answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
+        assert answer.usage.cached_tokens > 0
+        assert answer.token_ids == want
