@@ -1,0 +1,65 @@
+"""The README's snippets run, and its commands are the ones that CI runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETUP = 'python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e ".[dev]" && .venv/bin/'
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_two_commands_do_all_the_set_up() -> None:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python3 -m venv")]
+    assert lines == [f"{SETUP}braid demo", f"{SETUP}pytest"]
+
+
+def test_python_snippets_run_twice_and_the_second_run_computes_only_the_question(tmp_path: Path) -> None:
+    (snippet,) = blocks("python")
+    assert len(snippet.strip().splitlines()) <= 12
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for _ in range(2)
+    ]
+    first, second = outputs
+    assert first[0].startswith("Flubarg.")
+    assert first[0] == second[0], "the same answer and counts"
+    assert second[1].endswith("0 to compute")
+
+
+def test_shell_snippet_runs(tmp_path: Path) -> None:
+    (snippet,) = [block for block in blocks("bash") if block.startswith("braid ")]
+    (tmp_path / "rules.txt").write_text("You answer questions from the documents.")
+    (tmp_path / "aistonia.txt").write_text("The capital of Aistonia is Flubarg.")
+    (tmp_path / "ulmaria.txt").write_text("The capital of Ulmaria is Dresk.")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euc", snippet],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path, "BRAID_STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "Flubarg."
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/design.md"])
+def test_links_and_named_files_exist(document: str) -> None:
+    path = ROOT / document
+    text = path.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert all((path.parent / link).exists() for link in links), links
+    named = re.findall(r"`((?:braidsdk|kernels|store|models|tests|docs|examples)/[\w./]*)`", text)
+    assert all((ROOT / name).exists() for name in named), named
