@@ -35,10 +35,18 @@ class Memory:
         return pages, keys, values
 
     def attend(
-        self, queries: torch.Tensor, positions: torch.Tensor, requests: list[Request], scale: float
+        self,
+        queries: torch.Tensor,
+        positions: torch.Tensor,
+        requests: list[Request],
+        scale: float,
+        dtype: torch.dtype = torch.float64,
     ) -> torch.Tensor:
-        plans = plan_attention(positions, requests, self.rotary, 1000, PAGE)
-        return cascade_attention(queries, plans, self.kv, scale)
+        """Attention in `dtype`: float64 takes the reference, float32 the CPU's own path."""
+        group = queries.shape[1] // self.kv_heads
+        rotary = table(self.head_dim, dtype)
+        plans = plan_attention(positions, requests, rotary, limit=1000, page_size=PAGE, group=group, dtype=dtype)
+        return cascade_attention(queries.to(dtype), plans, self.kv.to(dtype), scale).double()
 
 
 def dense(queries: torch.Tensor, positions: torch.Tensor, placed: list, scale: float) -> torch.Tensor:
@@ -59,10 +67,15 @@ def dense(queries: torch.Tensor, positions: torch.Tensor, placed: list, scale: f
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(group, 1))
 
 
+PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 2e-5)]
+"""Each path, and its distance from the truth: sums in another order; 1e6 in the padding leaves no room for leaks."""
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["reference", "cpu"])
 @pytest.mark.parametrize("lengths", [(1,), (15, 16, 17), (1, 63, 65), (40, 1, 130)], ids=str)
 @pytest.mark.parametrize(("q_heads", "kv_heads", "head_dim"), [(2, 2, 64), (8, 2, 64), (8, 1, 32)])
 def test_segments_anywhere_equal_dense_attention(
-    lengths: tuple[int, ...], q_heads: int, kv_heads: int, head_dim: int
+    lengths: tuple[int, ...], q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(len(lengths) + q_heads)
     memory = Memory(kv_heads, head_dim)
@@ -76,26 +89,35 @@ def test_segments_anywhere_equal_dense_attention(
         position += b - a
     # Rows after the context, and some inside it, as a repair would compute them.
     positions = torch.tensor([max(position - 2, 0), position // 2, position, position + 7])
-    queries = torch.randn(len(positions), q_heads, head_dim, dtype=torch.float64)
+    few = torch.randn(len(positions), q_heads, head_dim, dtype=torch.float64)
+    many = torch.randn(600, q_heads, head_dim, dtype=torch.float64)
+    spread = torch.randint(0, position + 9, (600,))
     segments.insert(1, PagedSegment(entries[0][0], 0, 0, 3))  # an empty one
-    got = memory.attend(queries, positions, [Request(slice(0, 4), tuple(segments))], 0.3)
-    torch.testing.assert_close(got, dense(queries, positions, placed, 0.3), rtol=1e-9, atol=1e-12)
+    for queries, at in ((few, positions), (many, spread), (many, spread.sort().values)):
+        got = memory.attend(queries, at, [Request(slice(0, len(at)), tuple(segments))], 0.3, dtype)
+        torch.testing.assert_close(got, dense(queries, at, placed, 0.3), rtol=tolerance, atol=tolerance)
 
 
-def test_requests_see_only_their_own_segments_and_share_entries_at_different_positions() -> None:
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["reference", "cpu"])
+@pytest.mark.parametrize("copies", [1, 70], ids=["few rows", "many rows"])
+def test_requests_see_only_their_own_segments_and_share_entries_at_different_positions(
+    dtype: torch.dtype, tolerance: float, copies: int
+) -> None:
     torch.manual_seed(3)
     memory = Memory(2, 64)
     first, second = memory.write(33), memory.write(20)
-    queries = torch.randn(3, 4, 64, dtype=torch.float64)
-    positions = torch.tensor([53, 60, 33])
+    queries = torch.randn(3 * copies, 4, 64, dtype=torch.float64)
+    positions = torch.tensor([53, 60] * copies + [33] * copies)
+    seeing = slice(0, 2 * copies)
     requests = [
-        Request(slice(0, 2), (PagedSegment(first[0], 0, 33, 0), PagedSegment(second[0], 0, 20, 33))),
-        Request(slice(2, 3), (PagedSegment(first[0], 0, 33, 100),)),  # all of it after the row
+        Request(seeing, (PagedSegment(first[0], 0, 33, 0), PagedSegment(second[0], 0, 20, 33))),
+        Request(slice(2 * copies, 3 * copies), (PagedSegment(first[0], 0, 33, 100),)),  # all of it after the rows
     ]
-    got = memory.attend(queries, positions, requests, 0.1)
+    got = memory.attend(queries, positions, requests, 0.1, dtype)
     placed = [(*first[1:], torch.arange(33)), (*second[1:], 33 + torch.arange(20))]
-    torch.testing.assert_close(got[:2], dense(queries[:2], positions[:2], placed, 0.1), rtol=1e-9, atol=1e-12)
-    assert torch.equal(got[2], torch.zeros(4, 64, dtype=torch.float64)), "a row that sees no key is zero, not NaN"
+    want = dense(queries[seeing], positions[seeing], placed, 0.1)
+    torch.testing.assert_close(got[seeing], want, rtol=tolerance, atol=tolerance)
+    assert torch.count_nonzero(got[2 * copies :]) == 0, "a row that sees no key is zero, not NaN"
 
 
 def test_a_request_without_segments_or_rows_gives_zeros() -> None:

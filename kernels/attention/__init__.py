@@ -1,6 +1,8 @@
-"""Cascade GQA attention over the segments of paged KV memory: planned once per forward pass, run once per layer."""
+"""Cascade GQA attention over the segments of paged KV memory: planned once per forward pass, run once per layer.
 
-from braidsdk.kernels.attention.plan import RequestPlan, plan_attention
-from braidsdk.kernels.attention.reference import cascade_attention
+`reference.py` states what is computed; `cpu.py` computes it faster on the CPU; `op.py` chooses.
+"""
 
-__all__ = ["RequestPlan", "cascade_attention", "plan_attention"]
+from braidsdk.kernels.attention.op import cascade_attention, plan_attention
+
+__all__ = ["cascade_attention", "plan_attention"]

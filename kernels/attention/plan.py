@@ -1,6 +1,5 @@
 """What all layers of a forward pass share about attention, worked out once: pages, rotations, visibility."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,39 +30,25 @@ class RequestPlan:
     hidden: Tensor
 
 
-def plan_attention(
-    positions: Tensor, requests: Sequence[Request], rotary: RotaryTable, limit: int, page_size: int
-) -> tuple[RequestPlan, ...]:
-    """Work out what the layers share.
-
-    Args:
-        positions: absolute position of each token, int64 [tokens].
-        requests: which rows see which segments.
-        rotary: cosines and sines of the model.
-        limit: a bound that every position of a row in a segment's frame is below.
-        page_size: tokens per page.
-
-    Returns:
-        A plan per request that has rows and sees at least one token.
-    """
-    plans = []
-    for request in requests:
-        segments = [segment for segment in request.segments if segment.stop > segment.start]
-        if not segments or request.rows.stop <= request.rows.start:
-            continue
-        rows = positions[request.rows]
-        pages, keys_at, spans = [], [], []
-        never = torch.iinfo(torch.int64).max  # the position of what no row sees
-        for segment in segments:
-            first, last = segment.start // page_size, -(-segment.stop // page_size)
-            pages.append(segment.pages[first:last])
-            spans.append((last - first) * page_size)
-            token = torch.arange(first * page_size, last * page_size, device=rows.device)
-            inside = (token >= segment.start) & (token < segment.stop)
-            keys_at.append(torch.where(inside, token + segment.origin, never))
-        origins = torch.tensor([segment.origin for segment in segments], device=rows.device)
-        # A row before a segment's frame sees none of its keys, so any rotation will do.
-        cos, sin = rotary.at((rows[:, None] - origins).clamp(min=0), limit)
-        hidden = torch.cat(keys_at) > rows[:, None]
-        plans.append(RequestPlan(request.rows, torch.cat(pages), tuple(spans), cos, sin, hidden))
-    return tuple(plans)
+def plan_request(
+    positions: Tensor, request: Request, rotary: RotaryTable, limit: int, page_size: int
+) -> RequestPlan | None:
+    """Lay out one request; None if it has no rows or sees no token. Arguments as in `op.plan_attention`."""
+    segments = [segment for segment in request.segments if segment.stop > segment.start]
+    if not segments or request.rows.stop <= request.rows.start:
+        return None
+    rows = positions[request.rows]
+    pages, keys_at, spans = [], [], []
+    never = torch.iinfo(torch.int64).max  # the position of what no row sees
+    for segment in segments:
+        first, last = segment.start // page_size, -(-segment.stop // page_size)
+        pages.append(segment.pages[first:last])
+        spans.append((last - first) * page_size)
+        token = torch.arange(first * page_size, last * page_size, device=rows.device)
+        inside = (token >= segment.start) & (token < segment.stop)
+        keys_at.append(torch.where(inside, token + segment.origin, never))
+    origins = torch.tensor([segment.origin for segment in segments], device=rows.device)
+    # A row before a segment's frame sees none of its keys, so any rotation will do.
+    cos, sin = rotary.at((rows[:, None] - origins).clamp(min=0), limit)
+    hidden = torch.cat(keys_at) > rows[:, None]
+    return RequestPlan(request.rows, torch.cat(pages), tuple(spans), cos, sin, hidden)

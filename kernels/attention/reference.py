@@ -12,7 +12,7 @@ _BLOCK_ELEMENTS = 1 << 25
 """Scores and rotated queries in memory at once; bounds how many rows are computed together."""
 
 
-def cascade_attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float) -> Tensor:
+def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float) -> Tensor:
     """Softmax over the union of all visible keys of all segments of a row's request, applied to their values.
 
     The score of a query at absolute position p and key j of a segment with origin s is
@@ -22,7 +22,7 @@ def cascade_attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor,
 
     Args:
         queries: normed, unrotated, [tokens, q_heads, head_dim].
-        plans: which rows see which segments, from `plan_attention`.
+        plans: which rows see which segments, from `plan_request`.
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim], the new tokens already appended.
             What a page holds beside its tokens must be finite.
         scale: factor on the scores.
