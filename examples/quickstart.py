@@ -7,8 +7,8 @@ from braidsdk import Braid
 
 DOCUMENTS = {
     "aistonia": "The capital of Aistonia is Flubarg.",
-    "zemlandia": "The capital of Zemlandia is Quorvex.",
-    "ulmaria": "The capital of Ulmaria is Dresk.",
+    "thessily": "The capital of Thessily is Troick.",
+    "belmora": "The capital of Belmora is Plonk.",
 }
 
 with Braid("braid-tiny", namespace="quickstart") as braid:
@@ -23,6 +23,6 @@ with Braid("braid-tiny", namespace="quickstart") as braid:
     print(answer.text)
     print(f"{answer.usage.cached_tokens} tokens from the cache, {answer.usage.computed_tokens} computed")
 
-    for piece in context.stream("What is the capital of Ulmaria?"):
+    for piece in context.stream("What is the capital of Belmora?"):
         print(piece, end="", flush=True)
     print()

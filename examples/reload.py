@@ -13,14 +13,14 @@ def ingest() -> None:
     with Braid("braid-tiny", namespace=NAMESPACE) as braid:
         rules = braid.register_system("You answer questions from the documents.", name="rules")
         braid.register("The capital of Aistonia is Flubarg.", name="aistonia", anchor=rules)
-        braid.register("The capital of Zemlandia is Quorvex.", name="zemlandia", anchor=rules)
+        braid.register("The capital of Thessily is Troick.", name="thessily", anchor=rules)
 
 
 def answer() -> None:
     """What a service would do, given the names that its retriever found."""
     with Braid("braid-tiny", namespace=NAMESPACE) as braid:
-        context = braid.compose(["rules", "zemlandia", "aistonia"])
-        reply = context.ask("What is the capital of Zemlandia?")
+        context = braid.compose(["rules", "thessily", "aistonia"])
+        reply = context.ask("What is the capital of Thessily?")
         assert reply.usage.cached_tokens == len(context.input_ids)
         print(f"{reply.text} ({reply.usage.cached_tokens} tokens reloaded, {reply.usage.computed_tokens} computed)")
 

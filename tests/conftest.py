@@ -17,7 +17,8 @@ TINY = ROOT / "models" / "tiny" / "checkpoint"
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: models are tiny, and machines shared
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

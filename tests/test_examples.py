@@ -23,8 +23,8 @@ def run(name: str, store: Path) -> str:
 
 
 EXPECTED = {
-    "quickstart.py": ["Flubarg.", "Dresk.", "0 to compute"],
-    "reload.py": ["Quorvex. ("],
+    "quickstart.py": ["Flubarg.", "Plonk.", "0 to compute"],
+    "reload.py": ["Troick. ("],
 }
 
 

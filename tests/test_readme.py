@@ -41,7 +41,7 @@ def test_shell_snippet_runs(tmp_path: Path) -> None:
     (snippet,) = [block for block in blocks("bash") if block.startswith("braid ")]
     (tmp_path / "rules.txt").write_text("You answer questions from the documents.")
     (tmp_path / "aistonia.txt").write_text("The capital of Aistonia is Flubarg.")
-    (tmp_path / "ulmaria.txt").write_text("The capital of Ulmaria is Dresk.")
+    (tmp_path / "belmora.txt").write_text("The capital of Belmora is Plonk.")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euc", snippet],

@@ -14,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from time import perf_counter
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -79,7 +80,7 @@ def run_demo(store: Path | None, *, device: str, model: str, as_json: bool) -> b
     """
     folder, console = store_folder(store), Console(stderr=True)
     computed = _register(folder, device, model)
-    console.print(f"Registered in {folder}: {computed} tokens computed. Answering in a second process ...")
+    console.print(f"{computed} tokens computed into {folder}. Answering in a second process ...", soft_wrap=True)
     child = [sys.executable, "-P", "-m", "braidsdk.cli.demo", "--store", str(folder), "--device", device]
     done = subprocess.run([*child, "--model", model], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -114,12 +115,15 @@ def _answer_all(folder: Path, device: str, model: str) -> dict[str, object]:
     """The second process: reload, answer, and time transformers beside it."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from braidsdk import Braid
     from braidsdk.models.registry import find_checkpoint
 
+    logging.disable_progress_bar()
     with Braid(model, store=folder, device=device, namespace=NAMESPACE) as braid:
-        peer = AutoModelForCausalLM.from_pretrained(find_checkpoint(model), device_map=braid.device).eval()
+        peer: torch.nn.Module = AutoModelForCausalLM.from_pretrained(find_checkpoint(model), dtype=braid.dtype)
+        peer.to(braid.device).eval()
 
         @torch.inference_mode()
         def full_prefill_ms(prompt_ids: tuple[int, ...]) -> float:
@@ -154,23 +158,25 @@ def _answer_all(folder: Path, device: str, model: str) -> dict[str, object]:
 
 
 def _table(results: list[Result]) -> Table:
-    table = Table(title="Answers from reloaded caches", title_justify="left")
-    table.add_column("question", overflow="fold")
-    table.add_column("mode")
-    table.add_column("answer", overflow="fold")
-    table.add_column("")
-    for heading in ("cached", "computed", "first token", "full prefill"):
+    """A row per question; the answer of a mode that gave another one stands below."""
+    table = Table(title="Answers from reloaded caches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("question", ratio=1)
+    table.add_column("answer", max_width=16)
+    table.add_column("tokens\ncached + new", justify="right")
+    for heading in ("exact\nms", "anchored\nms", "full\nprefill\nms"):
         table.add_column(heading, justify="right")
-    for result in results:
+    for question in dict.fromkeys(result.question for result in results):
+        exact, anchored = (r for r in results if r.question == question)
+        answers = dict.fromkeys((exact.answer, anchored.answer))
         table.add_row(
-            result.question,
-            result.mode,
-            result.answer,
-            "[green]right[/]" if result.ok else f"[red]wrong[/] ({result.expected})",
-            str(result.cached_tokens),
-            str(result.computed_tokens),
-            f"{result.ttft_ms:.1f} ms",
-            f"{result.full_prefill_ms:.1f} ms",
+            question,
+            "\n".join(answers) if exact.ok else f"{' / '.join(answers)}\n(expected {exact.expected})",
+            f"{exact.cached_tokens} + {exact.computed_tokens}",
+            *(
+                f"[{'green' if r.ok else 'red'}]{'right' if r.ok else 'wrong'}[/] {r.ttft_ms:.0f}"
+                for r in (exact, anchored)
+            ),
+            f"{exact.full_prefill_ms:.0f}",
         )
     return table
 
@@ -180,8 +186,8 @@ def _summary(results: list[Result], *, reloaded: bool) -> str:
     ratios = sorted(result.full_prefill_ms / result.ttft_ms for result in results)
     source = "every context token came from the store" if reloaded else "some context tokens were computed again"
     return (
-        f"{right} of {len(results)} right; {source}. First token, against a full prefill of the same ids by "
-        f"transformers: {ratios[len(ratios) // 2]:.1f} times faster in the median, {ratios[0]:.1f} at the least."
+        f"{right} of {len(results)} right; {source}. Times are first tokens: against a full prefill of the same ids "
+        f"by transformers, {ratios[len(ratios) // 2]:.1f} times faster in the median, {ratios[0]:.1f} at the least."
     )
 
 
