@@ -1,6 +1,5 @@
 """Qwen3 over paged KV memory: attention, MLP, layer, model. One file for every device; `kernels` picks the path."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,8 @@ from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig
-from braidsdk.models.qwen3.config import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    read_config,
-    rope_frequencies,
-    switched_off,
-    weight_shapes,
-)
-from braidsdk.models.weights import Weights, WeightsWarning
+from braidsdk.models.qwen3.config import inverse_frequencies, read_config
+from braidsdk.models.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -86,61 +77,55 @@ class Qwen3:
         self._head = head
 
     @classmethod
-    def load(
-        cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, memory: Path | None = None
-    ) -> "Qwen3":
+    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> "Qwen3":
         """Load a checkpoint strictly; see `models.base.Model.load`."""
         config, source = read_config(folder)
-        weights = Weights(folder, memory)
-        tied = source.tie_word_embeddings
-        if tied and HEAD in weights and EMBEDDING in weights:
-            tied = weights.drop_copy(HEAD, EMBEDDING)
-            if not tied:
-                warnings.warn(
-                    f"{folder} ties its embeddings and yet holds another {HEAD!r}: that one is used, as transformers "
-                    "does. Set tie_word_embeddings to false in its config.json, or remove the weight.",
-                    WeightsWarning,
-                    stacklevel=4,
-                )
-        weights.expect(weight_shapes(source, tied=tied), unused=switched_off(source))
         if dtype is None:
-            named = source.dtype if isinstance(source.dtype, torch.dtype) else weights.stored_dtype(EMBEDDING)
-            dtype = torch.float32 if named in (None, torch.float16) else named
+            dtype = source.dtype if isinstance(source.dtype, torch.dtype) else torch.float32
+        weights = Weights(folder)
+        hidden, inter = source.hidden_size, source.intermediate_size
+        q_size, kv_size = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
+        biased = source.attention_bias
 
-        def take(*names: str) -> Tensor:
-            return weights.take(names, dtype, device)
+        def take(shapes: dict[str, tuple[int, ...]]) -> Tensor:
+            return weights.take(shapes, dtype, device)
 
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
             attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-            biased = source.attention_bias
+            projections = {"q": q_size, "k": kv_size, "v": kv_size}
             return Layer(
                 qkv=NormQKVWeights(
-                    norm=take(f"{at}.input_layernorm.weight"),
-                    qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
-                    bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if biased else None,
-                    q_norm=take(f"{attention}.q_norm.weight"),
-                    k_norm=take(f"{attention}.k_norm.weight"),
+                    norm=take({f"{at}.input_layernorm.weight": (hidden,)}),
+                    qkv=take({f"{attention}.{n}_proj.weight": (size, hidden) for n, size in projections.items()}),
+                    bias=take({f"{attention}.{n}_proj.bias": (size,) for n, size in projections.items()})
+                    if biased
+                    else None,
+                    q_norm=take({f"{attention}.q_norm.weight": (config.head_dim,)}),
+                    k_norm=take({f"{attention}.k_norm.weight": (config.head_dim,)}),
                 ),
-                out=take(f"{attention}.o_proj.weight"),
-                out_bias=take(f"{attention}.o_proj.bias") if biased else None,
-                mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
-                gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
-                down=take(f"{mlp}.down_proj.weight"),
+                out=take({f"{attention}.o_proj.weight": (hidden, q_size)}),
+                out_bias=take({f"{attention}.o_proj.bias": (hidden,)}) if biased else None,
+                mlp_norm=take({f"{at}.post_attention_layernorm.weight": (hidden,)}),
+                gate_up=take({f"{mlp}.{n}_proj.weight": (inter, hidden) for n in ("gate", "up")}),
+                down=take({f"{mlp}.down_proj.weight": (hidden, inter)}),
             )
 
-        embedding = take(EMBEDDING)
+        embedding = take({"model.embed_tokens.weight": (config.vocab_size, hidden)})
         layers = tuple(layer(index) for index in range(config.layers))
-        inv_freq, attention_factor = rope_frequencies(source)
+        norm = take({"model.norm.weight": (hidden,)})
+        tied = source.tie_word_embeddings
+        head = embedding if tied else take({"lm_head.weight": (config.vocab_size, hidden)})
+        wide = torch.promote_types(dtype, torch.float32)
         return cls(
             config,
             eps=source.rms_norm_eps,
-            rotary=RotaryTable(inv_freq, attention_factor, torch.promote_types(dtype, torch.float32), device),
+            rotary=RotaryTable(inverse_frequencies(source), 1.0, wide, device),
             embedding=embedding,
             layers=layers,
-            norm=take(NORM),
-            head=embedding if tied else take(HEAD),
-            fingerprint=weights.finish(),
+            norm=norm,
+            head=head,
+            fingerprint=weights.finish(ignored=frozenset({"lm_head.weight"} if tied else ())),
         )
 
     @torch.inference_mode()
