@@ -73,6 +73,18 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
+@pytest.fixture(scope="session")
+def save_checkpoint() -> Callable[..., Path]:
+    """`save_random_checkpoint`, for fixtures that choose the folder."""
+    return save_random_checkpoint
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint() -> Path:
+    """braid-tiny's folder; do not write to it."""
+    return TINY
+
+
 @pytest.fixture
 def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     """`save_random_checkpoint` into a folder of this test."""

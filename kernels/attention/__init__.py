@@ -3,6 +3,6 @@
 `reference.py` states what is computed; `cpu.py` computes it faster on the CPU; `op.py` chooses.
 """
 
-from braidsdk.kernels.attention.op import cascade_attention, plan_attention
+from braidsdk.kernels.attention.op import AttentionPlans, cascade_attention, plan_attention
 
-__all__ = ["cascade_attention", "plan_attention"]
+__all__ = ["AttentionPlans", "cascade_attention", "plan_attention"]

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.plan import RequestPlan
-from braidsdk.kernels.rope import rotate
 
 _FEW_ROWS = 64
 _ROW_BLOCK = 512
@@ -61,12 +60,14 @@ class CpuPlan:
 
     Attributes:
         base: the request's plan.
+        turn: rotation of each row's query in each segment's frame, complex, [segments, 1, rows, head_dim / 2].
         segment_of_page: int64 [pages].
         runs: all pages, in order.
         tiles: ordered by rows; those that see nothing are left out.
     """
 
     base: RequestPlan
+    turn: Tensor
     segment_of_page: Tensor
     runs: tuple[_Run, ...]
     tiles: tuple[_Tile, ...]
@@ -79,6 +80,7 @@ def plan_for_cpu(base: RequestPlan, dtype: torch.dtype, page_size: int, group: i
     few = len(base.hidden) <= _FEW_ROWS
     return CpuPlan(
         base,
+        torch.complex(base.cos, base.sin).transpose(0, 1)[:, None].contiguous(),
         owner,
         runs=_runs(base, dtype, page_size, group) if few else (),
         tiles=() if few else _tiles(base, dtype),
@@ -117,12 +119,23 @@ def cascade_attention_cpu(queries: Tensor, plans: Sequence[CpuPlan], kv: Tensor,
     """What `cascade_attention_reference` computes, for float32 and bfloat16 on the CPU; arguments as there."""
     out = torch.zeros_like(queries)
     for plan in plans:
-        rows, segments = queries[plan.base.rows], len(plan.base.spans)
-        cos, sin = plan.base.cos.flatten(0, 1), plan.base.sin.flatten(0, 1)
-        turned = rotate(rows.repeat_interleave(segments, 0), cos, sin).unflatten(0, (len(rows), segments))
-        turned = turned.permute(1, 2, 0, 3)  # [segments, q_heads, rows, head_dim]
         attend = _over_pages if plan.runs else _over_tiles
-        out[plan.base.rows] = attend(turned, plan, kv, scale).transpose(0, 1).to(queries.dtype)
+        mixed = attend(_turned(queries[plan.base.rows], plan), plan, kv, scale)
+        out[plan.base.rows] = mixed.transpose(0, 1).to(queries.dtype)
+    return out
+
+
+def _turned(queries: Tensor, plan: CpuPlan) -> Tensor:
+    """Each row's query in each segment's frame, [segments, q_heads, rows, head_dim], rounded once.
+
+    Dimension i and i + head_dim / 2 turn together: they are one complex number, and its rotation one product.
+    """
+    real, imaginary = queries.transpose(0, 1).float().chunk(2, dim=-1)
+    turned = torch.complex(real, imaginary) * plan.turn
+    out = torch.empty(*turned.shape[:-1], queries.shape[-1], dtype=queries.dtype)
+    first, second = out.chunk(2, dim=-1)
+    first.copy_(turned.real)
+    second.copy_(turned.imag)
     return out
 
 
@@ -142,7 +155,10 @@ def _over_pages(turned: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tens
     # Rows that see nothing anywhere have -inf everywhere: any finite top leaves their weights zero.
     weights = torch.exp(lse - top.masked_fill(top == float("-inf"), 0.0))
     total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-    merged = torch.einsum("phr,phrd->hrd", weights, out.to(weights.dtype)) / total[..., None]
+    weights = (weights / total)[..., None]
+    merged = out[0] * weights[0]
+    for part, weight in zip(out[1:], weights[1:], strict=True):  # a sum that stays in the processor's cache
+        merged.addcmul_(part, weight)
     return merged.view(q_heads, rows, head_dim)
 
 

@@ -11,6 +11,9 @@ from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
+AttentionPlans = tuple[RequestPlan | CpuPlan, ...]
+"""What `plan_attention` gives and `cascade_attention` takes."""
+
 _FLASH_DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -23,7 +26,7 @@ def plan_attention(
     page_size: int,
     group: int,
     dtype: torch.dtype,
-) -> tuple[RequestPlan | CpuPlan, ...]:
+) -> AttentionPlans:
     """Work out what all layers of a forward pass share.
 
     Args:
@@ -44,7 +47,7 @@ def plan_attention(
     return tuple(plans)
 
 
-def cascade_attention(queries: Tensor, plans: Sequence[RequestPlan | CpuPlan], kv: Tensor, scale: float) -> Tensor:
+def cascade_attention(queries: Tensor, plans: AttentionPlans, kv: Tensor, scale: float) -> Tensor:
     """Attention of all requests; arguments and result as `reference.cascade_attention_reference` says.
 
     float32 and bfloat16 on the CPU go through torch's flash attention, everything else through the reference.

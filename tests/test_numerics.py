@@ -1,0 +1,267 @@
+"""As close to the truth as transformers is: RMS errors of bfloat16 against float64, ours over theirs.
+
+The truth is our own float64 path, checked here against transformers with its norms and angles lifted to float64. The
+statistic is the ratio of RMS errors: geometric mean over twelve seeds at most 1.05, none above 1.10. Planted bugs must
+fail it.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3ForCausalLM
+from transformers.models.qwen3 import modeling_qwen3
+
+from braidsdk.encode import Run, compute, make_batch
+from braidsdk.kernels.attention import cpu
+from braidsdk.models.registry import load_model
+from braidsdk.pool import Pool
+
+SEEDS = 12
+MEAN, WORST = 1.05, 1.10
+CPU = torch.device("cpu")
+
+GROUP_1 = {"num_attention_heads": 2, "num_key_value_heads": 2}
+GROUP_2 = {"num_attention_heads": 4, "num_key_value_heads": 2}
+GROUP_4 = {"num_attention_heads": 4, "num_key_value_heads": 1}
+GROUP_8 = {"num_attention_heads": 8, "num_key_value_heads": 1}
+YARN = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A random checkpoint: changes to its config, and what its QK norms look like."""
+
+    changes: dict[str, object]
+    qk: str = "plain"
+
+
+GEOMETRIES = {
+    "1:1, head 64, tied": Geometry({**GROUP_1, "head_dim": 64, "tie_word_embeddings": True}),
+    "2:1, head 128": Geometry({**GROUP_2, "head_dim": 128}),
+    "4:1, head 64, bias": Geometry({**GROUP_4, "head_dim": 64, "attention_bias": True}),
+    "8:1, head 64, hidden 896, tied": Geometry(
+        {**GROUP_8, "head_dim": 64, "hidden_size": 896, "tie_word_embeddings": True}
+    ),
+    "2:1, head 64, YaRN": Geometry({**GROUP_2, "head_dim": 64, **YARN}),
+    "2:1, head 128, K-norm 100 and q-norm 1/100": Geometry({**GROUP_2, "head_dim": 128}, "scaled"),
+    "4:1, head 64, outlier channels": Geometry({**GROUP_4, "head_dim": 64}, "outliers"),
+    "2:1, head 128, outlier channels, tied": Geometry(
+        {**GROUP_2, "head_dim": 128, "tie_word_embeddings": True}, "outliers"
+    ),
+}
+
+
+def shape_norms(model: Qwen3ForCausalLM, qk: str, seed: int) -> None:
+    """QK norms as real checkpoints have them: large K-norm weights, with small q-norm weights or few channels."""
+    torch.manual_seed(seed)
+    for index, layer in enumerate(model.model.layers):
+        q, k = layer.self_attn.q_norm.weight.data, layer.self_attn.k_norm.weight.data
+        if qk == "scaled":
+            k.uniform_(80, 120)
+            q.uniform_(0.8, 1.2).div_(100)
+        elif qk == "outliers":  # 96.5 at most in layer 0, above 10 in every other layer after it: as in 0.6B
+            k[torch.randint(len(k), (2,))] = 96.5 if index == 0 else 12.0 + index
+            q.mul_(0.3)
+
+
+@dataclass(frozen=True)
+class Peers:
+    """One checkpoint, three ways."""
+
+    truth: object
+    ours: object
+    theirs: Qwen3ForCausalLM
+
+
+@pytest.fixture(scope="module", params=GEOMETRIES, ids=str)
+def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable) -> Peers:
+    geometry = GEOMETRIES[request.param]
+    folder = save_checkpoint(tmp_path_factory.mktemp("numerics") / "c", num_hidden_layers=3, **geometry.changes)
+    model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shape_norms(model, geometry.qk, 7)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return Peers(
+        truth=load_model(folder, device=CPU, dtype=torch.float64),
+        ours=load_model(folder, device=CPU, dtype=torch.bfloat16),
+        theirs=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(),
+    )
+
+
+def pool_for(model: object, page_size: int = 64) -> Pool:
+    config = model.config
+    return Pool(
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+        device=CPU,
+        capacity_bytes=1 << 30,
+        page_size=page_size,
+    )
+
+
+def tokens(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 1000, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def runs_of(pool: Pool, pieces: list[tuple[int, ...]], shift: int = 0) -> list[Run]:
+    """Each piece in pages and a frame of its own, after all before it; `shift` misplaces all but the first."""
+    runs, context, origin = [], [], 0
+    for index, piece in enumerate(pieces):
+        pages = pool.allocate(len(piece))
+        run = Run(piece, tuple(context), pages, 0, origin + (shift if index else 0))
+        context.append(make_batch([run], pool).requests[0].segments[-1])
+        runs.append(run)
+        origin += len(piece)
+    return runs
+
+
+@torch.inference_mode()
+def logits(model: object, pieces: list[tuple[int, ...]], shift: int = 0) -> Tensor:
+    """Logits of every row of the last piece, the others computed before it: [rows, vocab], float64."""
+    pool = pool_for(model)
+    *before, last = runs_of(pool, pieces, shift)
+    if before:
+        compute(model, pool, before)
+    rows = torch.arange(len(last.token_ids))
+    return model.forward(make_batch([last], pool), pool.kv, rows).double()
+
+
+@torch.inference_mode()
+def their_logits(model: Qwen3ForCausalLM, pieces: list[tuple[int, ...]]) -> Tensor:
+    ids = torch.tensor([[i for piece in pieces for i in piece]])
+    return model(ids, logits_to_keep=len(pieces[-1])).logits[0].double()
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def divergence(truth: Tensor, got: Tensor) -> float:
+    """KL(truth || got) in nats, mean over rows."""
+    p = truth.log_softmax(-1)
+    return float((p.exp() * (p - got.log_softmax(-1))).sum(-1).mean())
+
+
+def verdict(ratios: list[float]) -> tuple[float, float]:
+    """Geometric mean and largest of the ratios."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)), max(ratios)
+
+
+def passes(ratios: list[float]) -> bool:
+    mean, worst = verdict(ratios)
+    return mean <= MEAN and worst <= WORST
+
+
+def prompts(composed: bool) -> Iterator[list[tuple[int, ...]]]:
+    for seed in range(SEEDS):
+        yield [tokens(65, seed), tokens(90, seed + 100), tokens(200, seed + 200)] if composed else [tokens(200, seed)]
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["plain", "composed"])
+def test_logits_are_as_close_to_the_truth_as_transformers_is(peers: Peers, composed: bool) -> None:
+    errors, divergences = [], []
+    for pieces in prompts(composed):
+        truth = logits(peers.truth, pieces)
+        ours, theirs = logits(peers.ours, pieces), their_logits(peers.theirs, pieces)
+        errors.append(rms(ours - truth) / rms(theirs - truth))
+        divergences.append(math.sqrt(divergence(truth, ours) / divergence(truth, theirs)))
+    print(f"RMS {verdict(errors)}, sqrt KL {verdict(divergences)}")  # noqa: T201 - shown where a test fails
+    assert passes(errors), f"mean and worst ratio of RMS errors: {verdict(errors)}"
+    assert passes(divergences), f"mean and worst ratio of sqrt(KL): {verdict(divergences)}"
+
+
+@torch.inference_mode()
+def test_every_layer_is_as_close_to_the_truth_as_transformers_is(peers: Peers) -> None:
+    """Each layer from true inputs: the truth's hidden states, rounded once to bfloat16."""
+    per_layer: list[list[float]] = [[] for _ in range(peers.truth.config.layers)]
+    for seed in range(SEEDS):
+        ids = tokens(128, seed)
+        pools = {name: pool_for(model) for name, model in (("truth", peers.truth), ("ours", peers.ours))}
+        batches = {name: make_batch(runs_of(pool, [ids]), pool) for name, pool in pools.items()}
+        hidden = peers.truth._embedding[torch.tensor(ids)]
+        for index, ratios in enumerate(per_layer):
+            given = hidden.to(torch.bfloat16)
+            truth = peers.truth.forward_layer(index, given.double(), batches["truth"], pools["truth"].kv[index])
+            ours = peers.ours.forward_layer(index, given, batches["ours"], pools["ours"].kv[index])
+            angles = peers.theirs.model.rotary_emb(given[None], torch.arange(len(ids))[None])
+            theirs = peers.theirs.model.layers[index](given[None], position_embeddings=angles, attention_mask=None)[0]
+            ratios.append(rms(ours.double() - truth) / rms(theirs.double() - truth))
+            hidden = truth
+    assert all(passes(ratios) for ratios in per_layer), [verdict(ratios) for ratios in per_layer]
+
+
+def lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make transformers compute norms and angles in float64; its own `.double()` leaves both in float32."""
+
+    def norm(self: object, hidden: Tensor) -> Tensor:
+        return self.weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+    def angles(self: object, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        freqs = position_ids[..., None].double() * self.inv_freq.double()
+        both = torch.cat((freqs, freqs), dim=-1)
+        return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_qwen3.Qwen3RotaryEmbedding, "forward", angles)
+
+
+@pytest.mark.parametrize("composed", [False, True], ids=["plain", "composed"])
+def test_the_truth_is_that_of_transformers_in_float64(
+    peers: Peers, composed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lifted(monkeypatch)
+    pieces = next(prompts(composed))
+    in_float64 = Qwen3ForCausalLM(peers.theirs.config).double().eval()
+    in_float64.load_state_dict({name: weight.double() for name, weight in peers.theirs.state_dict().items()})
+    want = their_logits(in_float64, pieces)
+    assert rms(logits(peers.truth, pieces) - want) < 1e-11 * rms(want)
+
+
+@pytest.mark.parametrize("bug", ["a seam off by one", "an unrotated query", "a score scale of 0.97"])
+def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces_of = list(prompts(composed=True))
+    truths = [logits(peers.truth, pieces) for pieces in pieces_of]
+    theirs = [their_logits(peers.theirs, pieces) for pieces in pieces_of]
+    shift = 0
+    if bug == "a seam off by one":
+        shift = 1
+    elif bug == "an unrotated query":
+        turned = cpu._turned
+        monkeypatch.setattr(
+            cpu, "_turned", lambda queries, plan: turned(queries, replace(plan, turn=torch.ones_like(plan.turn)))
+        )
+    else:
+        flash = cpu._flash
+        monkeypatch.setattr(cpu, "_flash", lambda *args, scale, **rest: flash(*args, scale=scale * 0.97, **rest))
+    ratios = [
+        rms(logits(peers.ours, pieces, shift) - truth) / rms(baseline - truth)
+        for pieces, truth, baseline in zip(pieces_of, truths, theirs, strict=True)
+    ]
+    assert not passes(ratios), f"{bug} passes with {verdict(ratios)}"
+
+
+def test_scaling_k_norm_by_a_power_of_two_and_q_norm_back_changes_no_bit(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    """Large K-norm weights are normal: they take the same path, without clamping."""
+    twin = Qwen3ForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
+    for layer in twin.model.layers:
+        layer.self_attn.k_norm.weight.data *= 128
+        layer.self_attn.q_norm.weight.data /= 128
+    twin.save_pretrained(tmp_path)
+    pieces = [tokens(70, 1), tokens(64, 2), tokens(30, 3)]
+    plain, scaled = (
+        logits(load_model(folder, device=CPU, dtype=torch.float32), pieces) for folder in (tiny_checkpoint, tmp_path)
+    )
+    assert torch.equal(plain, scaled)
