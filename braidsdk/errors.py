@@ -12,13 +12,15 @@ user's text.
     │   └── UnknownModeError               no such composition mode
     ├── ModelError                         a checkpoint can't be used
     │   ├── ModelNotFoundError             no checkpoint there
+    │   │   └── HubError                   the hub did not give it: offline, no such name, no permission
     │   ├── UnsupportedModelError          its config asks for what we do not compute
-    │   └── WeightsError                   weights are missing, unexpected or misshapen
+    │   └── WeightsError                   weights are missing, unexpected, misshapen or not finite
     ├── StoreError                         the chunk store can't be used
     │   ├── StorePathError                 the path is a file, or can't be written
     │   ├── StoreVersionError              written by a newer BraidSDK
     │   ├── StoreCorruptError              the index is damaged
     │   └── HashCollisionError             two different contents share a hash
+    ├── NumericsError (ArithmeticError)    the model gave NaN or infinite logits
     ├── PoolFullError (MemoryError)        more KV memory than the device's pool holds
     └── ClosedError                        used after close()
 """
@@ -28,10 +30,12 @@ __all__ = [
     "ClosedError",
     "EmptyTextError",
     "HashCollisionError",
+    "HubError",
     "InputError",
     "ModelError",
     "ModelNotFoundError",
     "NameTakenError",
+    "NumericsError",
     "PoolFullError",
     "StoreCorruptError",
     "StoreError",
@@ -81,12 +85,16 @@ class ModelNotFoundError(ModelError):
     """There is no checkpoint where one was named."""
 
 
+class HubError(ModelNotFoundError):
+    """The hub did not give a checkpoint: it can't be reached, has no such one, or asks for permission."""
+
+
 class UnsupportedModelError(ModelError):
     """The checkpoint's config asks for something that BraidSDK does not compute."""
 
 
 class WeightsError(ModelError):
-    """Weights are missing, unexpected or misshapen."""
+    """Weights are missing, unexpected, misshapen or not finite."""
 
 
 class StoreError(BraidError):
@@ -107,6 +115,10 @@ class StoreCorruptError(StoreError):
 
 class HashCollisionError(StoreError):
     """Two different contents share one hash."""
+
+
+class NumericsError(BraidError, ArithmeticError):
+    """The model gave NaN or infinite logits."""
 
 
 class PoolFullError(BraidError, MemoryError):

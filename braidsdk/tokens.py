@@ -13,7 +13,7 @@ import json
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import xxhash
@@ -47,13 +47,18 @@ class PromptLayout:
     """The tokenizer of one checkpoint and the parts of its chat template.
 
     Attributes:
-        fingerprint: hash of everything here that changes a prompt's ids.
+        fingerprint: hash of everything here that changes the ids of chunks. What closes the user's turn, and with it
+            `thinking`, belongs to the tail of each request: entries do not depend on it.
         header_ids: the user header, for a prompt without a system block.
         vocab_size: number of ids the tokenizer knows, added tokens included.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, thinking: bool = False) -> None:
         """Read tokenizer and chat template from a checkpoint's folder.
+
+        Args:
+            folder: the checkpoint.
+            thinking: passed to the chat template as `enable_thinking`.
 
         Raises:
             ModelNotFoundError: the folder holds no `tokenizer.json`.
@@ -74,15 +79,21 @@ class PromptLayout:
         self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self.vocab_size = self._with_control.get_vocab_size(with_added_tokens=True)
 
+        self._thinking = thinking
         head, between, closing = self._parts(with_system=True)
         header, _, _ = self._parts(with_system=False)
         self._system_open, self._system_close, self._closing = map(self._control_ids, (head, between, closing))
         self.header_ids = self._control_ids(header)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(
-            json.dumps([spec, head, between, closing, header], sort_keys=True).encode()
-        )
+        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([spec, head, between, header], sort_keys=True).encode())
         self._encode = lru_cache(maxsize=4096)(self._encode_plain)
         self._check_seams()
+        if thinking and "enable_thinking" not in str(self._hf.chat_template):
+            warnings.warn(
+                "thinking=True changes nothing: this model's chat template has no enable_thinking. Leave it out; the "
+                "model thinks, or does not, as its template has it.",
+                LayoutWarning,
+                stacklevel=3,
+            )
 
     def chunk_ids(self, level: int, text: str) -> tuple[int, ...]:
         """Ids of a normalised text as a chunk of that level owns them (see `compose`)."""
@@ -97,6 +108,29 @@ class PromptLayout:
     def question_ids(self, question: str) -> tuple[int, ...]:
         """Ids of the tail: a question, the end of the user's turn, the assistant's header."""
         return self._encode(normalise(question, "The question")) + self._closing
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a normalised answer of the past, without what closes it. Its own generated ids may differ."""
+        return self._encode(text)
+
+    @cached_property
+    def turn_ids(self) -> tuple[int, ...]:
+        """Ids between an answer and the next question: the end of the assistant's turn, the user header.
+
+        Raises:
+            UnsupportedModelError: the chat template does not show past turns as they are given.
+        """
+        user, answer, last = "USER-GOES-HERE", "ANSWER-GOES-HERE", "QUESTION-GOES-HERE"
+        past = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+        text = self._rendered([*past, {"role": "user", "content": last}])
+        before, found, after = text.partition(answer)
+        between, found_last, _ = after.partition(last)
+        if user not in before or not found or not found_last:
+            raise UnsupportedModelError(
+                "The chat template must show past messages as they are given; this one does not. Ask without history, "
+                "or use a checkpoint with Qwen3's template."
+            )
+        return self._control_ids(between)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated ids, special tokens left out."""
@@ -125,8 +159,13 @@ class PromptLayout:
         messages = [{"role": "user", "content": user}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
+        return self._rendered(messages)
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
         return str(
-            self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+            self._hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+            )
         )
 
     def _parts(self, *, with_system: bool) -> tuple[str, str, str]:

@@ -3,14 +3,39 @@
 Knows nothing about chunks, composition modes, stores or text.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from braidsdk.errors import UnsupportedModelError
 from braidsdk.kernels.paging import Request
+from braidsdk.kernels.rope import RotaryTable
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """How a checkpoint wants its tokens chosen (generation_config.json); what it leaves out is as in transformers.
+
+    Attributes:
+        do_sample: draw from the distribution; otherwise the most likely token.
+        temperature: divides the logits before they become probabilities, above 0.
+        top_p: keep the fewest most likely tokens whose probabilities reach this sum; 1.0 keeps all.
+        top_k: keep that many most likely tokens; 0 keeps all.
+        repetition_penalty: divides positive logits of tokens already in the text, and multiplies negative ones; 1.0 is
+            off.
+        min_p: keep tokens at least that share of the likeliest one's probability; 0.0 keeps all.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,7 @@ class ModelConfig:
         window: positions that the model was made for (`max_position_embeddings`), in tokens.
         rope: the whole RoPE configuration as canonical JSON; part of a KV entry's key.
         eos_ids: ids that end an answer.
+        generation: how its tokens are chosen where the caller does not say.
     """
 
     layers: int
@@ -36,6 +62,7 @@ class ModelConfig:
     window: int
     rope: str
     eos_ids: frozenset[int]
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 @dataclass(frozen=True)
@@ -59,6 +86,21 @@ class Batch:
     limit: int
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """One of a checkpoint's JSON files.
+
+    Raises:
+        UnsupportedModelError: it is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path} can't be read: {error}. Copy the checkpoint again.") from error
+    if not isinstance(content, dict):
+        raise UnsupportedModelError(f"{path} holds no JSON object. Copy the checkpoint again.")
+    return content
+
+
 class Model(Protocol):
     """A decoder that reads and writes paged KV memory."""
 
@@ -67,14 +109,24 @@ class Model(Protocol):
     """Hash of the weights' content: names, dtypes, shapes and bytes as stored, whatever files they lie in."""
     dtype: torch.dtype
     device: torch.device
+    rotary: RotaryTable
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> "Model":
-        """Load a checkpoint strictly; a dtype of None is the one that its config names.
+    def load(
+        cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
+    ) -> "Model":
+        """Load a checkpoint strictly.
+
+        Args:
+            folder: the checkpoint.
+            device: where it will run.
+            dtype: what it is computed in; None is what its config names, or without that what its weights are stored
+                in. Either way float32 stands for float16, which is not computed: it holds every float16 exactly.
+            fingerprints: file that remembers fingerprints of checkpoints read before; None hashes all anew.
 
         Raises:
             UnsupportedModelError: the config asks for something that is not computed.
-            WeightsError: weights are missing, unexpected or misshapen.
+            WeightsError: weights are missing, unexpected, misshapen or not finite.
         """
         ...
 

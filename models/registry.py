@@ -1,12 +1,12 @@
 """Names to checkpoints, and checkpoints to the family that computes them."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from braidsdk.errors import ModelNotFoundError, UnsupportedModelError
-from braidsdk.models.base import Model
+from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.models.base import Model, read_json
+from braidsdk.models.hub import fetch, is_hub_id
 from braidsdk.models.qwen3 import Qwen3
 
 EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
@@ -16,32 +16,38 @@ FAMILIES: dict[str, type[Model]] = {"qwen3": Qwen3}
 """`model_type` in config.json to the class that computes it."""
 
 
-def find_checkpoint(model: str | Path) -> Path:
-    """The folder of an embedded checkpoint, or of one on disk.
+def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of an embedded checkpoint, of one on disk, or of one from the hub, downloaded if need be.
+
+    Args:
+        model: an embedded name, a folder, or (no such folder, and one slash) a hub id. A `Path` is always a folder.
+        revision: of a hub checkpoint: branch, tag or commit.
 
     Raises:
-        ModelNotFoundError: there is no config.json there.
+        InputError: a revision of something that does not come from the hub.
+        ModelNotFoundError: there is no checkpoint there; HubError: the hub did not give it.
     """
     folder = EMBEDDED.get(str(model)) or Path(model).expanduser()
+    if isinstance(model, str) and is_hub_id(model) and not folder.exists():
+        return fetch(model, revision)
+    if revision is not None:
+        raise InputError(f"revision is for checkpoints from the hub; {str(model)!r} is a folder. Leave it out.")
     if not (folder / "config.json").is_file():
         raise ModelNotFoundError(
             f"No checkpoint at {str(folder)!r}: expected a folder with config.json, model.safetensors and "
-            f"tokenizer.json, or one of {', '.join(EMBEDDED)}. This version does not download: fetch a hub checkpoint "
-            "first (huggingface-cli download NAME --local-dir FOLDER) and pass the folder."
+            f"tokenizer.json, a hub id such as 'Qwen/Qwen3-0.6B', or one of {', '.join(EMBEDDED)}."
         )
     return folder
 
 
-def load_model(folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> Model:
-    """Load a checkpoint with the family that its config names.
-
-    Raises:
-        UnsupportedModelError: no family computes it, or not with this config.
-        WeightsError: weights are missing, unexpected or misshapen.
-    """
-    model_type = json.loads((folder / "config.json").read_text()).get("model_type")
+def load_model(
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
+) -> Model:
+    """Load a checkpoint with the family that its config names; arguments and errors as in `models.base.Model.load`."""
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{folder} holds a {model_type!r} model; BraidSDK computes {', '.join(sorted(FAMILIES))}."
+            f"{path} is of a {model_type!r} model; BraidSDK computes {', '.join(sorted(FAMILIES))}."
         )
-    return FAMILIES[model_type].load(folder, device=device, dtype=dtype)
+    return FAMILIES[model_type].load(folder, device=device, dtype=dtype, fingerprints=fingerprints)

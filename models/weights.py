@@ -1,8 +1,16 @@
-"""Reading a checkpoint's safetensors files, strictly: every tensor is asked for once, by name and shape."""
+"""Reading a checkpoint's safetensors files, strictly and in bounded memory.
 
+All names and shapes are checked before a weight is read. Bytes go from the file into the packed tensor in pieces, with
+plain reads: a mapped file would count twice in memory, and one that is truncated meanwhile would kill the process.
+"""
+
+import itertools
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -10,76 +18,232 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from braidsdk.errors import ModelNotFoundError, WeightsError
+from braidsdk.models.fingerprints import recall, remember, stamp
+
+PIECE_BYTES = 4 << 20
+"""Read, checked and converted at a time; small enough to stay in a CPU's cache."""
+
+ABSURD = 1e6
+"""Larger magnitudes are reported: trained weights stay orders below, uninitialised memory does not."""
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMED = 8  # weights that an error names before it only counts
+
+
+class WeightsWarning(UserWarning):
+    """A checkpoint holds weights that are not used, or finite ones of absurd size."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    path: Path
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.code]
 
 
 class Weights:
-    """The tensors of one checkpoint. `take` gives them out; `finish` says that nothing was left over."""
+    """The tensors of one checkpoint: `expect` checks names and shapes, `take` reads, `finish` gives the fingerprint."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fingerprints: Path | None = None) -> None:
         """Open `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+        Args:
+            folder: the checkpoint.
+            fingerprints: file that remembers those of checkpoints read before; None hashes all anew.
 
         Raises:
             ModelNotFoundError: the folder holds neither.
-            WeightsError: a file can't be read, or a shard is missing.
+            WeightsError: a file can't be read, a shard is missing, or two shards hold a weight of one name.
         """
         self._folder = folder
-        self._files = {}
-        index = folder / "model.safetensors.index.json"
-        if (single := folder / "model.safetensors").is_file():
-            paths = [single]
-        elif index.is_file():
-            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        else:
-            raise ModelNotFoundError(
-                f"{folder} holds no model.safetensors. Save the model there with save_pretrained(folder); "
-                "other formats are not read."
-            )
+        self._remembered = fingerprints
+        paths = _weight_files(folder)
+        self._files = [*paths, folder / "config.json"]  # the config decides which weights are taken
+        self._stored: dict[str, _Stored] = {}
+        self._stamp = stamp([file for file in self._files if file.exists()])
         for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise WeightsError(f"{path} can't be read: {error}. Copy the checkpoint again.") from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+            for name, stored in _header(path).items():
+                if other := self._stored.get(name):
+                    raise WeightsError(
+                        f"{other.path.name} and {path.name} in {folder} both hold {name!r}. Keep one save's shards."
+                    )
+                self._stored[name] = stored
+        self._known = recall(fingerprints, self._stamp) if fingerprints else None
+        self._buffer = torch.frombuffer(bytearray(PIECE_BYTES), dtype=torch.uint8)  # one for all: no holes in the heap
         self._digests: dict[str, str] = {}
+        self._not_finite: list[str] = []
+        self._absurd: list[str] = []
 
-    def take(self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The named tensors, stacked along their first dimension in the order given.
+    def __contains__(self, name: str) -> bool:
+        return name in self._stored
 
-        Raises:
-            WeightsError: one is missing, or has another shape.
-        """
-        parts = []
-        for name, shape in shapes.items():
-            if name not in self._files:
-                raise WeightsError(
-                    f"{self._folder} has no weight {name!r} of shape {list(shape)}. "
-                    "The checkpoint is incomplete, or config.json belongs to another model."
-                )
-            stored = self._files[name].get_tensor(name)
-            if tuple(stored.shape) != shape:
-                raise WeightsError(
-                    f"Weight {name!r} in {self._folder} has shape {list(stored.shape)}; config.json asks for "
-                    f"{list(shape)}. Use the config.json that belongs to these weights."
-                )
-            digest = xxhash.xxh3_128(f"{name} {stored.dtype} {list(shape)}".encode())
-            digest.update(stored.contiguous().view(-1).view(torch.uint8).numpy().data)
-            self._digests[name] = digest.hexdigest()
-            parts.append(stored.to(dtype))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """What a weight is stored in; None if it is not there, or in no dtype that is read."""
+        stored = self._stored.get(name)
+        return _DTYPES.get(stored.code) if stored else None
 
-    def finish(self, ignored: frozenset[str] = frozenset()) -> str:
-        """The fingerprint of all that was taken.
+    def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
+        """Check every name, shape and dtype against what the config asks for. Reads no weight.
 
         Args:
-            ignored: names that may be left over.
+            shapes: what will be taken.
+            unused: names that may be there and are not used: no fault, but reported.
 
         Raises:
-            WeightsError: the checkpoint holds weights that nothing asked for.
+            WeightsError: weights are missing, misshapen, quantised, or nothing asks for them.
         """
-        left = sorted(self._files.keys() - self._digests.keys() - ignored)
-        if left:
+        faults = []
+        if missing := [f"{name!r} of shape {list(shape)}" for name, shape in shapes.items() if name not in self]:
+            faults.append(f"has no weight {_listed(missing)}")
+        there = {name: self._stored[name] for name in shapes if name in self}
+        faults += _first(
+            f"has {name!r}, which has shape {list(stored.shape)}; config.json asks for {list(shapes[name])}"
+            for name, stored in there.items()
+            if stored.shape != shapes[name]
+        )
+        faults += _first(
+            f"stores {name!r} as {stored.code}; read are {', '.join(_DTYPES)}, quantised weights are not"
+            for name, stored in there.items()
+            if stored.code not in _DTYPES
+        )
+        if left := [repr(name) for name in sorted(self._stored.keys() - shapes.keys() - set(unused))]:
+            faults.append(f"holds {len(left)} weights that this architecture does not use, such as {_listed(left)}")
+        if faults:
             raise WeightsError(
-                f"{self._folder} holds {len(left)} weights that this architecture does not use, such as {left[0]!r}. "
-                "Check that config.json belongs to them."
+                f"{self._folder} " + "; it ".join(faults) + ". Use the config.json that belongs to these weights, or "
+                "copy the checkpoint again."
             )
-        return xxhash.xxh3_128_hexdigest(json.dumps(sorted(self._digests.items())).encode())
+        if spare := [repr(name) for name in sorted(self._stored.keys() & set(unused))]:
+            self._warn(f"{self._folder} holds weights that its config.json switches off; they are not used", spare)
+
+    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The named tensors, stacked along their first dimension in the order given. Call `expect` first.
+
+        Raises:
+            WeightsError: a file can't be read or ends early.
+        """
+        parts = [self._stored[name] for name in names]
+        packed = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype, device=device)
+        for name, rows in zip(names, packed.split([part.shape[0] for part in parts]), strict=True):
+            self._read(name, rows.view(-1))
+        return packed
+
+    def drop_copy(self, copy: str, of: str) -> bool:
+        """Forget a stored weight if it has the dtype, shape and bytes of another; whether it did."""
+        one, other = self._stored[copy], self._stored[of]
+        same = (one.code, one.shape) == (other.code, other.shape)
+        same = same and all(a == b for a, b in itertools.zip_longest(_pieces(one), _pieces(other)))
+        if same:
+            del self._stored[copy]
+        return same
+
+    def finish(self) -> str:
+        """The fingerprint of all that was taken: of names, stored dtypes, shapes and bytes, in whatever files they lie.
+
+        Raises:
+            WeightsError: weights that were taken are not finite.
+        """
+        if self._not_finite:
+            raise WeightsError(
+                f"{self._folder} holds NaN or infinity in {_listed(self._not_finite)}. Copy the checkpoint again; one "
+                "that came so can't be used."
+            )
+        if self._absurd:
+            self._warn(
+                f"{self._folder} holds weights above {ABSURD:g}, as if they were never initialised", self._absurd
+            )
+        if self._known:
+            return self._known
+        fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(sorted(self._digests.items())).encode())
+        if self._remembered and not self._absurd:
+            remember(self._remembered, self._stamp, self._files, fingerprint)
+        return fingerprint
+
+    def _read(self, name: str, target: Tensor) -> None:
+        """Fill `target`, flat, with a stored weight; hash and check it unless these very files were read before."""
+        stored = self._stored[name]
+        direct = target.device.type == "cpu" and target.dtype == stored.dtype
+        step = PIECE_BYTES // stored.dtype.itemsize
+        buffer = self._buffer.view(stored.dtype)
+        digest = xxhash.xxh3_128(f"{name} {stored.dtype} {list(stored.shape)}".encode())
+        largest = torch.zeros((), dtype=torch.float64)
+        try:
+            with stored.path.open("rb") as file:
+                file.seek(stored.start)
+                for piece in target.split(step):
+                    values = piece if direct else buffer[: piece.numel()]
+                    data = values.view(torch.uint8).numpy().data
+                    if file.readinto(data) != data.nbytes:
+                        raise WeightsError(f"{stored.path} ends within {name!r}. Copy the checkpoint again.")
+                    if not self._known:
+                        digest.update(data)
+                        low, high = torch.aminmax(values)
+                        largest = torch.maximum(largest, torch.maximum(-low, high).double())  # NaN stays NaN
+                    if not direct:
+                        piece.copy_(values)
+        except OSError as error:
+            raise WeightsError(f"{stored.path} can't be read: {error}. Copy the checkpoint again.") from error
+        self._digests[name] = digest.hexdigest()
+        if not largest <= torch.finfo(target.dtype).max:
+            self._not_finite.append(repr(name))
+        elif largest > ABSURD:
+            self._absurd.append(repr(name))
+
+    def _warn(self, what: str, names: Sequence[str]) -> None:
+        warnings.warn(f"{what}: {_listed(names)}.", WeightsWarning, stacklevel=6)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if (single := folder / "model.safetensors").is_file():
+        return [single]
+    if not index.is_file():
+        raise ModelNotFoundError(
+            f"{folder} holds no model.safetensors. Save the model there with save_pretrained(folder); "
+            "other formats are not read."
+        )
+    try:
+        names: set[str] = set(json.loads(index.read_text())["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} names no shards: {error!r}. Copy the checkpoint again.") from error
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    """Where each tensor of a file lies. The safetensors library has checked that they tile the file."""
+    try:
+        with safe_open(path, framework="pt"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read: {error}. Copy the checkpoint again.") from error
+    header.pop("__metadata__", None)
+    found = {}
+    for name, info in header.items():
+        begin, end = info["data_offsets"]
+        found[name] = _Stored(path, info["dtype"], tuple(info["shape"]), 8 + size + begin, end - begin)
+    return found
+
+
+def _pieces(stored: _Stored) -> Iterator[bytes]:
+    left = stored.nbytes
+    with stored.path.open("rb") as file:
+        file.seek(stored.start)
+        while left > 0 and (piece := file.read(min(left, PIECE_BYTES))):
+            yield piece
+            left -= len(piece)
+
+
+def _first(faults: Iterator[str]) -> list[str]:
+    return list(itertools.islice(faults, _NAMED))
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,5 +1,6 @@
 """Qwen3 over paged KV memory: attention, MLP, layer, model. One file for every device; `kernels` picks the path."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,14 +8,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.attention import AttentionPlans, cascade_attention, plan_attention
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig
-from braidsdk.models.qwen3.config import inverse_frequencies, read_config
-from braidsdk.models.weights import Weights
+from braidsdk.models.qwen3.config import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    read_config,
+    rope_frequencies,
+    switched_off,
+    weight_shapes,
+)
+from braidsdk.models.weights import Weights, WeightsWarning
 
 
 @dataclass(frozen=True)
@@ -70,85 +79,134 @@ class Qwen3:
         self.dtype = embedding.dtype
         self.device = embedding.device
         self._eps = eps
-        self._rotary = rotary
+        self.rotary = rotary
         self._embedding = embedding
         self._layers = layers
         self._norm = norm
         self._head = head
 
     @classmethod
-    def load(cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None) -> "Qwen3":
+    def load(
+        cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
+    ) -> "Qwen3":
         """Load a checkpoint strictly; see `models.base.Model.load`."""
         config, source = read_config(folder)
+        weights = Weights(folder, fingerprints)
+        tied = source.tie_word_embeddings
+        if tied and HEAD in weights and EMBEDDING in weights:
+            tied = weights.drop_copy(HEAD, EMBEDDING)
+            if not tied:
+                warnings.warn(
+                    f"{folder} ties its embeddings and yet holds another {HEAD!r}: that one is used, as transformers "
+                    "does. Set tie_word_embeddings to false in its config.json, or remove the weight.",
+                    WeightsWarning,
+                    stacklevel=4,
+                )
+        weights.expect(weight_shapes(source, tied=tied), unused=switched_off(source))
         if dtype is None:
-            dtype = source.dtype if isinstance(source.dtype, torch.dtype) else torch.float32
-        weights = Weights(folder)
-        hidden, inter = source.hidden_size, source.intermediate_size
-        q_size, kv_size = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
-        biased = source.attention_bias
+            named = source.dtype if isinstance(source.dtype, torch.dtype) else weights.stored_dtype(EMBEDDING)
+            dtype = torch.float32 if named in (None, torch.float16) else named
 
-        def take(shapes: dict[str, tuple[int, ...]]) -> Tensor:
-            return weights.take(shapes, dtype, device)
+        def take(*names: str) -> Tensor:
+            return weights.take(names, dtype, device)
 
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
             attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-            projections = {"q": q_size, "k": kv_size, "v": kv_size}
+            biased = source.attention_bias
             return Layer(
                 qkv=NormQKVWeights(
-                    norm=take({f"{at}.input_layernorm.weight": (hidden,)}),
-                    qkv=take({f"{attention}.{n}_proj.weight": (size, hidden) for n, size in projections.items()}),
-                    bias=take({f"{attention}.{n}_proj.bias": (size,) for n, size in projections.items()})
-                    if biased
-                    else None,
-                    q_norm=take({f"{attention}.q_norm.weight": (config.head_dim,)}),
-                    k_norm=take({f"{attention}.k_norm.weight": (config.head_dim,)}),
+                    norm=take(f"{at}.input_layernorm.weight"),
+                    qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
+                    bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if biased else None,
+                    q_norm=take(f"{attention}.q_norm.weight"),
+                    k_norm=take(f"{attention}.k_norm.weight"),
                 ),
-                out=take({f"{attention}.o_proj.weight": (hidden, q_size)}),
-                out_bias=take({f"{attention}.o_proj.bias": (hidden,)}) if biased else None,
-                mlp_norm=take({f"{at}.post_attention_layernorm.weight": (hidden,)}),
-                gate_up=take({f"{mlp}.{n}_proj.weight": (inter, hidden) for n in ("gate", "up")}),
-                down=take({f"{mlp}.down_proj.weight": (hidden, inter)}),
+                out=take(f"{attention}.o_proj.weight"),
+                out_bias=take(f"{attention}.o_proj.bias") if biased else None,
+                mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
+                gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
+                down=take(f"{mlp}.down_proj.weight"),
             )
 
-        embedding = take({"model.embed_tokens.weight": (config.vocab_size, hidden)})
+        embedding = take(EMBEDDING)
         layers = tuple(layer(index) for index in range(config.layers))
-        norm = take({"model.norm.weight": (hidden,)})
-        tied = source.tie_word_embeddings
-        head = embedding if tied else take({"lm_head.weight": (config.vocab_size, hidden)})
-        wide = torch.promote_types(dtype, torch.float32)
+        inv_freq, attention_factor = rope_frequencies(source)
         return cls(
             config,
             eps=source.rms_norm_eps,
-            rotary=RotaryTable(inverse_frequencies(source), 1.0, wide, device),
+            rotary=RotaryTable(inv_freq, attention_factor, torch.promote_types(dtype, torch.float32), device),
             embedding=embedding,
             layers=layers,
-            norm=norm,
-            head=head,
-            fingerprint=weights.finish(ignored=frozenset({"lm_head.weight"} if tied else ())),
+            norm=take(NORM),
+            head=embedding if tied else take(HEAD),
+            fingerprint=weights.finish(),
         )
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens over paged memory; see `models.base.Model.forward`."""
-        scale = self.config.head_dim**-0.5
-        cos, sin = self._rotary.at(batch.frame_positions, batch.limit)
+        step = self._step(batch, kv.shape[4])
+        hidden = self._embedding[batch.token_ids]
+        for layer, memory in zip(self._layers, kv, strict=True):
+            queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, batch.slots)
+            if layer is self._layers[-1] and logit_rows is None:
+                return None  # the last layer's keys and values were all that was wanted
+            hidden = self._finish_layer(layer, hidden, queries, step, memory)
+        return self._logits(hidden[logit_rows])
+
+    @torch.inference_mode()
+    def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
+        """One layer by itself: what `forward` does between two layers. For measuring, layer by layer.
+
+        Args:
+            index: which layer.
+            hidden: its input, [tokens, hidden].
+            batch: the tokens that these are.
+            memory: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
+
+        Returns:
+            Its output, [tokens, hidden].
+        """
+        layer, step = self._layers[index], self._step(batch, memory.shape[3])
+        queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, batch.slots)
+        return self._finish_layer(layer, hidden, queries, step, memory)
+
+    def _step(self, batch: Batch, page_size: int) -> "_Step":
+        """What all layers of a forward pass share."""
+        cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
         plans = plan_attention(
             batch.positions,
             batch.requests,
-            self._rotary,
+            self.rotary,
             limit=batch.limit,
-            page_size=kv.shape[4],
+            page_size=page_size,
             group=self.config.q_heads // self.config.kv_heads,
             dtype=self.dtype,
         )
-        hidden = self._embedding[batch.token_ids]
-        for layer, memory in zip(self._layers, kv, strict=True):
-            queries = norm_qkv(hidden, layer.qkv, self._eps, cos, sin, memory, batch.slots)
-            if layer is self._layers[-1] and logit_rows is None:
-                return None  # the last layer's keys and values were all that was wanted
-            attended = cascade_attention(queries, plans, memory, scale)
-            hidden = hidden + linear(attended.flatten(1), layer.out, layer.out_bias)
-            hidden = hidden + linear(norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps), layer.down)
-        wanted = rms_norm(hidden[logit_rows], self._norm, self._eps)
-        return linear(wanted, self._head).to(torch.promote_types(self.dtype, torch.float32))
+        return _Step(cos, sin, plans)
+
+    def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: "_Step", memory: Tensor) -> Tensor:
+        """Attention, output projection and MLP, each added to the residual: [tokens, hidden]."""
+        attended = cascade_attention(queries, step.plans, memory, self.config.head_dim**-0.5)
+        hidden = hidden + linear(attended.flatten(1), layer.out, layer.out_bias)
+        return hidden + linear(norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps), layer.down)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Logits of these rows, [rows, vocab_size], float32 (float64 for a float64 model)."""
+        normed = rms_norm(hidden, self._norm, self._eps)
+        return linear(normed, self._head).to(torch.promote_types(self.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        cos, sin: of each new token in its segment's frame, [tokens, head_dim / 2].
+        plans: of the attention.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    plans: AttentionPlans
