@@ -20,7 +20,8 @@ from braidsdk.errors import BraidError
 
 if TYPE_CHECKING:
     from braidsdk.braid import Braid
-    from braidsdk.context import Context, Stream
+    from braidsdk.context import Context
+    from braidsdk.stream import Stream
     from braidsdk.types import Answer, Chunk, Explanation, Timings, Usage
 
 __version__ = "0.1.0"
@@ -44,7 +45,7 @@ _HOME = {
     "Chunk": "braidsdk.types",
     "Context": "braidsdk.context",
     "Explanation": "braidsdk.types",
-    "Stream": "braidsdk.context",
+    "Stream": "braidsdk.stream",
     "Timings": "braidsdk.types",
     "Usage": "braidsdk.types",
 }

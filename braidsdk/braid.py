@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from rich.console import Console
@@ -11,15 +11,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from braidsdk.chunks import Chunks
 from braidsdk.compose import check_window, compose
-from braidsdk.context import Context, Stream
+from braidsdk.context import Context, History
 from braidsdk.device import parse_device, parse_dtype
 from braidsdk.encode import BATCH_TOKENS
 from braidsdk.engine import Engine
 from braidsdk.errors import InputError
 from braidsdk.models.registry import find_checkpoint, load_model
 from braidsdk.pool import Pool, default_capacity_bytes
+from braidsdk.sampling import SamplingOptions
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore, Miss, NewChunk
+from braidsdk.stream import Stream
 from braidsdk.tokens import PromptLayout, normalise
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk
 
@@ -27,7 +29,8 @@ from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk
 class Braid:
     """Register texts once, compose their KV caches in any order, ask.
 
-    A context manager; `close` frees memory and closes the store. Not yet for several threads at once.
+    A context manager; `close` frees memory and closes the store. Several threads may share one: calls that give a whole
+    answer queue, streams take turns with them.
     """
 
     def __init__(
@@ -38,37 +41,42 @@ class Braid:
         device: str = "auto",
         dtype: str = "auto",
         namespace: str = "default",
+        revision: str | None = None,
+        thinking: bool = False,
+        pool_bytes: int | None = None,
     ) -> None:
         """Load a model and open a store.
 
         Args:
-            model: "braid-tiny", or a folder with a Qwen3 checkpoint (config.json, safetensors, tokenizer).
+            model: "braid-tiny", a folder with a Qwen3 checkpoint (config.json, safetensors, tokenizer), or the id of
+                one on the Hugging Face hub, such as "Qwen/Qwen3-0.6B", which is downloaded into the hub's cache.
             store: the store's folder, made if it is not there. None is `BRAID_STORE`, or the user's data folder.
             device: "auto", "cpu", "cuda" or "cuda:N".
-            dtype: "auto" (what the checkpoint's config names), "float32", "bfloat16" or "float64".
+            dtype: "float32", "bfloat16", "float64", or "auto": what the checkpoint's config names, or else what its
+                weights are stored in; float32 for a float16 checkpoint. Entries of one dtype are misses in another.
             namespace: chunks and entries of one namespace are not seen from another.
+            revision: branch, tag or commit of a hub checkpoint; None is its default branch.
+            thinking: let the model think before it answers, where its chat template has the choice (Qwen3's own does).
+                Stored entries serve both.
+            pool_bytes: how much memory resident KV entries may take, besides the model's weights. None is half of what
+                is free on the device once the model is loaded.
 
         Raises:
-            InputError: device, dtype or namespace can't be used.
+            InputError: device, dtype, namespace or pool_bytes can't be used.
             ModelError: the checkpoint can't be used.
             StoreError: the store can't be used.
         """
         if not namespace or len(namespace) > 200:
             raise InputError(f"namespace must have 1 to 200 characters; got {len(namespace)}.")
+        if pool_bytes is not None and pool_bytes < 1:
+            raise InputError(f"pool_bytes must be a positive number of bytes, or None; got {pool_bytes}.")
         target, wanted = parse_device(device), parse_dtype(dtype)
-        folder = find_checkpoint(model)
+        folder = find_checkpoint(model, revision)
         opened = ChunkStore(store_folder(store))
         try:
-            loaded = load_model(folder, device=target, dtype=wanted)
-            pool = Pool(
-                layers=loaded.config.layers,
-                kv_heads=loaded.config.kv_heads,
-                head_dim=loaded.config.head_dim,
-                dtype=loaded.dtype,
-                device=loaded.device,
-                capacity_bytes=default_capacity_bytes(target),
-            )
-            self._engine = Engine(loaded, PromptLayout(folder), opened, pool, namespace)
+            loaded = load_model(folder, device=target, dtype=wanted, fingerprints=opened.path / "fingerprints.json")
+            pool = Pool.for_model(loaded, pool_bytes or default_capacity_bytes(loaded.device))
+            self._engine = Engine(loaded, PromptLayout(folder, thinking=thinking), opened, pool, namespace)
         except BaseException:
             opened.close()
             raise
@@ -183,10 +191,11 @@ class Braid:
         chunks: Sequence[Chunk | str],
         mode: str | None = None,
         keep: bool | None = None,
-        max_new_tokens: int | None = None,
+        history: History | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.ask` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).ask(question, max_new_tokens=max_new_tokens)
+        return self.compose(chunks, mode=mode, keep=keep).ask(question, history=history, **options)
 
     def stream(
         self,
@@ -195,10 +204,11 @@ class Braid:
         chunks: Sequence[Chunk | str],
         mode: str | None = None,
         keep: bool | None = None,
-        max_new_tokens: int | None = None,
+        history: History | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).stream(question, max_new_tokens=max_new_tokens)
+        return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options)
 
     def close(self) -> None:
         """Free memory and close the store. Safe to call twice."""
@@ -270,7 +280,7 @@ class Braid:
                 pieces = [[anchor, *group]] if anchor else [[chunk] for chunk in group]
                 for composition in (compose(piece, layout=self._engine.layout) for piece in pieces):
                     keys_now = self._engine.keys(composition)
-                    with self._engine.pool.pinned(keys_now):
+                    with self._engine.calls, self._engine.working(), self._engine.pool.pinned(keys_now):
                         self._engine.prepare(composition, keys_now)
                 bar.advance(task, sum(len(chunk.token_ids) for chunk in group))
 

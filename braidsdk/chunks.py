@@ -41,8 +41,9 @@ class Chunks:
             UnknownChunkError: there is no such chunk in this namespace.
         """
         found = self.resolve([chunk])[0]
-        gone = self._engine.store.delete_chunk(self._engine.namespace, found.id)
-        self._engine.pool.drop_chunk(found.id)
+        with self._engine.working():
+            gone = self._engine.store.delete_chunk(self._engine.namespace, found.id)
+            self._engine.pool.drop_chunk(found.id)
         return len(gone)
 
     def resolve(self, chunks: Sequence[Chunk | str]) -> tuple[Chunk, ...]:

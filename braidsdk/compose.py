@@ -9,8 +9,12 @@ Who owns which control token (the parts come from the model's chat template, see
 - Without one, the bare user header is a segment of its own that belongs to no chunk.
 - Every other chunk, level 0 or 1, is plain text closed with a newline and owns no control token.
 - The tail owns the end of the user's turn and the assistant's header.
+- A conversation's history stands between the chunks, which are part of its first user turn, and the tail. Each past
+  turn is a segment: what was the tail of its call (the end of the turn before and the user header, the question, the
+  assistant's header), and the answer. The end of the last turn and the user header open the new tail.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +22,7 @@ from typing import Protocol, get_args
 
 from braidsdk.errors import UnknownModeError, WindowExceededError
 from braidsdk.store.keys import EntryKey, ModelIdentity, sha256_of_tokens
-from braidsdk.types import LEVEL_SYSTEM, Chunk, Mode
+from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 
 DEFAULT_MODE: Mode = "anchored"
 
@@ -36,12 +40,13 @@ class Segment:
     """A whole KV entry placed in a composition.
 
     Attributes:
-        chunk: the chunk that owns it, None for the bare header.
+        chunk: the chunk that owns it, None for the bare header and for a turn of the history.
         token_ids: its tokens.
         origin: absolute position of its token 0: key j of the entry sits at `origin + j`.
         after: indices of the segments of the same composition that its entry is computed after, in order.
             They stand contiguously from position 0 while it is computed, whatever their place here.
         keep: whether the entry goes to the store once computed.
+        is_turn: whether it is a past turn of the conversation.
     """
 
     chunk: Chunk | None
@@ -49,10 +54,15 @@ class Segment:
     origin: int
     after: tuple[int, ...]
     keep: bool
+    is_turn: bool = False
+
+    @property
+    def level(self) -> int:
+        return LEVEL_QUERY if self.is_turn else self.chunk.level if self.chunk else LEVEL_SYSTEM
 
     @property
     def label(self) -> str:
-        return self.chunk.label if self.chunk else "(header)"
+        return self.chunk.label if self.chunk else "(turn)" if self.is_turn else "(header)"
 
 
 @dataclass(frozen=True)
@@ -84,23 +94,47 @@ class Composition:
     def with_tail(self, token_ids: Sequence[int]) -> "Composition":
         return replace(self, tail=tuple(token_ids))
 
-    def keys(self, model: ModelIdentity, namespace: str) -> tuple[EntryKey, ...]:
-        """The key of each segment's KV entry, in order."""
-        keys: list[EntryKey] = []
-        for segment in self.segments:
+    def with_turn(self, token_ids: Sequence[int]) -> "Composition":
+        """This composition, and a past turn behind its segments.
+
+        In every mode a turn is computed after all that precedes it, as its question and answer were. It is not stored.
+        """
+        everything = tuple(range(len(self.segments)))
+        turn = Segment(None, tuple(token_ids), self.tail_origin, everything, keep=False, is_turn=True)
+        return replace(self, segments=(*self.segments, turn))
+
+    def keys(self, model: ModelIdentity, namespace: str, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
+        """The key of each segment's KV entry, in order.
+
+        Args:
+            model, namespace: part of every key.
+            known: keys of the first segments, where the caller has them.
+        """
+        keys = list(known)
+        for segment in self.segments[len(known) :]:
             before = [self.segments[i] for i in segment.after]
+            if segment.is_turn:
+                # The mode decides which entries a turn has seen, so the same ids before it are not enough.
+                seen = _sha256_of_entries([keys[i] for i in segment.after])
+            else:
+                seen = sha256_of_tokens(i for other in before for i in other.token_ids)
             keys.append(
                 EntryKey(
                     model=model,
                     namespace=namespace,
                     chunk_id=segment.chunk.id if segment.chunk else None,
-                    level=segment.chunk.level if segment.chunk else LEVEL_SYSTEM,
+                    level=segment.level,
                     token_ids=segment.token_ids,
                     after=tuple(other.chunk.id if other.chunk else None for other in before),
-                    after_sha256=sha256_of_tokens(i for other in before for i in other.token_ids),
+                    after_sha256=seen,
                 )
             )
         return tuple(keys)
+
+
+def _sha256_of_entries(keys: Sequence[EntryKey]) -> str:
+    """SHA-256 of which entries these are, hex."""
+    return hashlib.sha256("".join(key.record_json + key.token_sha256 for key in keys).encode()).hexdigest()
 
 
 def parse_mode(mode: str | None) -> Mode:

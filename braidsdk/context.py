@@ -1,27 +1,32 @@
 """A composed context: ask it questions, see what it would take from the cache."""
 
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Literal, Unpack
 
 from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk.compose import Composition, check_window
 from braidsdk.engine import Engine
-from braidsdk.errors import BraidError, InputError, WindowExceededError
-from braidsdk.generate import Outcome, generate, tail_logits
+from braidsdk.generate import tail_logits
+from braidsdk.handover import to_dynamic_cache
+from braidsdk.history import conversation, parse_history
 from braidsdk.pool import Resident
+from braidsdk.sampling import SamplingOptions, resolve
 from braidsdk.store import EntryKey, Hit, Miss
+from braidsdk.stream import Stream
 from braidsdk.types import Answer, ExplainedChunk, Explanation
 
-DEFAULT_NEW_TOKENS = 256
+History = Sequence[Mapping[str, str]]
+"""A conversation's past: {"role": "user", "content": ...}, {"role": "assistant", "content": ...}, and so on."""
 
 
 class Context:
     """What `Braid.compose` returns: a composition and the engine that can answer over it.
 
     It holds no memory of its own: entries are pinned only while a call runs. Making one for every set of chunks is as
-    cheap as tokenizing them.
+    cheap as tokenizing them. Several threads may use it: calls that give a whole answer queue, streams take turns with
+    them token by token.
     """
 
     def __init__(self, engine: Engine, composition: Composition) -> None:
@@ -39,47 +44,51 @@ class Context:
         """Token ids of the context, in order, without a question."""
         return self._composition.input_ids
 
-    def ask(self, question: str, *, max_new_tokens: int | None = None) -> Answer:
-        """Answer a question over this context, greedily.
+    def prompt_ids(self, question: str, *, history: History | None = None) -> tuple[int, ...]:
+        """Token ids of the whole prompt, question included: what a full prefill would be given. Takes and raises what
+        `ask` does."""
+        return self._prompt(question, history)[0].input_ids
+
+    def ask(self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]) -> Answer:
+        """Answer a question over this context; greedily, unless a temperature is given.
 
         Args:
             question: plain text; control tokens in it are plain characters.
-            max_new_tokens: at most so many tokens are generated. None is 256, or what the window leaves.
+            history: the conversation so far, from its first question to its last answer, by turns of user and
+                assistant. The chunks stand before its first question. What is resident of it is not computed again:
+                as a rule all of it, when it is what this Braid answered last.
+            **options: max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, stop_ids; see
+                `braidsdk.sampling.SamplingOptions`.
 
         Raises:
-            EmptyTextError: the question is empty.
-            WindowExceededError: context, question and `max_new_tokens` exceed the model's window.
-            PoolFullError: the context does not fit in the KV pool.
+            InputError: the history or an option can't be used.
+            EmptyTextError: the question is empty, or a message of the history.
+            WindowExceededError: context, history, question and `max_new_tokens` exceed the model's window.
+            PoolFullError: the context does not fit in the KV pool beside what running streams hold.
+            NumericsError: the model gave NaN or infinite logits.
             StoreError: what was computed can't be written.
         """
-        with self.stream(question, max_new_tokens=max_new_tokens) as stream:
+        with self._stream(question, history, options, queued=True) as stream, self._engine.calls:
             for _ in stream:
                 pass
             return stream.answer
 
-    def stream(self, question: str, *, max_new_tokens: int | None = None) -> "Stream":
+    def stream(self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]) -> Stream:
         """Answer a question piece by piece; takes and raises what `ask` does.
 
         Nothing is computed before the first piece is asked for. `stream.answer` holds the whole answer once it has
         ended; closing it early stops generation.
         """
-        composition = self._with_tail(question)
-        room = self._engine.model.config.window - len(composition.input_ids)
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise InputError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
-        if max_new_tokens is not None and max_new_tokens > room:
-            raise WindowExceededError(
-                f"The prompt takes {len(composition.input_ids):,} tokens and leaves room for {room:,}; max_new_tokens "
-                f"is {max_new_tokens:,}. Ask for fewer, or compose fewer chunks."
-            )
-        return Stream(self._engine, composition, self._keys, max_new_tokens or min(DEFAULT_NEW_TOKENS, room))
+        return self._stream(question, history, options, queued=False)
 
-    def next_token_logits(self, question: str) -> Tensor:
+    def next_token_logits(self, question: str, *, history: History | None = None) -> Tensor:
         """Logits of the answer's first token, [vocab_size], float32 on the CPU (float64 for a float64 model).
 
         Raises what `ask` does.
         """
-        logits = tail_logits(self._engine, self._with_tail(question), self._keys)
+        composition, keys = self._prompt(question, history)
+        with self._engine.calls:
+            logits = tail_logits(self._engine, composition, keys)
         return logits.cpu().clone()  # a plain tensor, free to be changed: the model's own is an inference tensor
 
     def prepare(self) -> int:
@@ -92,16 +101,43 @@ class Context:
             PoolFullError: the context does not fit in the KV pool.
             StoreError: what was computed can't be written.
         """
-        self._engine.check_open()
-        with self._engine.pool.pinned(self._keys):
+        with self._engine.calls, self._engine.working(), self._engine.pool.pinned(self._keys):
             return self._engine.prepare(self._composition, self._keys).computed_tokens
+
+    def to_transformers_cache(self, config: PretrainedConfig | None = None) -> DynamicCache:
+        """A fresh cache of this context for `generate` of transformers, computing what is missing of it.
+
+        `generate` writes into the cache it is given: ask for another one each time. Give it the ids of the whole
+        prompt; those of the context are not computed again::
+
+            ids = torch.tensor([context.prompt_ids("What is the capital?")])
+            cache = context.to_transformers_cache(model.config)
+            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=64)
+
+        Args:
+            config: of the transformers model, `model.config`.
+
+        Returns:
+            Per layer keys at absolute positions and values, [1, kv_heads, tokens, head_dim], in the model's dtype and
+            on its device.
+
+        Raises:
+            PoolFullError: the context does not fit in the KV pool.
+            StoreError: what was computed can't be written.
+        """
+        engine = self._engine
+        with engine.calls, engine.working(), engine.pool.pinned(self._keys):
+            entries = engine.prepare(self._composition, self._keys).entries
+            return to_dynamic_cache(engine.model, engine.pool, self._composition.segments, entries, config)
 
     def explain(self) -> Explanation:
         """What a call would find in memory or store, and why it would not find the rest. Loads and computes nothing."""
-        self._engine.check_open()
         rows = []
         segments = self._composition.segments
-        for segment, found in zip(segments, self._engine.locate(self._keys), strict=True):
+        with self._engine.working():
+            places = self._engine.locate(self._keys)
+            sizes = [self._engine.pool.bytes_for(len(segment.token_ids)) for segment in segments]
+        for segment, found, kv_bytes in zip(segments, places, sizes, strict=True):
             where: Literal["memory", "store", "nowhere"] = (
                 "memory" if isinstance(found, Resident) else "store" if isinstance(found, Hit) else "nowhere"
             )
@@ -115,85 +151,33 @@ class Context:
                     hit=where != "nowhere",
                     where=where,
                     reason=found.detail if isinstance(found, Miss) else f"in {where}",
-                    kv_bytes=self._engine.pool.bytes_for(len(segment.token_ids)),
+                    kv_bytes=kv_bytes,
                 )
             )
         return Explanation(self._composition.mode, tuple(rows), self._composition.notes)
 
-    def _with_tail(self, question: str) -> Composition:
+    def _stream(self, question: str, history: History | None, options: SamplingOptions, *, queued: bool) -> Stream:
+        composition, keys = self._prompt(question, history)
+        params = resolve(options, self._engine.config, len(composition.input_ids))
+        return Stream(self._engine, composition, keys, params, queued=queued)
+
+    def _prompt(self, question: str, history: History | None) -> tuple[Composition, tuple[EntryKey, ...]]:
+        """This composition with a conversation's past and a question, and the keys of its segments."""
         self._engine.check_open()
-        composition = self._composition.with_tail(self._engine.layout.question_ids(question))
+        layout = self._engine.layout
+        past = conversation(parse_history(history or ()), layout, self._engine.turns)
+        composition = self._composition
+        for turn in past.turns:
+            composition = composition.with_turn(turn)
+        composition = composition.with_tail(past.opening + layout.question_ids(question))
         check_window(
             len(composition.input_ids),
-            self._engine.model.config.window,
-            "The context with this question",
+            self._engine.config.window,
+            "The context with this question" if not past.turns else "The context with this history and question",
             "Compose fewer chunks, or shorten the question.",
         )
-        return composition
+        return composition, self._engine.keys(composition, self._keys)
 
     def __repr__(self) -> str:
         labels = ", ".join(segment.label for segment in self._composition.segments)
         return f"Context({self.mode}: {labels}; {len(self.input_ids)} tokens)"
-
-
-class Stream:
-    """An answer that arrives in pieces of text. An iterator, and a context manager that stops generation on leaving."""
-
-    def __init__(
-        self, engine: Engine, composition: Composition, keys: tuple[EntryKey, ...], max_new_tokens: int
-    ) -> None:
-        self._layout = engine.layout
-        self._composition = composition
-        self._tokens = generate(engine, composition, keys, max_new_tokens)
-        self._token_ids: list[int] = []
-        self._text: list[str] = []
-        self._outcome: Outcome | None = None
-        self._pieces = self._layout.decode_stream(self._record())
-
-    def _record(self) -> Iterator[int]:
-        while True:
-            try:
-                token = next(self._tokens)
-            except StopIteration as end:
-                self._outcome = end.value
-                return
-            self._token_ids.append(token)
-            yield token
-
-    @property
-    def answer(self) -> Answer:
-        """The whole answer.
-
-        Raises:
-            BraidError: the stream has not ended, or was closed before its end.
-        """
-        if self._outcome is None:
-            raise BraidError("The answer is not complete. Read the stream to its end first.")
-        return Answer(
-            text="".join(self._text),
-            token_ids=tuple(self._token_ids),
-            prompt_ids=self._composition.input_ids,
-            finish_reason=self._outcome.finish_reason,
-            usage=self._outcome.usage,
-            timings=self._outcome.timings,
-        )
-
-    def close(self) -> None:
-        """Stop generating and free what the call holds. Safe to call twice."""
-        self._tokens.close()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> str:
-        piece = next(self._pieces)
-        self._text.append(piece)
-        return piece
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

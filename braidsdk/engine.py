@@ -4,8 +4,10 @@ One read of the store for what the pool lacks, one pass of the model for what th
 """
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from queue import SimpleQueue
 from time import perf_counter
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 from braidsdk.compose import Composition
 from braidsdk.encode import Run, compute
 from braidsdk.errors import ClosedError
+from braidsdk.fair_lock import FairLock
+from braidsdk.history import SpokenTurns
+from braidsdk.lease import Lease
 from braidsdk.models.base import Model
 from braidsdk.pool import Pool, Resident
 from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Slab
@@ -41,7 +46,15 @@ class Prepared:
 
 
 class Engine:
-    """What one open Braid holds."""
+    """What one open Braid holds.
+
+    Several threads may share it: model and pool are used within `working`, one step of one call at a time.
+
+    Attributes:
+        calls: held by a call that runs to its end, so that such calls queue instead of competing for the pool. Streams
+            hold pages between their steps, and don't take it.
+        turns: the ids of answers given, for conversations that go on.
+    """
 
     def __init__(self, model: Model, layout: PromptLayout, store: ChunkStore, pool: Pool, namespace: str) -> None:
         self.model = model
@@ -49,6 +62,11 @@ class Engine:
         self.store = store
         self.pool = pool
         self.namespace = namespace
+        self.config = model.config
+        self.calls = FairLock()
+        self.turns = SpokenTurns()
+        self._step = FairLock()
+        self._returned: SimpleQueue[Lease] = SimpleQueue()
         self.identity = ModelIdentity(
             weights=model.fingerprint,
             tokenizer=layout.fingerprint,
@@ -70,14 +88,50 @@ class Engine:
 
     def close(self) -> None:
         """Free the pool and close the store. Safe to call twice."""
-        if self._open:
-            self._open = False
-            self.store.close()
-            del self.pool, self.model
+        with self._step:
+            if self._open:
+                self._open = False
+                self.store.close()
+                del self.pool, self.model
 
-    def keys(self, composition: Composition) -> tuple[EntryKey, ...]:
-        """The key of each segment's entry."""
-        return composition.keys(self.identity, self.namespace)
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Have model and pool to oneself for one step of a call. Threads are served in the order they came; one that
+        is within must not ask again.
+
+        Raises:
+            ClosedError: `close` was called.
+        """
+        try:
+            with self._step:
+                self.check_open()
+                self._close_returned()
+                yield
+        finally:
+            self._settle()
+
+    def give_back(self, lease: Lease) -> None:
+        """End a lease: now, or when the step that runs has ended. Never waits.
+
+        So a generator may call it while it is garbage collected, in any thread and at any point, within a step too.
+        """
+        self._returned.put(lease)
+        self._settle()
+
+    def _settle(self) -> None:
+        while not self._returned.empty() and self._step.try_acquire():
+            try:
+                self._close_returned()
+            finally:
+                self._step.release()
+
+    def _close_returned(self) -> None:
+        while not self._returned.empty():  # only the holder of `_step` takes from it
+            self._returned.get_nowait().close()
+
+    def keys(self, composition: Composition, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
+        """The key of each segment's entry; `known`: those of the first segments, where the caller has them."""
+        return composition.keys(self.identity, self.namespace, known)
 
     def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | Miss]:
         """Where each entry is, without loading or computing any."""
@@ -93,9 +147,11 @@ class Engine:
             StoreError: what was computed can't be written.
         """
         started = perf_counter()
+        self.pool.check_capacity(keys)
         absent = list({key.digest: key for key in keys if not self.pool.get(key.digest)}.values())
         if absent:
-            for found in self.store.load(absent):
+            self.pool.reserve(sum(self.pool.pages_for(len(key.token_ids)) for key in absent))
+            for found in self.store.stream(absent):
                 if isinstance(found, Entry):
                     self._take_in(found)
         loaded = perf_counter()
@@ -150,7 +206,7 @@ class Engine:
 
     def _take_in(self, found: Entry) -> None:
         """Copy a stored entry into the pool, a layer slab at a time."""
-        pages = self.pool.allocate(len(found.key.token_ids))
+        pages = self.pool.allocate(len(found.key.token_ids), zeroed=False)
         size = self.pool.page_size
         for memory, slab in zip(self.pool.kv, found.slabs, strict=True):
             tiles = torch.frombuffer(slab.data, dtype=self.model.dtype).view(slab.shape)

@@ -1,4 +1,4 @@
-"""One request: make the context resident, compute the tail, then a token at a time."""
+"""One request: admit it, make the context resident, compute the tail, then a token at a time."""
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,9 @@ from torch import Tensor
 from braidsdk.compose import Composition
 from braidsdk.encode import Run, compute_logits
 from braidsdk.engine import Engine, Prepared
+from braidsdk.errors import PoolFullError
+from braidsdk.lease import Lease
+from braidsdk.sampling import Sampler, SamplingParams
 from braidsdk.store import EntryKey
 from braidsdk.types import Timings, Usage
 
@@ -24,54 +27,72 @@ class Outcome:
 
 
 def generate(
-    engine: Engine, composition: Composition, keys: Sequence[EntryKey], max_new_tokens: int
-) -> Generator[int, None, Outcome]:
-    """Yield the ids of the most likely continuation (ties go to the lowest id), one at a time.
+    engine: Engine, composition: Composition, keys: Sequence[EntryKey], params: SamplingParams, *, queued: bool = False
+) -> Generator[int, int | None, Outcome]:
+    """Yield the ids of an answer, one at a time.
 
-    The last id is the one that ended the answer, or the `max_new_tokens`-th. Closing the generator early frees all that
-    it holds.
+    The last id is the one that ended the answer, or the `max_new_tokens`-th. To end it earlier, send how many of its
+    ids its text is made of. What was computed then stays resident as a turn of the conversation. Closing the generator
+    instead frees all that it holds and keeps nothing. Between two ids other calls may use the engine.
+
+    Args:
+        engine: model, pool and store.
+        composition: what to continue, with its tail.
+        keys: of its segments.
+        params: how to choose.
+        queued: whether the caller holds `engine.calls`.
+
+    Raises:
+        ClosedError: the engine was closed, before or meanwhile.
+        PoolFullError: context and tail do not fit in the pool beside what streams hold.
+        NumericsError: the model gave logits that are not finite.
+        UnknownChunkError: a chunk was deleted meanwhile, by this or another process.
+        StoreError: what was computed can't be written.
     """
     started = perf_counter()
-    with engine.pool.pinned(keys):
-        prepared = engine.prepare(composition, keys)
-        tail_pages = engine.pool.allocate(len(composition.tail) + max_new_tokens)
-        try:
+    sampler = Sampler(params, composition.input_ids)
+    lease, prepared = _admit(engine, composition, keys, params.max_new_tokens, queued)
+    try:
+        with engine.working():
             before_tail = perf_counter()
-            logits = _advance(engine, composition, prepared, tail_pages, 0, composition.tail)
-            token = int(logits.argmax())
-            first_token = perf_counter()
-            count, decoding, stops = 1, 0.0, engine.model.config.eos_ids
-            yield token
-            while token not in stops and count < max_new_tokens:
-                step = perf_counter()
-                done = len(composition.tail) + count - 1
-                token = int(_advance(engine, composition, prepared, tail_pages, done, (token,)).argmax())
-                decoding += perf_counter() - step
-                count += 1
-                yield token
-        finally:
-            engine.pool.release(tail_pages)
+            logits = _advance(engine, composition, prepared, lease, 0, composition.tail)
+            chosen = [sampler.pick(logits)]
+        first_token, decoding = perf_counter(), 0.0
+        kept = yield chosen[-1]
+        while kept is None and chosen[-1] not in params.stop_ids and len(chosen) < params.max_new_tokens:
+            step = perf_counter()
+            with engine.working():
+                done = len(composition.tail) + len(chosen) - 1
+                logits = _advance(engine, composition, prepared, lease, done, (chosen[-1],))
+                chosen.append(sampler.pick(logits))
+            decoding += perf_counter() - step
+            kept = yield chosen[-1]
+        with engine.working():
+            computed = len(chosen) - 1  # the last one's keys and values were not needed
+            _keep_turn(engine, composition, keys, lease, chosen[: computed if kept is None else min(kept, computed)])
+    finally:
+        engine.give_back(lease)
     return Outcome(
-        usage=usage_of(composition, prepared, count),
+        usage=usage_of(composition, prepared, len(chosen)),
         timings=Timings(
             load_ms=prepared.load_ms,
             prefill_ms=prepared.compute_ms + (first_token - before_tail) * 1e3,
             first_token_ms=(first_token - started) * 1e3,
-            decode_tokens_per_s=(count - 1) / decoding if count > 1 else None,
+            decode_tokens_per_s=(len(chosen) - 1) / decoding if len(chosen) > 1 else None,
         ),
-        finish_reason="stop" if token in stops else "length",
+        finish_reason="length" if kept is None and chosen[-1] not in params.stop_ids else "stop",
     )
 
 
 def tail_logits(engine: Engine, composition: Composition, keys: Sequence[EntryKey]) -> Tensor:
     """Logits of the token after the tail, [vocab_size], on the model's device."""
-    with engine.pool.pinned(keys):
-        prepared = engine.prepare(composition, keys)
-        pages = engine.pool.allocate(len(composition.tail))
+    with engine.working():
+        lease = Lease(engine.pool, keys, len(composition.tail))
         try:
-            return _advance(engine, composition, prepared, pages, 0, composition.tail)
+            prepared = engine.prepare(composition, keys)
+            return _advance(engine, composition, prepared, lease, 0, composition.tail)
         finally:
-            engine.pool.release(pages)
+            lease.close()
 
 
 def usage_of(composition: Composition, prepared: Prepared, completion_tokens: int) -> Usage:
@@ -86,12 +107,47 @@ def usage_of(composition: Composition, prepared: Prepared, completion_tokens: in
     )
 
 
+def _admit(
+    engine: Engine, composition: Composition, keys: Sequence[EntryKey], new_tokens: int, queued: bool
+) -> tuple[Lease, Prepared]:
+    """Reserve the tail and make the context resident; waits once for calls that will end by themselves."""
+    try:
+        return _try_to_admit(engine, composition, keys, new_tokens)
+    except PoolFullError:
+        if queued:  # only streams hold what is missing, and they may be waiting for us
+            raise
+    with engine.calls:
+        return _try_to_admit(engine, composition, keys, new_tokens)
+
+
+def _try_to_admit(
+    engine: Engine, composition: Composition, keys: Sequence[EntryKey], new_tokens: int
+) -> tuple[Lease, Prepared]:
+    with engine.working():
+        lease = Lease(engine.pool, keys, len(composition.tail) + new_tokens)
+        try:
+            return lease, engine.prepare(composition, keys)
+        except BaseException:
+            lease.close()
+            raise
+
+
+def _keep_turn(
+    engine: Engine, composition: Composition, keys: Sequence[EntryKey], lease: Lease, answer_ids: Sequence[int]
+) -> None:
+    """Leave the tail resident, for the conversation's next turn."""
+    if not all(engine.pool.peek(key.digest) for key in keys):
+        return  # a chunk was deleted meanwhile: nothing that has seen it stays
+    turn = composition.with_turn((*composition.tail, *answer_ids))
+    lease.adopt(engine.keys(turn, keys)[-1])
+
+
 def _advance(
-    engine: Engine, composition: Composition, prepared: Prepared, pages: Tensor, start: int, token_ids: tuple[int, ...]
+    engine: Engine, composition: Composition, prepared: Prepared, lease: Lease, start: int, token_ids: tuple[int, ...]
 ) -> Tensor:
     """Compute tokens [start, start + n) of the tail; logits after the last of them."""
     context = tuple(
         entry.at(segment.origin) for entry, segment in zip(prepared.entries, composition.segments, strict=True)
     )
-    run = Run(token_ids, context, pages, start, composition.tail_origin)
+    run = Run(token_ids, context, lease.pages, start, composition.tail_origin)
     return compute_logits(engine.model, engine.pool, run)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import psutil
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.paging import PagedSegment
+from braidsdk.models.base import Model
 from braidsdk.store.keys import EntryKey
+from braidsdk.types import LEVEL_QUERY
 
 PAGE_SIZE = 64
 """Tokens per page."""
@@ -58,23 +61,42 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device,
         capacity_bytes: int,
+        initial_bytes: int = 0,
         page_size: int = PAGE_SIZE,
     ) -> None:
         """Args:
         layers, kv_heads, head_dim: geometry of the model's cache.
         dtype, device: of the memory.
         capacity_bytes: how far it may grow.
+        initial_bytes: what it takes from the start.
         page_size: tokens per page.
         """
         self.page_size = page_size
         self.page_bytes = layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
         self.capacity_pages = capacity_bytes // self.page_bytes
         with torch.inference_mode(False):  # written in both modes, also by callers who open us inside one
-            self.kv = torch.zeros(layers, 2, 0, kv_heads, page_size, head_dim, dtype=dtype, device=device)
+            self.kv = torch.empty(layers, 2, 0, kv_heads, page_size, head_dim, dtype=dtype, device=device)
         self._free: list[int] = []
         self._entries: OrderedDict[str, Resident] = OrderedDict()
         self._pins: dict[str, int] = {}
         self._doomed: dict[str, list[Resident]] = {}
+        self._grow(min(initial_bytes, capacity_bytes) // self.page_bytes)
+        self.kv.zero_()  # touched now, so that the first question does not pay for it
+
+    @classmethod
+    def for_model(cls, model: Model, capacity_bytes: int) -> Self:
+        """The pool of a model's device, with room for one full window from the start, or `INITIAL_BYTES` of it."""
+        config = model.config
+        token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * model.dtype.itemsize
+        return cls(
+            layers=config.layers,
+            kv_heads=config.kv_heads,
+            head_dim=config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            capacity_bytes=capacity_bytes,
+            initial_bytes=min(config.window * token_bytes, INITIAL_BYTES),
+        )
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens fill."""
@@ -95,14 +117,29 @@ class Pool:
         """The resident entry of that key digest; does not count as a use."""
         return self._entries.get(digest)
 
-    def allocate(self, tokens: int) -> Tensor:
-        """Take zeroed pages for `tokens` tokens: page ids, int64 [pages].
+    def check_capacity(self, keys: Sequence[EntryKey], tail_tokens: int = 0) -> None:
+        """Raise, before anything is loaded or computed, if these entries and a tail could never be here together.
+
+        Raises:
+            PoolFullError: they need more pages than the pool may ever have.
+        """
+        unique = {key.digest: len(key.token_ids) for key in keys}
+        needed = sum(map(self.pages_for, (*unique.values(), tail_tokens)))
+        if needed > self.capacity_pages:
+            raise PoolFullError(
+                f"The context and its answer need {needed * self.page_bytes / 1e6:,.1f} MB of KV memory; the pool's "
+                f"limit is {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB. Compose fewer chunks, lower "
+                "max_new_tokens, or open the Braid with a larger pool_bytes."
+            )
+
+    def allocate(self, tokens: int, *, zeroed: bool = True) -> Tensor:
+        """Take pages for `tokens` tokens: page ids, int64 [pages]; not zeroed where the caller writes every byte.
 
         Raises:
             PoolFullError: they do not fit beside what running calls hold.
         """
         wanted = self.pages_for(tokens)
-        while len(self._free) < wanted and (self._grow(wanted) or self._evict()):
+        while len(self._free) < wanted and (self._evict_old_turn() or self._grow(wanted) or self._evict()):
             pass
         if len(self._free) < wanted:
             raise PoolFullError(
@@ -112,8 +149,14 @@ class Pool:
                 "finish other answers first."
             )
         pages = torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64, device=self.kv.device)
-        self.kv[:, :, pages] = 0
+        if zeroed:
+            self.kv[:, :, pages] = 0
         return pages
+
+    def reserve(self, pages: int) -> None:
+        """Grow once for so many pages, as far as the capacity goes, instead of bit by bit."""
+        if pages > len(self._free):
+            self._grow(pages - len(self._free))
 
     def release(self, pages: Tensor) -> None:
         """Give back pages that belong to no entry."""
@@ -151,24 +194,37 @@ class Pool:
                     for doomed in self._doomed.pop(key.digest, ()):
                         self.release(doomed.pages)
 
-    def _evict(self) -> bool:
-        for digest in self._entries:
-            if digest not in self._pins:
+    def _evict(self, level: int | None = None) -> bool:
+        """Drop the least recently used entry that no call pins, of that level if given; whether there was one."""
+        for digest, entry in self._entries.items():
+            if digest not in self._pins and level in (None, entry.key.level):
                 self.drop([digest])
                 return True
         return False
 
+    def _evict_old_turn(self) -> bool:
+        """Drop a past turn, unless they are few: most conversations never go on, and should not make memory grow."""
+        turns = sum(entry.key.level == LEVEL_QUERY for entry in self._entries.values())
+        return turns > KEPT_TURNS and self._evict(LEVEL_QUERY)
+
     def _grow(self, wanted: int) -> bool:
         have = self.kv.shape[2]
-        size = min(self.capacity_pages, max(2 * have, have + wanted, 16))
+        size = min(self.capacity_pages, max(2 * have, have + wanted))
         if size <= have:
             return False
         with torch.inference_mode(False):
-            grown = self.kv.new_zeros(*self.kv.shape[:2], size, *self.kv.shape[3:])
+            grown = self.kv.new_empty(*self.kv.shape[:2], size, *self.kv.shape[3:])  # allocate zeroes pages
         grown[:, :, :have] = self.kv
         self.kv = grown
         self._free = [*range(size - 1, have - 1, -1), *self._free]
         return True
+
+
+KEPT_TURNS = 32
+"""Past turns of conversations that stay resident before memory grows for others."""
+
+INITIAL_BYTES = 256 * 2**20
+"""What a pool takes from the start, at most."""
 
 
 def default_capacity_bytes(device: torch.device) -> int:

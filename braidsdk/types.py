@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-LEVEL_SYSTEM, LEVEL_CONTEXT = 0, 1
-"""Levels of a chunk: the system prompt, a context document."""
+LEVEL_SYSTEM, LEVEL_CONTEXT, LEVEL_QUERY = 0, 1, 2
+"""Levels of an entry: the system prompt, a context document, a turn of one conversation (never a registered chunk)."""
 
 Mode = Literal["exact", "isolated", "anchored"]
 
@@ -91,10 +91,10 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-        text: the generated text, control tokens removed.
+        text: the generated text, control tokens removed; it ends before a stop string or stop id.
         token_ids: the generated ids, the closing control token included when there is one.
         prompt_ids: the ids of the whole prompt: what a full prefill would have been given.
-        finish_reason: "stop" if the model ended the answer, "length" if it ran out of tokens.
+        finish_reason: "stop" if the model, a stop string or a stop id ended it, "length" if it ran out of tokens.
         usage: where the prompt's tokens came from.
         timings: how long it took.
     """

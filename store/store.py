@@ -6,8 +6,11 @@ one process publishes, deletes or sets aside never meets another's half way. Kno
 
 import contextlib
 import errno
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +26,9 @@ from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
+
+READ_AHEAD = 2
+"""Entries that are read before they are asked for."""
 
 Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
 """A key, its slabs (one per layer), and its provenance: JSON values that are kept and not compared."""
@@ -164,10 +170,18 @@ class ChunkStore:
         Raises:
             StoreError: a file can't be read for a reason that is not its content.
         """
-        return [
-            self._load(key, found) if isinstance(found, Hit) else found
-            for key, found in zip(keys, self.look_up(keys), strict=True)
-        ]
+        return list(self.stream(keys))
+
+    def stream(self, keys: Sequence[EntryKey]) -> Iterator[Entry | Miss]:
+        """Like `load`, one at a time, while the next ones are read in a thread: few are in memory at once."""
+        jobs = iter(list(zip(keys, self.look_up(keys), strict=True)))
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = deque(reader.submit(self._load, *job) for job in islice(jobs, READ_AHEAD))
+            while ahead:
+                result = ahead.popleft().result()
+                if (job := next(jobs, None)) is not None:
+                    ahead.append(reader.submit(self._load, *job))
+                yield result
 
     def publish(self, publications: Sequence[Publication]) -> None:
         """Store entries durably, all or none; those that the store has already are left as they are.
@@ -217,8 +231,8 @@ class ChunkStore:
             held = next(db.query("select count(*) as entries, coalesce(sum(bytes), 0) as bytes from entries"))
             return StoreStats(db.table("chunks").count, held["entries"], held["bytes"], db.table("damage").count)
 
-    def _load(self, key: EntryKey, hit: Hit) -> Entry | Miss:
-        while True:
+    def _load(self, key: EntryKey, hit: Hit | Miss) -> Entry | Miss:
+        while isinstance(hit, Hit):
             before = stamp(hit.path)
             try:
                 blob = blobs.read(hit.path)
@@ -238,6 +252,7 @@ class ChunkStore:
             missed = self._set_aside(key, hit.path, before, why)
             if missed is not None:
                 return missed
+        return hit
 
     def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Miss | None:
         """Take a damaged file out of the store; None if another file has come to its place since it was read."""

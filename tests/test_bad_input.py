@@ -110,18 +110,21 @@ def test_mode_and_max_new_tokens(braid: Braid) -> None:
         braid.ask("Well?", chunks=["aistonia"], max_new_tokens=0)
 
 
-def test_a_context_that_does_not_fit_in_the_pool(
+def test_a_context_that_can_never_fit_computes_nothing(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
         page = braid._engine.pool.page_bytes
-    monkeypatch.setattr("braidsdk.braid.default_capacity_bytes", lambda _: 2 * page)
-    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
+    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=2 * page) as braid:
         document = braid.register("word " * 100)
-        with pytest.raises(PoolFullError, match="Compose fewer"):
+        monkeypatch.setattr("braidsdk.engine.compute", lambda *_: pytest.fail("something was computed"))
+        with pytest.raises(PoolFullError, match="larger pool_bytes"):
             braid.ask("Well?", chunks=[document], max_new_tokens=100)
-        assert len(braid._engine.pool._free) + len(braid._engine.pool._entries) <= 2
+        with pytest.raises(PoolFullError, match="larger pool_bytes"):
+            braid.compose([document]).prepare()
+        monkeypatch.undo()
         assert braid.ask("Well?", chunks=[], max_new_tokens=2).token_ids
+        assert len(braid._engine.pool._free) + len(braid._engine.pool._entries) <= 2
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,7 @@ def test_a_context_that_does_not_fit_in_the_pool(
         ({"device": "cuda:99"}, "is not there"),
         ({"dtype": "int8"}, "dtype must be"),
         ({"namespace": ""}, "namespace"),
+        ({"pool_bytes": 0}, "pool_bytes must be a positive"),
     ],
     ids=str,
 )
@@ -154,7 +158,7 @@ def test_a_store_path_that_cannot_be_written(random_checkpoint: Path) -> None:
 
 
 def test_no_checkpoint_there(tmp_path: Path) -> None:
-    for model in ("Qwen/Qwen3-0.6B", tmp_path):
+    for model in ("no-such-model", tmp_path):
         with pytest.raises(ModelNotFoundError, match=r"expected a folder with config\.json"):
             Braid(model, store=tmp_path / "store")
 

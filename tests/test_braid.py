@@ -208,19 +208,17 @@ def test_a_composed_context_does_not_bring_a_deleted_chunk_back(random_braid: Br
     assert random_braid.chunks.list() == []
 
 
-def test_a_small_pool_still_answers_right(
-    random_braid: Braid, monkeypatch: pytest.MonkeyPatch, random_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_small_pool_still_answers_right(random_braid: Braid, random_checkpoint: Path, tmp_path: Path) -> None:
     texts = [f"Document number {n}. " * 12 for n in range(12)]
     chunks = random_braid.register_many(texts)
     want = [random_braid.ask("Well?", chunks=[each], max_new_tokens=5).token_ids for each in chunks]
-    page = random_braid._engine.pool.page_bytes
-    monkeypatch.setattr("braidsdk.braid.default_capacity_bytes", lambda _: 6 * page)
-    with Braid(random_checkpoint, store=tmp_path / "small", device="cpu", dtype="float32") as small:
+    bound = 6 * random_braid._engine.pool.page_bytes
+    options = {"device": "cpu", "dtype": "float32", "pool_bytes": bound}
+    with Braid(random_checkpoint, store=tmp_path / "small", **options) as small:
         for _ in range(2):
             there = small.register_many(texts)
             assert [small.ask("Well?", chunks=[each], max_new_tokens=5).token_ids for each in there] == want
-        assert small._engine.pool.kv.shape[2] <= 6
+        assert small._engine.pool.kv.nbytes <= bound
 
 
 def test_the_window_ends_the_answer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ten tests that composed caches answer as the documents say, on the embedded model. The facts are in no training set."""
+"""Ten tests that composed caches answer as the documents say. The embedded model has seen none of these names."""
 
 import itertools
 import json

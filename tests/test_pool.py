@@ -1,9 +1,14 @@
 """The paged pool: growth, eviction, pins, deletion under a running call."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from braidsdk.errors import PoolFullError
+from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.paging import PagedSegment, Request, append, slots_of
+from braidsdk.kernels.rope import RotaryTable
 from braidsdk.pool import Pool, Resident
 from braidsdk.store.keys import EntryKey, ModelIdentity, sha256_of_tokens
 
@@ -94,3 +99,62 @@ def test_dropping_a_chunk_drops_what_was_computed_with_sight_of_it() -> None:
     pool.drop_chunk("a" * 32)
     assert pool.peek(seen.digest) is None
     assert pool.peek(other.digest) is not None
+
+
+def test_what_can_never_fit_is_said_before_anything_happens() -> None:
+    pool = make_pool(3)
+    pool.check_capacity([key("a"), key("a"), key("b")], tail_tokens=1)
+    with pytest.raises(PoolFullError, match="larger pool_bytes"):
+        pool.check_capacity([key("a"), key("b")], tail_tokens=PAGE + 1)
+
+
+def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> None:
+    """Offsets are 64-bit: the same numbers come out of the highest pages as of the lowest ones."""
+    layers, kv_heads, page_size, head_dim = 1, 8, 64, 128
+    pages = 2**31 // (2 * kv_heads * page_size * head_dim) + 40
+    pool = Pool(
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+        capacity_bytes=pages * 2 * kv_heads * page_size * head_dim * 2,
+    )
+    pool._grow(pages)  # only touched pages take memory
+    assert pool.kv[0].numel() > 2**31
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 100, kv_heads, head_dim).bfloat16()
+    rotary = RotaryTable(torch.rand(head_dim // 2), 1.0, torch.float32, torch.device("cpu"))
+    outs = []
+    for _ in range(2):
+        mine = pool.allocate(100)
+        append(pool.kv[0], slots_of(mine, 0, 100, page_size), keys, values)
+        for rows in (3, 100):
+            plans = plan_attention(
+                torch.arange(100 - rows, 100),
+                [Request(slice(0, rows), (PagedSegment(mine, 0, 100, 0),))],
+                rotary,
+                limit=100,
+                page_size=page_size,
+                group=2,
+                dtype=torch.bfloat16,
+            )
+            queries = torch.cat([keys, keys], 1)[-rows:]
+            outs.append(cascade_attention(queries, plans, pool.kv[0], 0.1))
+        pool._free.reverse()
+        assert int(mine.max()) in (1, pages - 1)
+    assert torch.equal(outs[0], outs[2])
+    assert torch.equal(outs[1], outs[3])
+
+
+def test_past_turns_make_room_before_memory_grows_for_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braidsdk.pool.KEPT_TURNS", 2)
+    pool = make_pool(100)
+    turns = [replace(key(name), level=2, chunk_id=None, after_sha256=name) for name in "abcdefgh"]
+    document = put(pool, key("d"))
+    for each in turns:
+        put(pool, each)
+    assert pool.peek(document.key.digest)
+    assert pool.peek(turns[-1].digest)
+    assert pool.peek(turns[0].digest) is None
+    assert pool.kv.shape[2] <= 8, "memory for the document, three turns, and what doubling gave"

@@ -55,7 +55,9 @@ def test_shell_snippet_runs(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "Flubarg."
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/models.md", "docs/design.md"]
+)
 def test_links_and_named_files_exist(document: str) -> None:
     path = ROOT / document
     text = path.read_text(encoding="utf-8")

@@ -1,0 +1,54 @@
+"""A composed context as the cache of another library: transformers.
+
+There every key stands at its absolute position, so it is rotated on from its segment's frame: R(s) R(j) = R(s + j).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PretrainedConfig
+
+from braidsdk.compose import Segment
+from braidsdk.kernels.rope import rotate
+from braidsdk.models.base import Model
+from braidsdk.pool import Pool, Resident
+
+
+def to_dynamic_cache(
+    model: Model, pool: Pool, segments: Sequence[Segment], entries: Sequence[Resident], config: PretrainedConfig | None
+) -> DynamicCache:
+    """Copy entries out of the pool, their keys at absolute positions.
+
+    Args:
+        model: whose keys they are.
+        pool: where they lie.
+        segments: their places, contiguous from position 0.
+        entries: one per segment.
+        config: of the transformers model that will read the cache, or None.
+
+    Returns:
+        Per layer keys and values [1, kv_heads, tokens, head_dim], in the model's dtype and on its device.
+    """
+    turns = [_turn(model, segment.origin) for segment in segments]
+    layers = []
+    for memory in pool.kv:
+        parts = [_tokens(memory, entry) for entry in entries]
+        keys = [rotate(part[0], *turn) for part, turn in zip(parts, turns, strict=True)]
+        layers.append(tuple(torch.cat(own).transpose(0, 1)[None] for own in (keys, [part[1] for part in parts])))
+    return DynamicCache(layers, config=config)
+
+
+def _tokens(memory: Tensor, entry: Resident) -> Tensor:
+    """An entry's keys and values in one layer: [2, tokens, kv_heads, head_dim]."""
+    return memory[:, entry.pages].transpose(2, 3).flatten(1, 2)[:, : entry.tokens]
+
+
+def _turn(model: Model, origin: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at a position, each [1, head_dim / 2].
+
+    A table's entries may hold a factor (YaRN). The keys have it already, so only the direction is used.
+    """
+    cos, sin = model.rotary.at(torch.tensor([origin], device=model.device), origin + 1)
+    length = torch.hypot(cos, sin)
+    return cos / length, sin / length

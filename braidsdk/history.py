@@ -1,0 +1,131 @@
+"""A conversation's past turns: what the caller gives, and the ids that the conversation had.
+
+Knows nothing about tensors, models or caches.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+from braidsdk.errors import InputError
+from braidsdk.tokens import normalise
+
+REMEMBERED_TURNS = 4096
+
+
+class Layout(Protocol):
+    """The part of the prompt's layout that a conversation needs."""
+
+    @property
+    def turn_ids(self) -> tuple[int, ...]: ...
+    def question_ids(self, question: str) -> tuple[int, ...]: ...
+    def answer_ids(self, text: str) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """The ids of an answer, without what closes it.
+
+    Attributes:
+        token_ids: the ids.
+        computed: how many of them have keys and values; of an answer that was cut off the last has none.
+    """
+
+    token_ids: tuple[int, ...]
+    computed: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question of the past and its answer, both normalised."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The ids that stand between the chunks and a new question.
+
+    Attributes:
+        turns: one segment each.
+        opening: ids that the new tail begins with: what the last turn's segment leaves out, its end, the user header.
+    """
+
+    turns: tuple[tuple[int, ...], ...] = ()
+    opening: tuple[int, ...] = ()
+
+
+class SpokenTurns:
+    """The ids of recent answers, so that a conversation goes on with the very ids that it had.
+
+    Encoding an answer's text again may give others. Safe to use from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._known: OrderedDict[tuple[tuple[int, ...], str], Spoken] = OrderedDict()
+
+    def remember(self, tail: tuple[int, ...], text: str, spoken: Spoken) -> None:
+        """Keep the ids of an answer to a tail; of an empty one there is nothing to go on from."""
+        if not text.strip():
+            return
+        key = (tail, normalise(text))
+        with self._lock:
+            self._known[key] = spoken
+            self._known.move_to_end(key)
+            if len(self._known) > REMEMBERED_TURNS:
+                self._known.popitem(last=False)
+
+    def recall(self, tail: tuple[int, ...], text: str) -> Spoken | None:
+        """The ids of that normalised answer to that tail, the latest if there were several."""
+        with self._lock:
+            return self._known.get((tail, text))
+
+
+def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
+    """Check a history.
+
+    Args:
+        history: messages with "role" and "content": "user" and "assistant" by turns, from a user's first question to an
+            answer. None of them holds the chunks: those stand before the first question anyway.
+
+    Raises:
+        InputError: roles, keys or contents are not like that.
+        EmptyTextError: a content holds nothing but white space.
+    """
+    wanted = "history must be messages {'role': ..., 'content': ...} of user and assistant by turns, the user's first"
+    if isinstance(history, str | Mapping):
+        raise InputError(f"{wanted}; got a {type(history).__name__}.")
+    for index, message in enumerate(history):
+        role = ("user", "assistant")[index % 2]
+        if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
+            raise InputError(f"{wanted}; message {index} is not of that form.")
+        if message["role"] != role:
+            raise InputError(f"{wanted}; message {index} has role {str(message['role'])[:40]!r}, expected {role!r}.")
+        if not isinstance(message["content"], str):
+            raise InputError(f"{wanted}; the content of message {index} is a {type(message['content']).__name__}.")
+    if len(history) % 2:
+        raise InputError(f"{wanted}; it ends with a user's message. Give that as the question instead.")
+    texts = [normalise(message["content"], f"Message {index} of history") for index, message in enumerate(history)]
+    return tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
+
+
+def conversation(turns: Sequence[Turn], layout: Layout, spoken: SpokenTurns) -> Conversation:
+    """The ids of past turns: an answer's own where they are known, otherwise those of its text.
+
+    A turn's segment ends where the keys and values of the call that answered it end, so that they serve as they are.
+    """
+    pieces: list[tuple[int, ...]] = []
+    opening: tuple[int, ...] = ()
+    for turn in turns:
+        tail = opening + layout.question_ids(turn.question)
+        said = spoken.recall(tail, turn.answer)
+        if said is None:
+            ids = layout.answer_ids(turn.answer)
+            said = Spoken(ids, len(ids))
+        pieces.append(tail + said.token_ids[: said.computed])
+        opening = said.token_ids[said.computed :] + layout.turn_ids
+    return Conversation(tuple(pieces), opening)

@@ -1,0 +1,271 @@
+"""How the next token is chosen: arguments, what they do to the logits, and the draw.
+
+Order and meaning of each step are those of transformers' logits processors: repetition penalty over prompt and answer,
+temperature, top_k, top_p, min_p. Random state belongs to one request; the global generators are neither read nor
+changed.
+
+Knows nothing about models, caches or text.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from braidsdk.errors import InputError, NumericsError, WindowExceededError
+from braidsdk.models.base import GenerationDefaults, ModelConfig
+
+DEFAULT_NEW_TOKENS = 256
+
+LEAST_TEMPERATURE = 1e-6
+"""Below it an answer is greedy: logits divided by less would leave float32's range, and only the likeliest is drawn."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keywords of `ask` and `stream` that say how tokens are chosen and when the answer ends. None is "not given".
+
+    Without a temperature, or at temperature 0, the answer is greedy: the most likely token, ties to the lowest id. A
+    temperature above 0 draws; what is not given beside it then comes from the model's generation_config.json.
+
+    Attributes:
+        max_new_tokens: at most so many tokens are generated. None is 256, or what the window leaves.
+        temperature: divides the logits; 0 is greedy.
+        top_p: keep the fewest most likely tokens whose probabilities reach this sum; above 0, at most 1 (keeps all).
+        top_k: keep that many most likely tokens (more on a tie); 0 keeps all.
+        min_p: keep tokens at least this share as likely as the likeliest; 0 to 1.
+        repetition_penalty: above 1 makes ids of prompt and answer less likely, in greedy answers too. None is the
+            model's default, as in transformers.
+        seed: the same seed gives the same answer, whatever else runs. None is another one each time.
+        stop: the answer ends before the first of these strings that its text contains; no part of it is shown.
+        stop_ids: token ids that end the answer as the model's own end token does: counted, and left out of the text.
+    """
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    stop_ids: Sequence[int] | None
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """`SamplingOptions` once checked and completed; nothing is left open but the seed.
+
+    Attributes:
+        max_new_tokens: at least 1, and within the window.
+        temperature: 0.0 is greedy; top_p, top_k, min_p and seed do nothing then.
+        top_p, top_k, min_p, repetition_penalty: 1.0, 0, 0.0 and 1.0 change nothing.
+        seed: of this request's random numbers; None takes one from the system.
+        stop: strings that end the text.
+        stop_ids: ids that end the answer, the model's own included.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] = frozenset()
+
+
+def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) -> SamplingParams:
+    """Check what the caller asked for and complete it from the model's defaults.
+
+    Args:
+        options: keywords of the call.
+        model: window, end tokens and generation defaults.
+        prompt_tokens: length of the prompt; it leaves room for at least one more.
+
+    Raises:
+        InputError: a value can't be used.
+        WindowExceededError: prompt and `max_new_tokens` exceed the window.
+        TypeError: there is no such keyword.
+    """
+    if unknown := options.keys() - SamplingOptions.__annotations__:
+        raise TypeError(f"unexpected keyword {min(unknown)!r}; expected {', '.join(SamplingOptions.__annotations__)}.")
+    temperature = _real("temperature", options.get("temperature"), 0.0, math.inf)
+    shape = {
+        "top_p": _real("top_p", options.get("top_p"), 0.0, 1.0, open_below=True),
+        "top_k": _integer("top_k", options.get("top_k"), 0),
+        "min_p": _real("min_p", options.get("min_p"), 0.0, 1.0),
+    }
+    if temperature is None and (given := [name for name, value in shape.items() if value is not None]):
+        raise InputError(
+            f"{' and '.join(given)} does nothing without a temperature: the answer is greedy. Give temperature=0.6, "
+            "say, to sample."
+        )
+    if temperature is None or temperature < LEAST_TEMPERATURE:
+        temperature = 0.0
+    drawing: GenerationDefaults = model.generation if temperature else GenerationDefaults(top_k=0)
+    penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.0, math.inf, open_below=True)
+    return SamplingParams(
+        max_new_tokens=_new_tokens(options.get("max_new_tokens"), model.window, prompt_tokens),
+        temperature=temperature,
+        top_p=drawing.top_p if shape["top_p"] is None else shape["top_p"],
+        top_k=drawing.top_k if shape["top_k"] is None else int(shape["top_k"]),
+        min_p=drawing.min_p if shape["min_p"] is None else shape["min_p"],
+        repetition_penalty=model.generation.repetition_penalty if penalty is None else penalty,
+        seed=_integer("seed", options.get("seed"), 0, 2**64),
+        stop=_stop_strings(options.get("stop")),
+        stop_ids=model.eos_ids | _stop_ids(options.get("stop_ids"), model.vocab_size),
+    )
+
+
+class Sampler:
+    """Chooses the tokens of one request."""
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+        """Args:
+        params: how to choose.
+        prompt_ids: the whole prompt; what the repetition penalty counts as said before the answer.
+        """
+        self._params = params
+        self._said = torch.tensor(prompt_ids, dtype=torch.int64)
+        self._seen: Tensor | None = None
+        self._chosen = 0
+        self._random = torch.Generator("cpu")
+        if params.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(params.seed)
+
+    @torch.inference_mode()  # also where the caller is in it for some steps only
+    def pick(self, logits: Tensor) -> int:
+        """The next token's id.
+
+        Args:
+            logits: [vocab_size], on any device.
+
+        Raises:
+            NumericsError: a logit is NaN or infinite.
+        """
+        self._chosen += 1
+        params = self._params
+        finite = torch.isfinite(logits).all()
+        if params.repetition_penalty != 1.0:
+            logits = penalise(logits, self._mask(logits), params.repetition_penalty)
+        if not params.temperature:
+            token, is_finite = torch.stack((logits.argmax(), finite.to(torch.int64))).tolist()  # one wait for a GPU
+        else:
+            is_finite = bool(finite)
+            token = _draw(*candidates(logits, params), self._random) if is_finite else 0
+        if not is_finite:
+            raise NumericsError(
+                f"Expected finite logits for token {self._chosen} of the answer; some are NaN or infinite. Check the "
+                "checkpoint's weights for values out of range, or open the model with dtype='float32'."
+            )
+        if self._seen is not None:
+            self._seen[token] = True
+        return int(token)
+
+    def _mask(self, logits: Tensor) -> Tensor:
+        if self._seen is None:
+            self._seen = torch.zeros_like(logits, dtype=torch.bool)
+            self._seen[self._said.to(logits.device)] = True
+        return self._seen
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make ids that were seen less likely (Keskar et al. 2019, arXiv:1909.05858).
+
+    Args:
+        logits: [vocab_size].
+        seen: which ids, bool [vocab_size].
+        penalty: divides their logits where positive, multiplies them where negative.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """What can be drawn: temperature, top_k, top_p, min_p, in this order.
+
+    Args:
+        logits: finite, [vocab_size], on any device.
+        params: of the request; the temperature is above 0.
+
+    Returns:
+        ids, int64 [candidates], ascending, at least one; and their scaled logits, float32 [candidates]; on the CPU.
+    """
+    scores = logits.float() / params.temperature
+    ids = torch.arange(len(scores), device=logits.device)
+    if params.top_k:
+        least = torch.topk(scores, min(params.top_k, len(scores))).values[-1]
+        ids = (scores >= least).nonzero().flatten()
+    ids, scores = ids.cpu(), scores[ids].cpu()
+    if params.top_p < 1.0:
+        order = scores.argsort()
+        keep = torch.softmax(scores[order].double(), 0).cumsum(0) > 1.0 - params.top_p
+        keep[-1] = True
+        kept = order[keep].sort().values
+        ids, scores = ids[kept], scores[kept]
+    if params.min_p:
+        share = torch.softmax(scores, 0)
+        likely = share >= params.min_p * share.max()
+        ids, scores = ids[likely], scores[likely]
+    return ids, scores
+
+
+def _draw(ids: Tensor, scores: Tensor, random: torch.Generator) -> int:
+    """One of `ids` with probability softmax(scores), by the inverse of the cumulative distribution in float64."""
+    cumulative = torch.softmax(scores.double(), 0).cumsum(0)
+    point = torch.rand(1, dtype=torch.float64, generator=random) * cumulative[-1]
+    return int(ids[torch.searchsorted(cumulative, point, right=True).clamp(max=len(ids) - 1)])
+
+
+def _real(name: str, value: object, low: float, high: float, *, open_below: bool = False) -> float | None:
+    if value is None:
+        return None
+    bounds = f"{'above' if open_below else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputError(f"{name} must be a number {bounds}; got a {type(value).__name__}.")
+    number = float(value)
+    if not math.isfinite(number) or number > high or number < low or (open_below and number == low):
+        raise InputError(f"{name} must be {bounds}; got {number:g}.")
+    return number
+
+
+def _integer(name: str, value: object, low: int, stop: int | None = None) -> int | None:
+    if value is None:
+        return None
+    bounds = f"at least {low}" + (f" and below {stop:,}" if stop else "")
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise InputError(f"{name} must be an integer of {bounds}; got a {type(value).__name__}.")
+    number = int(value)
+    if number < low or (stop is not None and number >= stop):
+        raise InputError(f"{name} must be {bounds}; got {number}.")
+    return number
+
+
+def _new_tokens(value: int | None, window: int, prompt_tokens: int) -> int:
+    room = window - prompt_tokens
+    wanted = _integer("max_new_tokens", value, 1)
+    if wanted is not None and wanted > room:
+        raise WindowExceededError(
+            f"The prompt takes {prompt_tokens:,} tokens and leaves room for {room:,}; max_new_tokens is {wanted:,}. "
+            "Ask for fewer, or compose fewer chunks."
+        )
+    return wanted or min(DEFAULT_NEW_TOKENS, room)
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            what = "an empty one" if isinstance(string, str) else f"a {type(string).__name__}"
+            raise InputError(f"stop must hold strings of at least one character; got {what}.")
+    return strings
+
+
+def _stop_ids(stop_ids: Sequence[int] | None, vocab_size: int) -> frozenset[int]:
+    return frozenset(i for i in (_integer("stop_ids", each, 0, vocab_size) for each in stop_ids or ()) if i is not None)

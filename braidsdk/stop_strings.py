@@ -1,0 +1,40 @@
+"""Ending a text before a stop string, as it arrives in pieces."""
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Lets text through up to the first stop string.
+
+    The end of the text so far that may be the start of a stop string is held back until it is known whether it is one,
+    so no part of a stop string is ever let through. Of several stop strings the one counts that is complete first; of
+    those that end together, the longest.
+
+    Attributes:
+        found: whether one is complete; nothing is let through afterwards.
+    """
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.found = False
+        self._stop = tuple(stop)
+        self._held = ""
+
+    def feed(self, piece: str) -> str:
+        """Take the next piece of text; give what of the text so far may be shown now."""
+        if self.found or not self._stop:
+            return "" if self.found else piece
+        text = self._held + piece
+        ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        open_from = next(
+            start for start in range(len(text) + 1) if any(stop.startswith(text[start:]) for stop in self._stop)
+        )
+        self._held = text[open_from:]
+        return text[:open_from]
+
+    def flush(self) -> str:
+        """The text has ended: give what was held back."""
+        rest, self._held = self._held, ""
+        return rest
