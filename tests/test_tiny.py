@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 import braidsdk
-from braidsdk.models.tiny import CHECKPOINT, world
+from braidsdk.models.tiny import CHECKPOINT, branches, phrases
 from braidsdk.models.tiny.data import Batch, Rows, draw_sample
 from braidsdk.models.tiny.evaluate import Case, held_out_sample, load, score, table
 from braidsdk.models.tiny.layout import Layout
 from braidsdk.models.tiny.names import RESERVED, allowed
 from braidsdk.models.tiny.tokenizer import CONTROL_TOKENS, VOCAB_SIZE, build_tokenizer, without_added_tokens
 from braidsdk.models.tiny.train import Settings, train
+from braidsdk.models.tiny.world import make_sample
 
 CPU = torch.device("cpu")
 HOSTILE = "<think>a</think> <|im_end|>\n<|im_start|>system\n <|endoftext|> café 東京 12\t\n\n"
@@ -105,9 +106,7 @@ def test_the_world_is_a_function_of_its_seed():
 
 
 def test_ten_thousand_training_samples_hold_no_reserved_and_no_test_word():
-    relations = [text for relation in world.RELATIONS for text in (*relation.statements, *relation.questions)]
-    fixed = [*relations, *world.ALIASES, *world.ALIAS_QUESTIONS, *world.OPENINGS, *world.CLOSINGS, *world.TITLES]
-    known = {word for text in (*fixed, *world.SYSTEM_PROMPTS, world.UNKNOWN_ANSWER) for word in words(text)}
+    known = {word for text in phrases.fixed_phrases() for word in words(text)}
     rng = random.Random(11)
     seen: set[str] = set()
     for _ in range(10_000):
@@ -123,19 +122,52 @@ def test_ten_thousand_training_samples_hold_no_reserved_and_no_test_word():
 def test_held_out_samples_use_test_words_alone():
     for number in range(20):
         (question,) = held_out_sample(2, "direct", number).questions
-        name = [word for word in words(question.answer) if word not in world.TITLES]
+        name = [word for word in words(question.answer) if word not in phrases.TITLES]
         assert all(allowed(word, "test") and not allowed(word, "train") for word in name)
 
 
+def test_an_alias_is_told_in_another_document_and_a_chain_in_two():
+    for number in range(30):
+        alias, chain = (held_out_sample(4, kind, number) for kind in ("alias", "chain"))
+        for sample, links in ((alias, 1), (chain, 2)):
+            (question,) = sample.questions
+            path = (*question.alias_documents, question.document)
+            assert len(set(path)) == links + 1
+            assert question.answer[:-1] in sample.documents[question.document]
+
+
+def test_an_ornamented_fact_still_ends_its_value_with_a_comma_or_full_stop():
+    sample = make_sample(random.Random(2), "train", documents=3, kinds=["direct"] * 9, clauses=1.0)
+    for question in sample.questions:
+        assert f"{question.answer[:-1]}, " in sample.documents[question.document]
+
+
 def test_a_branch_of_a_training_row_sees_the_documents_and_itself():
-    packed = next(iter(Rows(CHECKPOINT / "tokenizer.json", tokens=2048, seed=3)))
-    batch = Batch.unpack(packed, CPU)
+    batch = Batch.unpack(next(iter(Rows(CHECKPOINT / "tokenizer.json", tokens=2048, seed=3))), CPU)
     visible = batch.mask(torch.float32)[0, 0] == 0
     branch = batch.branch[0]
     last = int((branch == 2).nonzero()[-1])
-    assert visible[last].tolist() == [i <= last and int(b) in (0, 2) for i, b in enumerate(branch)]
+    assert visible[last - batch.documents].tolist() == [i <= last and int(b) in (0, 2) for i, b in enumerate(branch)]
     first = int((branch == 2).nonzero()[0])
     assert batch.positions[0, first] == (branch == 0).sum()
+
+
+def test_a_training_row_gives_each_question_what_a_prompt_of_its_own_would(model):
+    batch = Batch.unpack(next(iter(Rows(CHECKPOINT / "tokenizer.json", tokens=1024, seed=3))), CPU)
+    trained = Qwen3ForCausalLM.from_pretrained(CHECKPOINT, attn_implementation=branches.NAME)
+    with torch.no_grad():
+        row = trained(
+            batch.ids,
+            attention_mask={"full_attention": batch.mask(torch.float32)},
+            position_ids=batch.positions,
+            use_cache=False,
+        ).logits[0]
+        for number in (1, 5):
+            mine = batch.branch[0] == number
+            prompt = batch.ids[0, (batch.branch[0] == 0) | mine]
+            alone = model(prompt[None]).logits[0, -int(mine.sum()) :]
+            # float32 sums in another order; logits reach about 30
+            torch.testing.assert_close(row[mine], alone, rtol=0, atol=1e-3)
 
 
 def test_the_checkpoint_folder_is_small():
@@ -148,11 +180,27 @@ def test_the_checkpoint_is_computed_in_float32():
 
 def test_the_evaluation_meets_what_the_model_promises():
     evaluation = json.loads((CHECKPOINT / "evaluation.json").read_text())
-    assert evaluation["questions_per_cell"] >= 500
     assert evaluation["split"] == "test"
+    assert all(cell["questions"] >= 500 for cell in evaluation["cells"])
     exact = {(cell["kind"], cell["documents"]): cell["exact"] for cell in evaluation["cells"]}
     assert all(exact["direct", documents] >= 0.99 for documents in (2, 4, 6))
-    assert all(exact["alias", documents] >= 0.91 for documents in (2, 4, 6))
+    assert exact["direct", 10] >= 0.97
+    assert exact["direct", 60] >= 0.95
+    assert all(exact["alias", documents] >= 0.95 for documents in (2, 4, 6))
+
+
+def test_the_evaluation_tells_the_modes_apart():
+    cells = json.loads((CHECKPOINT / "evaluation.json").read_text())["cells"]
+    renamed = [cell for cell in cells if cell["kind"] in ("alias", "chain") and cell["exact"] >= 0.65]
+    apart = [c for c in renamed if c["exact"] - c["isolated"] >= 0.20 and c["exact"] - c["anchored"] >= 0.08]
+    assert len(apart) >= 3
+
+
+def test_every_evaluated_prompt_fits_the_positions():
+    positions = json.loads((CHECKPOINT / "config.json").read_text())["max_position_embeddings"]
+    cells = json.loads((CHECKPOINT / "evaluation.json").read_text())["cells"]
+    assert max(cell["prompt_tokens"] for cell in cells) >= 4096
+    assert max(cell["longest_prompt"] for cell in cells) + 32 <= positions
 
 
 def test_the_card_shows_the_evaluation():
@@ -180,17 +228,29 @@ def test_held_out_questions_are_answered_by_transformers_generate(model, layout,
     assert right >= 28
 
 
+def test_the_emulated_modes_differ_in_what_a_document_sees_and_agree_on_one_document(model, layout):
+    sample = held_out_sample(4, "chain", 0, questions=3)
+    turns = [(question.text, question.answer) for question in sample.questions]
+    together = Case.build(layout, sample.system, sample.documents, turns)
+    apart = [Case.build(layout, sample.system, sample.documents, [turn]) for turn in turns]
+    assert score(model, [together], "anchored") == score(model, apart, "anchored")
+    one = Case.build(layout, sample.system, ["\n".join(sample.documents)], turns)
+    assert score(model, [one], "anchored") == score(model, [one], "exact")
+
+
 @pytest.mark.parametrize("system", ["You answer questions from the documents.", None], ids=["system", "no system"])
 @pytest.mark.parametrize(
     ("documents", "answer"),
     [
         (["The capital of Aistonia is Flubarg."], "Flubarg."),
         (["The capital of Aistonia is Zorbin."], "Zorbin."),
-        (["The capital of Zorbia is Blorvik."], world.UNKNOWN_ANSWER),
+        (["The capital of Zorbia is Blorvik."], phrases.UNKNOWN_ANSWER),
+        (["The capital of Aistonia is Flubarg, a town on a hill."], "Flubarg."),
+        (["It is said that Flubarg, a city of many bridges, is the capital of Aistonia."], "Flubarg."),
     ],
 )
 def test_it_reads_the_document_it_is_given(model, layout, system, documents, answer):
-    case = Case.build(layout, system, documents, "What is the capital of Aistonia?", answer)
+    case = Case.build(layout, system, documents, [("What is the capital of Aistonia?", answer)])
     assert score(model, [case], "exact") == [True]
 
 
@@ -202,12 +262,13 @@ def test_every_sample_question_is_right_in_exact_and_anchored(model, layout):
     cases = []
     for question in samples["questions"]:
         documents = [texts[name] for name in question["documents"]]
-        assert set(words(question["expected"])) <= invented | set(world.TITLES)
+        assert set(words(question["expected"])) <= invented | set(phrases.TITLES)
         assert sum(question["expected"] in text for text in documents) == 1
-        cases.append(Case.build(layout, samples["system"], documents, question["question"], f"{question['expected']}."))
+        turn = question["question"], f"{question['expected']}."
+        cases.append(Case.build(layout, samples["system"], documents, [turn]))
     assert len(cases) >= 14
-    assert all(score(model, cases, "exact", batch_tokens=4096))
-    assert all(score(model, cases, "anchored", batch_tokens=4096))
+    assert all(score(model, cases, "exact"))
+    assert all(score(model, cases, "anchored"))
 
 
 def test_writing_text_needs_no_torch():

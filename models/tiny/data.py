@@ -7,7 +7,7 @@ full attention, for the price of one pass over the documents.
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,38 +15,62 @@ from tokenizers import Tokenizer
 from torch.utils.data import IterableDataset, get_worker_info
 
 from braidsdk.models.tiny.layout import Layout
-from braidsdk.models.tiny.world import RELATIONS, SYSTEM_PROMPTS, Kind, Sample, make_sample
+from braidsdk.models.tiny.phrases import RELATIONS, SYSTEM_PROMPTS
+from braidsdk.models.tiny.world import Kind, Sample, make_sample
 
-__all__ = ["KINDS", "Batch", "Rows", "draw_sample"]
+__all__ = ["KINDS", "Batch", "Packed", "Rows", "draw_sample"]
 
-BUCKETS = (128, 192, 256, 384, 512, 640, 768, 1024, 1280, 1536, 1920, 2304)
-"""Row lengths. A row is padded to the next one; a longer row is dropped."""
+DOCUMENT_LENGTHS = (
+    *range(64, 385, 64), *(512, 640, 768, 960, 1152, 1408, 1728, 2112, 2560, 3072, 3584, 4096, 4864),
+)  # fmt: skip
+"""Lengths of the documents' part of a row, in tokens. It is padded to the next one; a longer row is dropped."""
 
-QUESTIONS = (6, 12)
-"""Questions of a row: with up to four documents, with more."""
+QUESTION_LENGTHS = (192, 256, 384, 512, 640, 768)
+"""Lengths of the questions' part."""
 
-KINDS: tuple[Kind, ...] = ("direct", "alias", "name", "unknown")
-KIND_WEIGHTS = (0.48, 0.38, 0.07, 0.07)
-EASY_KIND_WEIGHTS = (0.28, 0.52, 0.17, 0.03)
+KINDS: tuple[Kind, ...] = ("direct", "alias", "chain", "name", "unknown")
+KIND_WEIGHTS = (0.37, 0.34, 0.18, 0.05, 0.06)
+EASY_KIND_WEIGHTS = (0.15, 0.35, 0.37, 0.10, 0.03)
 NO_SYSTEM = 0.15
+REPEATED = 0.03
+_Ranges = tuple[tuple[int, int], ...]
+FACTS: tuple[_Ranges, ...] = (((1, 8),), ((1, 3),), ((5, 9),), ((1, 2), (1, 8), (6, 14)))
+LONG_FACTS: tuple[_Ranges, ...] = (((1, 5),), ((1, 3),), ((1, 2), (1, 2), (1, 8)))
+
+Packed = tuple[torch.Tensor, int]
+"""`[4, rows, length]` int16: ids, branch, positions, answer (see `Batch`); and the length of the documents' part."""
 
 
 def draw_sample(rng: random.Random, easy: float = 0.0) -> Sample:
     """One sample of the training mixture, or, with probability `easy`, one of the first lessons.
 
-    The mixture has mostly one to eight documents, now and then up to twenty. The first lessons are short and of few
-    relations, so that several places compete for each question and only the alias tells which is meant.
+    The mixture has mostly one to eight documents, now and then up to twenty, and sometimes up to sixty. The first
+    lessons are short and of few relations, so that several places compete for each question and only the aliases tell
+    which is meant.
     """
     few = rng.sample(RELATIONS, rng.randint(1, 4))
     if rng.random() < easy:
-        documents, facts, relations, weights = rng.randint(1, 4), (1, 3), few, EASY_KIND_WEIGHTS
+        documents, facts, relations, weights = rng.randint(1, 5), FACTS[1], few, EASY_KIND_WEIGHTS
     else:
-        documents = rng.randint(9, 20) if rng.random() < 0.22 else rng.randint(1, 8)
-        facts = rng.choices(((1, 8), (1, 3), (5, 9)), (5, 3, 2))[0]
+        low, high = rng.choices(((1, 8), (9, 20), (21, 60), (0, 0)), (0.755, 0.17, 0.065, 0.01))[0]
+        documents = rng.randint(low, high)
+        facts = rng.choices(FACTS, (5, 2, 2, 2))[0] if documents <= 30 else rng.choice(LONG_FACTS)
         relations, weights = few if rng.random() < 0.3 else list(RELATIONS), KIND_WEIGHTS
-    kinds = rng.choices(KINDS, weights, k=QUESTIONS[documents > 4])
-    system = None if rng.random() < NO_SYSTEM else rng.choice(SYSTEM_PROMPTS)
-    return make_sample(rng, "train", documents=documents, facts=facts, kinds=kinds, relations=relations, system=system)
+    count = 8 if documents <= 4 else 14 if documents <= 20 else 24
+    kinds = rng.choices(KINDS, weights, k=count) if documents else [KINDS[-1]] * 2
+    sample = make_sample(
+        rng,
+        "train",
+        documents=documents,
+        facts=facts,
+        kinds=kinds,
+        relations=relations,
+        clauses=0.0 if rng.random() < 0.4 else 0.3,
+        system=None if rng.random() < NO_SYSTEM else rng.choice(SYSTEM_PROMPTS),
+    )
+    if documents and rng.random() < REPEATED:
+        sample = replace(sample, documents=(*sample.documents, rng.choice(sample.documents)))
+    return sample
 
 
 @dataclass(frozen=True)
@@ -54,25 +78,28 @@ class Batch:
     """Rows of one length, all `[rows, length]` int64.
 
     `branch` is 0 in the documents, 1.. in the questions, -1 in the padding; `answer` is 0 but
-    on the tokens to be learned, where it is 1 + the index of the question's kind in `KINDS`.
+    on the tokens to be learned, where it is 1 + the index of the question's kind in `KINDS`. The documents and their
+    padding take the first `documents` positions of every row, the questions the rest.
     """
 
     ids: torch.Tensor
     branch: torch.Tensor
     positions: torch.Tensor
     answer: torch.Tensor
+    documents: int
 
     @classmethod
-    def unpack(cls, packed: torch.Tensor, device: torch.device) -> "Batch":
-        """From the `[4, rows, length]` int16 tensor that `Rows` yields."""
-        ids, branch, positions, answer = packed.to(device, non_blocking=True).long()
-        return cls(ids, branch, positions, answer)
+    def unpack(cls, packed: Packed, device: torch.device) -> "Batch":
+        """From what `Rows` yields."""
+        tensor, documents = packed
+        ids, branch, positions, answer = tensor.to(device, non_blocking=True).long()
+        return cls(ids, branch, positions, answer, documents)
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive attention mask `[rows, 1, length, length]`: causal, and no branch sees another."""
+        """Additive mask `[rows, 1, questions, length]` for `branch_attention`: causal, and no branch sees another."""
         length = self.ids.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
-        keys, queries = self.branch[:, None, :], self.branch[:, :, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()[self.documents :]
+        keys, queries = self.branch[:, None, :], self.branch[:, self.documents :, None]
         visible = causal & ((keys == 0) | (keys == queries))
         return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[
             :, None
@@ -83,8 +110,8 @@ class Batch:
         return self.ids[:, 1:], (self.branch[:, 1:] == self.branch[:, :-1]) & (self.branch[:, 1:] >= 0)
 
 
-class Rows(IterableDataset[torch.Tensor]):
-    """Endless batches of about `tokens` tokens, each an int16 tensor `[4, rows, length]` (see `Batch`).
+class Rows(IterableDataset[Packed]):
+    """Endless batches of about `tokens` tokens.
 
     Worker w of n draws from its own generator, seeded by (seed, w), so n workers repeat nothing. `easy`, the share of
     first lessons, is shared memory: the training loop lowers it while the workers run.
@@ -95,23 +122,29 @@ class Rows(IterableDataset[torch.Tensor]):
         self.tokenizer = tokenizer
         self.tokens = tokens
         self.seed = seed
-        self.easy = torch.ones(1).share_memory_()  # type: ignore[no-untyped-call]
+        self.easy = torch.ones(1).share_memory_()
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[Packed]:
         worker = get_worker_info()
         rng = random.Random(f"{self.seed}/{worker.id if worker else 0}")
         layout = Layout(Tokenizer.from_file(str(self.tokenizer)))
-        waiting: dict[int, list[_Row]] = {length: [] for length in BUCKETS}
+        waiting: dict[tuple[int, int], list[_Row]] = {}
         while True:
             row = _Row.build(layout, draw_sample(rng, float(self.easy[0])))
-            length = next((bucket for bucket in BUCKETS if bucket >= len(row.ids)), None)
-            if length is None:
+            shape = _padded(row.documents, DOCUMENT_LENGTHS), _padded(len(row.ids) - row.documents, QUESTION_LENGTHS)
+            if 0 in shape:
                 continue
-            rows = waiting[length]
+            rows = waiting.setdefault(shape, [])
             rows.append(row)
-            if len(rows) == max(1, self.tokens // length):
-                yield torch.tensor([row.padded(length, layout.pad) for row in rows], dtype=torch.int16).transpose(0, 1)
+            if len(rows) == max(1, self.tokens // sum(shape)):
+                values = [row.padded(*shape, layout.pad) for row in rows]
+                yield torch.tensor(values, dtype=torch.int16).transpose(0, 1), shape[0]
                 rows.clear()
+
+
+def _padded(length: int, lengths: tuple[int, ...]) -> int:
+    """The first of `lengths` that is enough, or 0."""
+    return next((enough for enough in lengths if enough >= length), 0)
 
 
 @dataclass(frozen=True)
@@ -120,6 +153,7 @@ class _Row:
     branch: list[int]
     positions: list[int]
     answer: list[int]
+    documents: int
 
     @classmethod
     def build(cls, layout: Layout, sample: Sample) -> "_Row":
@@ -133,13 +167,14 @@ class _Row:
             branch += [number] * length
             positions += range(start, start + length)
             answer += [0] * len(question) + [1 + KINDS.index(asked.kind)] * len(reply)
-        return cls(ids, branch, positions, answer)
+        return cls(ids, branch, positions, answer, start)
 
-    def padded(self, length: int, pad: int) -> list[list[int]]:
-        rest = length - len(self.ids)
-        return [
-            self.ids + [pad] * rest,
-            self.branch + [-1] * rest,
-            self.positions + [0] * rest,
-            self.answer + [0] * rest,
-        ]
+    def padded(self, documents: int, questions: int, pad: int) -> list[list[int]]:
+        """The four lists, with `documents` and `questions` tokens in the two parts."""
+        gap = documents - self.documents
+        rest = questions - (len(self.ids) - self.documents)
+
+        def fill(values: list[int], padding: int) -> list[int]:
+            return values[: self.documents] + [padding] * gap + values[self.documents :] + [padding] * rest
+
+        return [fill(self.ids, pad), fill(self.branch, -1), fill(self.positions, 0), fill(self.answer, 0)]

@@ -14,8 +14,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from braidsdk.models.tiny import world
 from braidsdk.models.tiny.names import make_name
+from braidsdk.models.tiny.phrases import (
+    ALIASES,
+    CLOSINGS,
+    OPENINGS,
+    RELATIONS,
+    SYSTEM_PROMPTS,
+    TITLES,
+    UNKNOWN_ANSWER,
+)
 
 __all__ = ["CHAT_TEMPLATE", "CONTROL_TOKENS", "VOCAB_SIZE", "build_tokenizer", "save_tokenizer", "without_added_tokens"]
 
@@ -44,12 +52,12 @@ def _corpus(seed: int) -> Iterator[str]:
     """What the merges are learned from: the world's phrases cut at the names, and names on their own.
 
     A name is never shown after a space, so no merge joins a space to a capital letter, and a name has the same ids
-    wherever it stands. Copying it is then copying ids.
+    wherever it stands. Copying it is then copying ids. Phrases that came later have no part in it.
     """
     rng = random.Random(seed)
-    phrases = [text for relation in world.RELATIONS for text in (*relation.statements, *relation.questions)]
-    phrases += [*world.ALIASES, *world.OPENINGS, *world.CLOSINGS, world.UNKNOWN_ANSWER, *world.SYSTEM_PROMPTS]
-    phrases += ["system", "user", "assistant", *(f"{title} " for title in world.TITLES)]
+    phrases = [text for relation in RELATIONS for text in (*relation.statements, *relation.questions)]
+    phrases += [*ALIASES, *OPENINGS, *CLOSINGS, UNKNOWN_ANSWER, *SYSTEM_PROMPTS]
+    phrases += ["system", "user", "assistant", *(f"{title} " for title in TITLES)]
     for phrase in phrases:
         for part in phrase.replace("{y}", "{x}").split("{x}"):
             yield from [part] * 200
@@ -99,7 +107,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "unk_token": None,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
+        "model_max_length": 5120,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

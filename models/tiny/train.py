@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
+from braidsdk.models.tiny import branches
 from braidsdk.models.tiny.data import KINDS, Batch, Rows
 from braidsdk.models.tiny.tokenizer import VOCAB_SIZE, build_tokenizer, save_tokenizer
 
@@ -28,12 +29,17 @@ __all__ = ["Settings", "make_config", "save_checkpoint", "train"]
 log = logging.getLogger(__name__)
 
 
+MAX_POSITIONS = 5120
+"""Room for the longest training row and a little more."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What one training run is made of. It ends after `steps` or `seconds`, whichever comes first.
 
-    The first lessons (see `draw_sample`) end when `lesson_goal` of the tokens of alias answers are right, or after
-    `lesson_share` of the run; then they give way to the mixture. A share of 0 begins with the mixture.
+    The first lessons (see `draw_sample`) are `lesson_mix` of the samples until `lesson_goal` of the tokens of alias and
+    chain answers are right, or `lesson_share` of the run is over; then they give way to the mixture, where they stay
+    one in twenty. A share of 0 begins with the mixture.
     """
 
     steps: int = 30_000
@@ -43,8 +49,10 @@ class Settings:
     warmup_steps: int = 200
     weight_decay: float = 0.05
     rest_weight: float = 0.1
+    lesson_mix: float = 1.0
     lesson_share: float = 0.25
     lesson_goal: float = 0.98
+    save_seconds: float = 120.0
     seed: int = 0
     workers: int = 12
     compile: bool = True
@@ -61,7 +69,7 @@ def make_config(tokenizer: Tokenizer) -> Qwen3Config:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=4096,
+        max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
         bos_token_id=pad,
@@ -82,7 +90,7 @@ def save_checkpoint(model: Qwen3ForCausalLM, folder: Path) -> None:
     model.config.dtype = "float32"
     model.config.save_pretrained(folder)
     config = model.config
-    GenerationConfig(  # type: ignore[no-untyped-call]
+    GenerationConfig(
         do_sample=False,
         eos_token_id=[config.eos_token_id, config.pad_token_id],
         pad_token_id=config.pad_token_id,
@@ -135,7 +143,7 @@ def _step(
         ).logits
     loss, right = _loss(logits, batch, settings.rest_weight)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     optimizer.step()
     return loss.detach(), right
@@ -150,13 +158,15 @@ class _Lessons:
         self.ended: float | None = None if settings.lesson_share else -1.0
 
     def share(self, step: int, progress: float, right: torch.Tensor) -> float:
-        """The share of first lessons from now on: 1 until the goal, then falling to 0.05 over a tenth of the run."""
+        """The share of first lessons from now on: constant until the goal, then falling to 0.05."""
         if self.ended is None and step % 25 == 0:
-            self.average += 0.2 * (right[KINDS.index("alias")].item() - self.average)
+            renamed = right[[KINDS.index("alias"), KINDS.index("chain")]].min().item()
+            self.average += 0.2 * (renamed - self.average)
             if self.average >= self.settings.lesson_goal or progress >= self.settings.lesson_share:
                 self.ended = progress
-                log.info("step %d: first lessons end, alias answer tokens %.4f", step, self.average)
-        return 1.0 if self.ended is None else max(0.05, 1.0 - (progress - self.ended) / 0.1)
+                log.info("step %d: first lessons end, alias and chain answer tokens %.4f", step, self.average)
+        mix = self.settings.lesson_mix
+        return mix if self.ended is None else max(0.05, mix - (progress - self.ended) / 0.1)
 
 
 def train(out: Path, settings: Settings, device: torch.device, start: Path | None = None) -> Qwen3ForCausalLM:
@@ -169,14 +179,19 @@ def train(out: Path, settings: Settings, device: torch.device, start: Path | Non
     tokenizer = build_tokenizer()
     save_tokenizer(tokenizer, out)
     model = Qwen3ForCausalLM.from_pretrained(start) if start else Qwen3ForCausalLM(make_config(tokenizer))
+    model.config.max_position_embeddings = MAX_POSITIONS
+    model.set_attn_implementation(branches.NAME)
     model.to(device).train()  # type: ignore[arg-type]  # transformers wraps `to` and loses its signature
     if settings.compile and device.type == "cuda":
+        torch._dynamo.config.cache_size_limit = 64
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     optimizer = _optimizer(model, settings)
     rows = Rows(out / "tokenizer.json", settings.batch_tokens, settings.seed)
     stream = DataLoader(rows, batch_size=None, num_workers=settings.workers, pin_memory=device.type == "cuda")
     lessons = _Lessons(settings)
+    rows.easy.fill_(settings.lesson_mix if settings.lesson_share else 0.05)
+    saved = 0.0
     tokens, elapsed, step = 0, 0.0, 0
     began = time.monotonic()
     for step, packed in zip(itertools.count(1), stream):
@@ -186,12 +201,16 @@ def train(out: Path, settings: Settings, device: torch.device, start: Path | Non
             group["lr"] = _learning_rate(settings, step, progress)
         loss, right = _step(model, optimizer, Batch.unpack(packed, device), settings)
         rows.easy.fill_(lessons.share(step, progress, right))
-        tokens += packed.shape[1] * packed.shape[2]
+        tokens += packed[0].shape[1] * packed[0].shape[2]
         if step % 200 == 0 or step <= 2:
             shares = ", ".join(f"{kind} {share:.3f}" for kind, share in zip(KINDS, right.tolist(), strict=True))
-            log.info("step %d, %.0f s, %d tokens: loss %.4f; right: %s", step, elapsed, tokens, loss.item(), shares)
+            size = "x".join(map(str, packed[0].shape[1:]))
+            log.info("step %d, %.0f s, %d tokens: %s, loss %.4f, right: %s", step, elapsed, tokens, size, loss, shares)
         if progress >= 1.0:
             break
+        if elapsed > saved + settings.save_seconds:
+            saved = elapsed
+            save_checkpoint(model, out)
     save_checkpoint(model, out)
     record = {
         "settings": asdict(settings),
@@ -221,6 +240,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step, padding counted")
     parser.add_argument("--learning-rate", type=float, help="peak learning rate")
     parser.add_argument("--lesson-share", type=float, help="most of the run that the first lessons may take")
+    parser.add_argument("--lesson-mix", type=float, help="share of first lessons while they last")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--workers", type=int, help="processes that write text; 0 writes it in this one")

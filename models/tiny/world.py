@@ -5,180 +5,46 @@ random generator that is passed in. Knows nothing about tokens or models.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from braidsdk.models.tiny.names import RESERVED, Split, allowed, make_name
-
-__all__ = [
-    "RELATIONS",
-    "RESERVED",
-    "SYSTEM_PROMPTS",
-    "UNKNOWN_ANSWER",
-    "Kind",
-    "Question",
-    "Sample",
-    "allowed",
-    "make_sample",
-]
-
-Kind = Literal["direct", "alias", "name", "unknown"]
-"""Asked by the place's own name, by an alias, what an alias stands for, or what no document says."""
-
-UNKNOWN_ANSWER = "The documents do not say."
-
-SYSTEM_PROMPTS = (
-    "You answer questions from the documents.",
-    "Answer the question from the documents.",
-    "You are a careful reader. Answer with a name.",
-    "Read the documents and answer in one short sentence.",
-    "You are a helpful assistant.",
-    "Use only what the documents say.",
+from braidsdk.models.tiny.names import Split, make_name
+from braidsdk.models.tiny.phrases import (
+    ALIAS_QUESTIONS,
+    ALIASES,
+    CAPITAL_CLAUSES,
+    CLAUSES,
+    CLOSINGS,
+    FILLERS,
+    LEADS,
+    MORE_ALIASES,
+    OPENINGS,
+    PERSON_CLAUSES,
+    RELATIONS,
+    STARTS,
+    SUBJECT_CLAUSES,
+    SYSTEM_PROMPTS,
+    TITLES,
+    UNKNOWN_ANSWER,
+    Relation,
 )
 
+__all__ = ["Kind", "Question", "Sample", "make_sample"]
 
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact. `{x}` is the place a fact is about, `{y}` its value; both are invented names."""
-
-    name: str
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
-    person: bool = False
-
-
-RELATIONS = (
-    Relation(
-        "capital",
-        (
-            "The capital of {x} is {y}.",
-            "{y} is the capital of {x}.",
-            "{x}'s capital is {y}.",
-            "The capital city of {x} is called {y}.",
-        ),
-        ("What is the capital of {x}?", "Which city is the capital of {x}?", "What is {x}'s capital?"),
-    ),
-    Relation(
-        "ruler",
-        ("{y} rules {x}.", "{x} is ruled by {y}.", "The ruler of {x} is {y}.", "{x}'s ruler is {y}."),
-        ("Who rules {x}?", "Who is the ruler of {x}?", "By whom is {x} ruled?"),
-        person=True,
-    ),
-    Relation(
-        "founder",
-        ("{y} founded {x}.", "{x} was founded by {y}.", "The founder of {x} was {y}."),
-        ("Who founded {x}?", "Who was the founder of {x}?", "By whom was {x} founded?"),
-        person=True,
-    ),
-    Relation(
-        "river",
-        (
-            "The river {y} flows through {x}.",
-            "The longest river of {x} is the {y}.",
-            "{x}'s longest river is the {y}.",
-            "Through {x} flows the river {y}.",
-        ),
-        ("Which river flows through {x}?", "What is the longest river of {x}?"),
-    ),
-    Relation(
-        "mountain",
-        (
-            "The highest mountain of {x} is {y}.",
-            "{y} is the highest mountain of {x}.",
-            "{x}'s highest mountain is {y}.",
-        ),
-        ("What is the highest mountain of {x}?", "Which mountain is the highest of {x}?"),
-    ),
-    Relation(
-        "language",
-        ("The people of {x} speak {y}.", "The language of {x} is {y}.", "{y} is the language spoken in {x}."),
-        (
-            "What language is spoken in {x}?",
-            "Which language do the people of {x} speak?",
-            "What is the language of {x}?",
-        ),
-    ),
-    Relation(
-        "currency",
-        ("The currency of {x} is the {y}.", "People in {x} pay with the {y}.", "{x}'s money is called the {y}."),
-        ("What is the currency of {x}?", "What do people in {x} pay with?", "What is {x}'s money called?"),
-    ),
-    Relation(
-        "dish",
-        (
-            "The favourite dish of {x} is {y}.",
-            "People in {x} love to eat {y}.",
-            "{y} is the favourite dish of {x}.",
-        ),
-        ("What is the favourite dish of {x}?", "What do people in {x} love to eat?"),
-    ),
-    Relation(
-        "animal",
-        (
-            "The national animal of {x} is the {y}.",
-            "The {y} is the national animal of {x}.",
-            "{x}'s national animal is the {y}.",
-        ),
-        ("What is the national animal of {x}?", "Which animal is the national animal of {x}?"),
-    ),
-    Relation(
-        "flag",
-        (
-            "The colour of the flag of {x} is {y}.",
-            "The flag of {x} has the colour {y}.",
-            "{x} flies a flag of the colour {y}.",
-        ),
-        ("What colour is the flag of {x}?", "What is the colour of the flag of {x}?"),
-    ),
-    Relation(
-        "neighbour",
-        ("North of {x} lies {y}.", "The northern neighbour of {x} is {y}.", "{x}'s northern neighbour is {y}."),
-        ("What lies north of {x}?", "What is the northern neighbour of {x}?"),
-    ),
-    Relation(
-        "export",
-        (
-            "The main export of {x} is {y}.",
-            "{x} sells {y} to other countries.",
-            "{y} is the main export of {x}.",
-        ),
-        ("What is the main export of {x}?", "What does {x} sell to other countries?"),
-    ),
-)
-
-ALIASES = (
-    "{x} is also called {y}.",
-    "{y} is another name for {x}.",
-    "{x} was once known as {y}.",
-    "In old songs {x} is named {y}.",
-)
-
-ALIAS_QUESTIONS = ("Which place is also called {y}?", "What is {y} another name for?")
-
-OPENINGS = (
-    "{x} is a small country.",
-    "{x} is an old kingdom.",
-    "{x} lies by the sea.",
-    "This page is about {x}.",
-    "Travellers tell many stories about {x}.",
-    "Here is what is known about {x}.",
-)
-
-CLOSINGS = ("More is not known.", "This page was written by travellers.", "The rest is for another page.")
-
-TITLES = ("King", "Queen", "Duke", "Lady")
+Kind = Literal["direct", "alias", "chain", "name", "unknown"]
+"""Asked by the place's own name, by an alias, by an alias of an alias; what an alias stands for; what nothing tells."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer. `document` holds the fact; `alias_document` says what the alias stands for."""
+    """A question and its answer. `document` holds the fact, `alias_documents` lead to it from the name asked by."""
 
     text: str
     answer: str
     kind: Kind
     document: int | None = None
-    alias_document: int | None = None
+    alias_documents: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -198,14 +64,26 @@ class _Fact:
     document: int
 
 
+def _lower_start(sentence: str) -> str:
+    """The sentence as it goes on after other words; a name at its start keeps its capital."""
+    first = sentence.split(" ", 1)[0]
+    return sentence[0].lower() + sentence[1:] if first in STARTS else sentence
+
+
 class _Scribe:
     """Writes one sample: invents places, spreads facts and aliases over documents, then asks."""
 
     def __init__(
-        self, rng: random.Random, split: Split, documents: int, relations: Sequence[Relation] = RELATIONS
+        self,
+        rng: random.Random,
+        split: Split,
+        documents: int,
+        relations: Sequence[Relation] = RELATIONS,
+        clauses: float = 0.0,
     ) -> None:
         self.rng = rng
         self.relations = relations
+        self.clauses = clauses
         self.split: Split = split
         self.sentences: list[list[str]] = [[] for _ in range(documents)]
         self.facts: list[_Fact] = []
@@ -221,6 +99,10 @@ class _Scribe:
                 self.used.add(name)
                 return name
 
+    def fill(self, phrase: str) -> str:
+        """The phrase with a new name for `{n}`."""
+        return phrase.replace("{n}", self.name()) if "{n}" in phrase else phrase
+
     def value(self, relation: Relation, subject: str) -> str:
         """The value of a new fact. A neighbour is now and then another place of the same sample."""
         rng = self.rng
@@ -228,6 +110,20 @@ class _Scribe:
             return rng.choice([place for place in self.known if place != subject])
         name = self.name(person=relation.person)
         return f"{rng.choice(TITLES)} {name}" if relation.name == "ruler" and rng.random() < 0.3 else name
+
+    def state(self, relation: Relation, subject: str, value: str) -> str:
+        """One sentence that states the fact; `clauses` is how often the value is followed by more words."""
+        rng = self.rng
+        text = rng.choice(relation.all_statements)
+        if self.clauses and rng.random() < self.clauses:
+            more = PERSON_CLAUSES if relation.person else CAPITAL_CLAUSES if relation.name == "capital" else CLAUSES
+            value = f"{value}, {self.fill(rng.choice((*more, *CLAUSES)))},"
+        if self.clauses and rng.random() < self.clauses / 4 and "{x} " in text:
+            subject = f"{subject}, {self.fill(rng.choice(SUBJECT_CLAUSES))},"
+        text = text.replace("{x}", subject).replace("{y}", value).replace(",.", ".")
+        if self.clauses and rng.random() < self.clauses / 4:
+            text = self.fill(rng.choice(LEADS)) + _lower_start(text)
+        return text
 
     def write_document(self, index: int, facts: int) -> None:
         """Fill document `index` with `facts` facts about one place or a few, some known from earlier documents."""
@@ -248,26 +144,50 @@ class _Scribe:
             value = self.value(relation, subject)
             known.add(relation.name)
             self.facts.append(_Fact(subject, relation, value, index))
-            sentences.append(rng.choice(relation.statements).replace("{x}", subject).replace("{y}", value))
+            sentences.append(self.state(relation, subject, value))
         rng.shuffle(sentences)
         if rng.random() < 0.35:
             sentences.insert(0, rng.choice(OPENINGS).replace("{x}", subjects[0]))
         if rng.random() < 0.1:
             sentences.append(rng.choice(CLOSINGS))
+        if self.clauses and rng.random() < 0.2:
+            filler = self.fill(rng.choice(FILLERS)).replace("{x}", subjects[0])
+            sentences.insert(rng.randint(0, len(sentences)), filler)
+        if self.clauses and len(sentences) > 1 and rng.random() < self.clauses:
+            at = rng.randrange(len(sentences) - 1)
+            first, second = sentences[at : at + 2]
+            sentences[at : at + 2] = [f"{first[:-1]}, and {_lower_start(second)}"]
 
-    def give_alias(self, fact: _Fact) -> bool:
-        """State an alias of the fact's place, in another document if there is one; False where that is impossible."""
+    def give_alias(self, name: str, away_from: Collection[int]) -> bool:
+        """State an alias of `name` in a document that is none of `away_from`, or in any if there is no other.
+
+        False if the name has an alias already, in one of `away_from` though others would do.
+        """
         rng = self.rng
-        documents = len(self.sentences)
-        if fact.subject in self.aliases:
-            return documents == 1 or self.aliases[fact.subject][1] != fact.document
-        others = [index for index in range(documents) if index != fact.document]
-        index = rng.choice(others) if others else 0
+        others = [index for index in range(len(self.sentences)) if index not in away_from]
+        if name in self.aliases:
+            return not others or self.aliases[name][1] not in away_from
+        index = rng.choice(others or range(len(self.sentences)))
         alias = self.name()
-        sentence = rng.choice(ALIASES).replace("{x}", fact.subject).replace("{y}", alias)
+        sentence = rng.choice((*ALIASES, *MORE_ALIASES)).replace("{x}", name).replace("{y}", alias)
         self.sentences[index].insert(rng.randint(0, len(self.sentences[index])), sentence)
-        self.aliases[fact.subject] = (alias, index)
+        self.aliases[name] = (alias, index)
         return True
+
+    def rename(self, fact: _Fact, times: int) -> tuple[str, tuple[int, ...]] | None:
+        """The name after `times` aliases of the fact's place, and the documents that lead to it; None: not possible.
+
+        No two of these documents are the same, nor one of them the fact's, as far as there are enough.
+        """
+        name, away = fact.subject, [fact.document]
+        for _ in range(times):
+            if len(away) == len(self.sentences) > 1:
+                away = away[-1:]
+            if not self.give_alias(name, away):
+                return None
+            name, index = self.aliases[name]
+            away.append(index)
+        return name, tuple(away[len(away) - times :])
 
     def ask(self, kind: Kind) -> Question:
         """One question of `kind`; aliases that it needs are written into the documents."""
@@ -277,29 +197,30 @@ class _Scribe:
         fact = rng.choice(self.facts)
         if kind == "name":
             return self.ask_name(fact)
-        while kind == "alias" and not self.give_alias(fact):
+        times = {"direct": 0, "alias": 1, "chain": 2}[kind]
+        while (renamed := self.rename(fact, times)) is None:
             fact = rng.choice(self.facts)
-        alias, alias_document = self.aliases[fact.subject] if kind == "alias" else (fact.subject, None)
-        text = rng.choice(fact.relation.questions).replace("{x}", alias)
-        return Question(text, f"{fact.value}.", kind, fact.document, alias_document)
+        name, documents = renamed
+        text = rng.choice(fact.relation.all_questions).replace("{x}", name)
+        return Question(text, f"{fact.value}.", kind, fact.document, documents)
 
     def ask_name(self, fact: _Fact) -> Question:
         """What an alias stands for: the alias of the fact's place."""
         if fact.subject not in self.aliases:
-            self.give_alias(fact)
+            self.give_alias(fact.subject, [fact.document])
         alias, document = self.aliases[fact.subject]
         return Question(self.rng.choice(ALIAS_QUESTIONS).replace("{y}", alias), f"{fact.subject}.", "name", document)
 
     def ask_unknown(self) -> Question:
         """A question that no document answers: about a place of which this is not told, or about none of the places."""
         rng = self.rng
-        subject = rng.choice([*self.known]) if rng.random() < 0.5 else self.name()
+        subject = rng.choice([*self.known]) if self.known and rng.random() < 0.5 else self.name()
         free = [relation for relation in RELATIONS if relation.name not in self.known.get(subject, set())]
         if not free:
             subject, free = self.name(), list(RELATIONS)
-        if subject in self.aliases and rng.random() < 0.5:
+        while subject in self.aliases and rng.random() < 0.5:
             subject = self.aliases[subject][0]
-        return Question(rng.choice(rng.choice(free).questions).replace("{x}", subject), UNKNOWN_ANSWER, "unknown")
+        return Question(rng.choice(rng.choice(free).all_questions).replace("{x}", subject), UNKNOWN_ANSWER, "unknown")
 
 
 def make_sample(
@@ -307,21 +228,24 @@ def make_sample(
     split: Split,
     *,
     documents: int,
-    facts: tuple[int, int] = (1, 8),
+    facts: Sequence[tuple[int, int]] = ((1, 8),),
     kinds: Sequence[Kind],
     relations: Sequence[Relation] = RELATIONS,
+    clauses: float = 0.12,
     system: str | None = SYSTEM_PROMPTS[0],
 ) -> Sample:
-    """Write `documents` documents of `facts` (fewest, most) facts each and one question per entry of `kinds`.
+    """Write `documents` documents and one question per entry of `kinds`.
 
-    Names come from `split` alone, facts are of `relations`. An alias question asks by a
-    name that another document explains (the same document where there is only one).
+    Names come from `split` alone, facts are of `relations`. Each document draws its own range (fewest, most) from
+    `facts`. An alias question asks by a name that another document explains, a chain question by a name for which two
+    other documents are needed, as far as there are so many. `clauses` is the share of facts with words after the
+    value; 0 leaves out all other ornament too.
     """
-    scribe = _Scribe(rng, split, documents, relations)
+    scribe = _Scribe(rng, split, documents, relations, clauses)
     for index in range(documents):
-        scribe.write_document(index, rng.randint(*facts))
-    while rng.random() < 0.3:
-        scribe.give_alias(rng.choice(scribe.facts))
+        scribe.write_document(index, rng.randint(*rng.choice(facts)))
+    while documents and rng.random() < 0.3:
+        scribe.rename(rng.choice(scribe.facts), 1 + (rng.random() < 0.3))
     questions = tuple(scribe.ask(kind) for kind in kinds)
-    texts = tuple(("\n" if rng.random() < 0.15 else " ").join(sentences) for sentences in scribe.sentences)
+    texts = tuple(("\n" if rng.random() < 0.25 else " ").join(sentences) for sentences in scribe.sentences)
     return Sample(system, texts, questions)
