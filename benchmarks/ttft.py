@@ -94,14 +94,14 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def register(folder: Path, store: Path, chunks: int) -> dict[str, object]:
-    """Register everything in one call, and time transformers' prefill of the same number of tokens in one sequence."""
+    """Register everything in one call, the store's writing included."""
     with Braid(folder, store=store, device="cpu") as braid:
         layout = braid._engine.layout
         texts = [text_of(layout, CHUNK_TOKENS, seed) for seed in range(chunks)]
         rules = braid.register_system(SYSTEM, name="rules")
         braid.register(text_of(layout, CHUNK_TOKENS, 10_000), anchor=rules)  # first touches and lazy set-up
         seconds = timed(lambda: braid.register_many(texts, anchor=rules, progress=False))
-        return {"tokens": chunks * CHUNK_TOKENS, "seconds": seconds, "stored": True}
+        return {"tokens": chunks * CHUNK_TOKENS, "seconds": seconds}
 
 
 def fresh(folder: Path, store: Path, chunks: int) -> dict[str, object]:
@@ -111,7 +111,8 @@ def fresh(folder: Path, store: Path, chunks: int) -> dict[str, object]:
         assert all(row.where == "store" for row in context.explain().chunks)
         answer = context.ask(question(braid), max_new_tokens=1)
         assert answer.usage.cached_tokens == len(context.input_ids)
-        return {"first_token_ms": answer.timings.first_token_ms, "load_ms": answer.timings.load_ms}
+        timings = answer.timings
+        return {"first_token_ms": timings.first_token_ms, "load_ms": timings.load_ms, "token_ids": answer.token_ids}
 
 
 def resident(folder: Path, store: Path, chunks: int) -> dict[str, object]:
@@ -137,7 +138,8 @@ def resident(folder: Path, store: Path, chunks: int) -> dict[str, object]:
         repeats = 3 if chunks > 16 else 5
         full = [timed(lambda: int(prefill().argmax())) * 1e3 for _ in range(repeats)]
         ours = [context.ask(asked, max_new_tokens=1).timings.first_token_ms for _ in range(7)]
-        assert context.ask(asked, max_new_tokens=1).usage.cached_tokens == len(context.input_ids)
+        answer = context.ask(asked, max_new_tokens=1)
+        assert answer.usage.cached_tokens == len(context.input_ids)
 
         rates = [context.ask(asked, max_new_tokens=DECODE_TOKENS).timings.decode_tokens_per_s for _ in range(3)]
         their_rates = []
@@ -151,6 +153,7 @@ def resident(folder: Path, store: Path, chunks: int) -> dict[str, object]:
         documents_only = torch.tensor([prompt[: chunks * CHUNK_TOKENS]])
         their_prefill = [timed(lambda: model(documents_only, logits_to_keep=1)) for _ in range(repeats)]
         return {
+            "token_ids": answer.token_ids,
             "prompt_tokens": len(prompt),
             "logit_error": error,
             "full_prefill_ms": spread(full),
@@ -189,6 +192,8 @@ def measure(folder: Path, chunks: int, fresh_runs: int) -> dict[str, object]:
                 json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(runs)
             ]
     (registered,), opened, (held,) = steps["register"], steps["fresh"], steps["resident"]
+    first = held.pop("token_ids")
+    assert all(run["token_ids"] == first for run in opened), "a reloaded context gave another token than a resident one"
     full = held["full_prefill_ms"]["median"]
     from_disk = spread([run["first_token_ms"] for run in opened])
     return {
@@ -219,6 +224,7 @@ def main() -> None:
         step = {"register": register, "fresh": fresh, "resident": resident}[options.step]
         sys.stdout.write(json.dumps(step(options.model, options.store, *options.chunks)))
         return
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as made:
         folder = options.model or Path(made)
         if not options.model:

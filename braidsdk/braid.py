@@ -22,7 +22,7 @@ from braidsdk.sampling import SamplingOptions
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore, Miss, NewChunk
 from braidsdk.stream import Stream
-from braidsdk.tokens import PromptLayout, normalise
+from braidsdk.tokens import PromptLayout, is_unicode, normalise
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk
 
 
@@ -66,10 +66,10 @@ class Braid:
             ModelError: the checkpoint can't be used.
             StoreError: the store can't be used.
         """
-        if not namespace or len(namespace) > 200:
-            raise InputError(f"namespace must have 1 to 200 characters; got {len(namespace)}.")
-        if pool_bytes is not None and pool_bytes < 1:
-            raise InputError(f"pool_bytes must be a positive number of bytes, or None; got {pool_bytes}.")
+        if not isinstance(namespace, str) or not 1 <= len(namespace) <= 200 or not is_unicode(namespace):
+            raise InputError(f"namespace must be text of 1 to 200 characters; got {ascii(namespace)[:80]}.")
+        if pool_bytes is not None and (type(pool_bytes) is not int or pool_bytes < 1):
+            raise InputError(f"pool_bytes must be a positive whole number of bytes, or None; got {pool_bytes!r}.")
         target, wanted = parse_device(device), parse_dtype(dtype)
         folder = find_checkpoint(model, revision)
         opened = ChunkStore(store_folder(store))
@@ -81,15 +81,21 @@ class Braid:
             opened.close()
             raise
         self.chunks = Chunks(self._engine)
+        self._described = f"Braid({str(model)!r}, {loaded.dtype} on {loaded.device}, store={str(opened.path)!r})"
+
+    def __repr__(self) -> str:
+        return self._described
 
     @property
     def device(self) -> torch.device:
         """Where the model runs."""
+        self._engine.check_open()
         return self._engine.model.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model is computed in, and its KV entries are kept in."""
+        self._engine.check_open()
         return self._engine.model.dtype
 
     def register(
@@ -122,7 +128,8 @@ class Braid:
             NameTakenError: `name` stands for another text and `replace` is off.
             UnknownChunkError: no such anchor.
             InputError: anchor, level, name or metadata can't be used.
-            StoreError: the store can't be written.
+            PoolFullError: text and anchor take more KV memory than `pool_bytes`.
+            StoreError: the store can't be written. What was registered stays so; its entry is computed again later.
         """
         return self._register([text], [name], [metadata], anchor, level, replace, show_progress=False)[0]
 
@@ -158,6 +165,9 @@ class Braid:
         Raises:
             InputError: `names` or `metadata` has another length than `texts`; and all that `register` raises.
         """
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of texts; got a single one. Use register, or put it in a list.")
+        texts = list(texts)
         for what, values in (("names", names), ("metadata", metadata)):
             if values is not None and len(values) != len(texts):
                 raise InputError(f"{what} must have one item per text: expected {len(texts)}, got {len(values)}.")
@@ -233,7 +243,7 @@ class Braid:
         show_progress: bool,
     ) -> list[Chunk]:
         self._engine.check_open()
-        if level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
+        if type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
             raise InputError(f"level must be 0 (system prompt) or 1 (context); got {level!r}.")
         before = self.chunks.resolve([anchor])[0] if anchor is not None else None
         if before and (before.level != LEVEL_SYSTEM or level == LEVEL_SYSTEM):
@@ -248,6 +258,9 @@ class Braid:
             check_window(
                 tokens, self._engine.model.config.window, "This text", "Split it into chunks and register each."
             )
+            if name is not None and not isinstance(name, str):
+                raise InputError(f"name must be text; got a {type(name).__name__}.")
+            self._engine.pool.check_fits([tokens])
             new.append(NewChunk(self._engine.namespace, level, clean, name, extra))
         registered = [self.chunks.from_row(row) for row in self._engine.store.add_chunks(new, replace=replace)]
         if before or level == LEVEL_SYSTEM:
@@ -256,15 +269,12 @@ class Braid:
 
     def _compute_missing(self, anchor: Chunk | None, chunks: Sequence[Chunk], show_progress: bool) -> None:
         """Compute and store what the store lacks of the entries that default compositions of these chunks need."""
-        lacking = []
-        alone = [[anchor, chunk] if anchor else [chunk] for chunk in chunks]
-        compositions = [compose(pieces, layout=self._engine.layout) for pieces in alone]
-        keys = [self._engine.keys(composition)[-1] for composition in compositions]
-        lacking = [
-            chunk
-            for chunk, found in zip(chunks, self._engine.store.look_up(keys), strict=True)
-            if isinstance(found, Miss)
-        ]
+        alone = [compose([anchor, chunk] if anchor else [chunk], layout=self._engine.layout) for chunk in chunks]
+        keys = [self._engine.keys(composition)[-1] for composition in alone]
+        found = self._engine.store.look_up(keys)
+        lacking = [chunk for chunk, each in zip(chunks, found, strict=True) if isinstance(each, Miss)]
+        with self._engine.working():
+            self._engine.disown([key for key, each in zip(keys, found, strict=True) if isinstance(each, Miss)])
         with Progress(
             TextColumn("registering"),
             BarColumn(),
@@ -276,7 +286,7 @@ class Braid:
             transient=True,
         ) as bar:
             task = bar.add_task("", total=sum(len(chunk.token_ids) for chunk in lacking))
-            for group in _groups(lacking):
+            for group in _groups(lacking, self._engine.pool):
                 pieces = [[anchor, *group]] if anchor else [[chunk] for chunk in group]
                 for composition in (compose(piece, layout=self._engine.layout) for piece in pieces):
                     keys_now = self._engine.keys(composition)
@@ -285,15 +295,18 @@ class Braid:
                 bar.advance(task, sum(len(chunk.token_ids) for chunk in group))
 
 
-def _groups(chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-    """Consecutive chunks that fit in one forward pass together."""
+def _groups(chunks: Sequence[Chunk], pool: Pool) -> Iterator[list[Chunk]]:
+    """Consecutive chunks that fit in one forward pass together, and in a quarter of the pool."""
+    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(BATCH_TOKENS))
     group: list[Chunk] = []
-    tokens = 0
+    tokens = pages = 0
     for chunk in chunks:
-        if group and tokens + len(chunk.token_ids) > BATCH_TOKENS:
+        more = len(chunk.token_ids)
+        if group and (tokens + more > BATCH_TOKENS or pages + pool.pages_for(more) > room):
             yield group
-            group, tokens = [], 0
+            group, tokens, pages = [], 0, 0
         group.append(chunk)
-        tokens += len(chunk.token_ids)
+        tokens += more
+        pages += pool.pages_for(more)
     if group:
         yield group

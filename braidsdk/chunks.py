@@ -1,9 +1,10 @@
 """The chunks of one namespace: look up, list, delete."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from braidsdk.engine import Engine
-from braidsdk.errors import UnknownChunkError
+from braidsdk.errors import InputError, UnknownChunkError
 from braidsdk.store import ChunkRow
 from braidsdk.types import Chunk
 
@@ -21,6 +22,8 @@ class Chunks:
             UnknownChunkError: there is none in this namespace.
         """
         self._engine.check_open()
+        if not isinstance(name_or_id, str):
+            raise InputError(f"a chunk's name or id is a str; got a {type(name_or_id).__name__}.")
         row = self._engine.store.find_chunk(self._engine.namespace, name_or_id)
         if row is None:
             raise self._unknown(name_or_id)
@@ -50,9 +53,15 @@ class Chunks:
         """Chunks for chunks, names and ids, in order; all are checked against the store.
 
         Raises:
+            InputError: these are no chunks, names or ids.
             UnknownChunkError: one is not in this namespace.
         """
         self._engine.check_open()
+        if isinstance(chunks, str | Chunk):
+            raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it in a list.")
+        for chunk in chunks:
+            if not isinstance(chunk, str | Chunk):
+                raise InputError(f"chunks must hold chunks, names or ids; got a {type(chunk).__name__}.")
         ids = [chunk.id for chunk in chunks if isinstance(chunk, Chunk)]
         there = self._engine.store.find_chunks(self._engine.namespace, ids)
         found = []
@@ -60,7 +69,8 @@ class Chunks:
             if isinstance(chunk, str):
                 found.append(self.get(chunk))
             elif chunk.id in there:
-                found.append(chunk)
+                # The caller's may come from a Braid with another tokenizer.
+                found.append(replace(chunk, _encode=self._engine.layout.chunk_ids))
             else:
                 raise self._unknown(chunk.label)
         return tuple(found)

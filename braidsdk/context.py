@@ -1,6 +1,7 @@
 """A composed context: ask it questions, see what it would take from the cache."""
 
 from collections.abc import Mapping, Sequence
+from time import perf_counter
 from typing import Literal, Unpack
 
 from torch import Tensor
@@ -68,7 +69,8 @@ class Context:
             NumericsError: the model gave NaN or infinite logits.
             StoreError: what was computed can't be written.
         """
-        with self._stream(question, history, options, queued=True) as stream, self._engine.calls:
+        started = perf_counter()
+        with self._stream(question, history, options, started) as stream, self._engine.calls:
             for _ in stream:
                 pass
             return stream.answer
@@ -79,7 +81,7 @@ class Context:
         Nothing is computed before the first piece is asked for. `stream.answer` holds the whole answer once it has
         ended; closing it early stops generation.
         """
-        return self._stream(question, history, options, queued=False)
+        return self._stream(question, history, options)
 
     def next_token_logits(self, question: str, *, history: History | None = None) -> Tensor:
         """Logits of the answer's first token, [vocab_size], float32 on the CPU (float64 for a float64 model).
@@ -156,10 +158,13 @@ class Context:
             )
         return Explanation(self._composition.mode, tuple(rows), self._composition.notes)
 
-    def _stream(self, question: str, history: History | None, options: SamplingOptions, *, queued: bool) -> Stream:
+    def _stream(
+        self, question: str, history: History | None, options: SamplingOptions, started: float | None = None
+    ) -> Stream:
+        """The answer of a call that began at `started` and queues, or of one that takes turns (None)."""
         composition, keys = self._prompt(question, history)
         params = resolve(options, self._engine.config, len(composition.input_ids))
-        return Stream(self._engine, composition, keys, params, queued=queued)
+        return Stream(self._engine, composition, keys, params, queued=started is not None, started=started)
 
     def _prompt(self, question: str, history: History | None) -> tuple[Composition, tuple[EntryKey, ...]]:
         """This composition with a conversation's past and a question, and the keys of its segments."""

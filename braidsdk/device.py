@@ -14,6 +14,8 @@ def parse_device(device: str) -> torch.device:
     Raises:
         InputError: no such device here.
     """
+    if not isinstance(device, str):
+        raise InputError(f"device must be text such as 'cpu'; got a {type(device).__name__}.")
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

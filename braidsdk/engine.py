@@ -16,7 +16,7 @@ from torch import Tensor
 
 from braidsdk.compose import Composition
 from braidsdk.encode import Run, compute
-from braidsdk.errors import ClosedError
+from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
 from braidsdk.fair_lock import FairLock
 from braidsdk.history import SpokenTurns
 from braidsdk.lease import Lease
@@ -148,6 +148,7 @@ class Engine:
         """
         started = perf_counter()
         self.pool.check_capacity(keys)
+        self._check_chunks(composition)
         absent = list({key.digest: key for key in keys if not self.pool.get(key.digest)}.values())
         if absent:
             self.pool.reserve(sum(self.pool.pages_for(len(key.token_ids)) for key in absent))
@@ -163,6 +164,22 @@ class Engine:
             load_ms=(loaded - started) * 1e3,
             compute_ms=(perf_counter() - loaded) * 1e3,
         )
+
+    def disown(self, keys: Sequence[EntryKey]) -> None:
+        """Take note that the store does not hold these entries, resident or not, so that `prepare` writes them."""
+        for key in keys:
+            if entry := self.pool.peek(key.digest):
+                self.pool.adopt(replace(entry, stored=False))
+
+    def _check_chunks(self, composition: Composition) -> None:
+        """Refuse a composition with a deleted chunk, and forget what was computed with sight of it."""
+        labels = {segment.chunk.id: segment.label for segment in composition.segments if segment.chunk}
+        gone = labels.keys() - self.store.known_chunks(self.namespace, labels)
+        for chunk_id in gone:
+            self.pool.drop_chunk(chunk_id)
+        if gone:
+            names = ", ".join(repr(labels[chunk_id]) for chunk_id in sorted(gone))
+            raise UnknownChunkError(f"Deleted meanwhile: {names}. Register it again, or compose without it.")
 
     def _compute_missing(self, composition: Composition, keys: Sequence[EntryKey]) -> int:
         """Compute what neither pool nor store holds; returns the number of tokens."""
@@ -194,7 +211,10 @@ class Engine:
         wanted = {key.digest: key for segment, key in zip(composition.segments, keys, strict=True) if segment.keep}
         entries = [entry for key in wanted.values() if not (entry := self._resident(key)).stored]
         if entries:
-            self.store.publish([(entry.key, self._slabs(entry), self._provenance()) for entry in entries])
+            try:
+                self.store.publish([(entry.key, self._slabs(entry), self._provenance()) for entry in entries])
+            except StoreError as error:
+                raise type(error)(f"{error} To answer without storing, compose with keep=False.") from error
             for entry in entries:
                 self.pool.adopt(replace(entry, stored=True))
 
@@ -207,6 +227,14 @@ class Engine:
     def _take_in(self, found: Entry) -> None:
         """Copy a stored entry into the pool, a layer slab at a time."""
         pages = self.pool.allocate(len(found.key.token_ids), zeroed=False)
+        try:
+            self._scatter(found, pages)
+        except BaseException:
+            self.pool.release(pages)
+            raise
+        self.pool.adopt(Resident(found.key, pages, stored=True))
+
+    def _scatter(self, found: Entry, pages: Tensor) -> None:
         size = self.pool.page_size
         for memory, slab in zip(self.pool.kv, found.slabs, strict=True):
             tiles = torch.frombuffer(slab.data, dtype=self.model.dtype).view(slab.shape)
@@ -215,7 +243,6 @@ class Engine:
                 padded = torch.nn.functional.pad(tokens, (0, 0, 0, len(pages) * size - tokens.shape[2]))
                 tiles = padded.view(2, self.pool.kv.shape[3], len(pages), size, -1).transpose(1, 2)
             memory[:, pages] = tiles.to(memory.device)
-        self.pool.adopt(Resident(found.key, pages, stored=True))
 
     def _slabs(self, entry: Resident) -> list[Slab]:
         """A stored entry's layer slabs, in the pool's order."""

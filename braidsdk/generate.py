@@ -27,7 +27,13 @@ class Outcome:
 
 
 def generate(
-    engine: Engine, composition: Composition, keys: Sequence[EntryKey], params: SamplingParams, *, queued: bool = False
+    engine: Engine,
+    composition: Composition,
+    keys: Sequence[EntryKey],
+    params: SamplingParams,
+    *,
+    queued: bool = False,
+    started: float | None = None,
 ) -> Generator[int, int | None, Outcome]:
     """Yield the ids of an answer, one at a time.
 
@@ -41,6 +47,7 @@ def generate(
         keys: of its segments.
         params: how to choose.
         queued: whether the caller holds `engine.calls`.
+        started: when the call began, by `perf_counter`; None is when the first id is asked for.
 
     Raises:
         ClosedError: the engine was closed, before or meanwhile.
@@ -49,7 +56,8 @@ def generate(
         UnknownChunkError: a chunk was deleted meanwhile, by this or another process.
         StoreError: what was computed can't be written.
     """
-    started = perf_counter()
+    if started is None:
+        started = perf_counter()
     sampler = Sampler(params, composition.input_ids)
     lease, prepared = _admit(engine, composition, keys, params.max_new_tokens, queued)
     try:

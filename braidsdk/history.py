@@ -94,10 +94,10 @@ def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
 
     Raises:
         InputError: roles, keys or contents are not like that.
-        EmptyTextError: a content holds nothing but white space.
+        EmptyTextError: a question holds nothing but white space.
     """
     wanted = "history must be messages {'role': ..., 'content': ...} of user and assistant by turns, the user's first"
-    if isinstance(history, str | Mapping):
+    if isinstance(history, str | Mapping) or not isinstance(history, Sequence):
         raise InputError(f"{wanted}; got a {type(history).__name__}.")
     for index, message in enumerate(history):
         role = ("user", "assistant")[index % 2]
@@ -109,7 +109,12 @@ def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
             raise InputError(f"{wanted}; the content of message {index} is a {type(message['content']).__name__}.")
     if len(history) % 2:
         raise InputError(f"{wanted}; it ends with a user's message. Give that as the question instead.")
-    texts = [normalise(message["content"], f"Message {index} of history") for index, message in enumerate(history)]
+    texts = [
+        normalise(message["content"], f"Message {index} of history")
+        if message["role"] == "user" or message["content"].strip()
+        else ""  # the model may have ended at once
+        for index, message in enumerate(history)
+    ]
     return tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
 
 

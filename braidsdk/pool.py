@@ -124,7 +124,11 @@ class Pool:
             PoolFullError: they need more pages than the pool may ever have.
         """
         unique = {key.digest: len(key.token_ids) for key in keys}
-        needed = sum(map(self.pages_for, (*unique.values(), tail_tokens)))
+        self.check_fits([*unique.values(), tail_tokens])
+
+    def check_fits(self, token_counts: Sequence[int]) -> None:
+        """`check_capacity` for entries of so many tokens."""
+        needed = sum(map(self.pages_for, token_counts))
         if needed > self.capacity_pages:
             raise PoolFullError(
                 f"The context and its answer need {needed * self.page_bytes / 1e6:,.1f} MB of KV memory; the pool's "

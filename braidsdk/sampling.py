@@ -8,7 +8,7 @@ Knows nothing about models, caches or text.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypedDict
@@ -116,7 +116,7 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
         top_k=drawing.top_k if shape["top_k"] is None else int(shape["top_k"]),
         min_p=drawing.min_p if shape["min_p"] is None else shape["min_p"],
         repetition_penalty=model.generation.repetition_penalty if penalty is None else penalty,
-        seed=_integer("seed", options.get("seed"), 0, 2**64),
+        seed=_integer("seed", options.get("seed"), 0, 2**32),
         stop=_stop_strings(options.get("stop")),
         stop_ids=model.eos_ids | _stop_ids(options.get("stop_ids"), model.vocab_size),
     )
@@ -259,6 +259,8 @@ def _new_tokens(value: int | None, window: int, prompt_tokens: int) -> int:
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    if stop is not None and not isinstance(stop, Sequence):
+        raise InputError(f"stop must be a string or a list of strings; got a {type(stop).__name__}.")
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     for string in strings:
         if not isinstance(string, str) or not string:
@@ -268,4 +270,6 @@ def _stop_strings(stop: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _stop_ids(stop_ids: Sequence[int] | None, vocab_size: int) -> frozenset[int]:
+    if stop_ids is not None and not isinstance(stop_ids, Collection):
+        raise InputError(f"stop_ids must be a list of token ids; got a {type(stop_ids).__name__}.")
     return frozenset(i for i in (_integer("stop_ids", each, 0, vocab_size) for each in stop_ids or ()) if i is not None)

@@ -31,12 +31,13 @@ class Stream:
         params: SamplingParams,
         *,
         queued: bool = False,
+        started: float | None = None,
     ) -> None:
         self._layout = engine.layout
         self._turns = engine.turns
         self._composition = composition
         self._lock = RLock()
-        self._ids = _Ids(generate(engine, composition, keys, params, queued=queued), params.stop_ids)
+        self._ids = _Ids(generate(engine, composition, keys, params, queued=queued, started=started), params.stop_ids)
         self._pieces = self._layout.decode_stream(self._ids)
         self._stop = StopStrings(params.stop)
         self._text = ""

@@ -17,11 +17,12 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 import xxhash
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
-from braidsdk.errors import EmptyTextError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
 from braidsdk.types import LEVEL_SYSTEM
 
 _MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
@@ -31,12 +32,26 @@ class LayoutWarning(UserWarning):
     """The ids of a composed prompt differ from what the model's chat template gives for the same text."""
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a str can be encoded: one with half a surrogate pair can't."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def normalise(text: str, what: str = "The text") -> str:
     """NFC-normalise and strip a text.
 
     Raises:
         EmptyTextError: nothing is left.
+        InputError: it is no text, or holds half a surrogate pair.
     """
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be text; got a {type(text).__name__}.")
+    if not is_unicode(text):
+        raise InputError(f"{what} holds half a surrogate pair, as text decoded with errors does. Decode it anew.")
     clean = unicodedata.normalize("NFC", text).strip()
     if not clean:
         raise EmptyTextError(f"{what} must hold something besides white space; got {len(text)} characters of it.")
@@ -69,7 +84,13 @@ class PromptLayout:
                 f"{folder} holds no tokenizer.json. Save the tokenizer beside the weights: "
                 "tokenizer.save_pretrained(folder)."
             )
-        self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        try:
+            self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        except Exception as error:  # of several libraries: JSON, tokenizers, transformers
+            raise UnsupportedModelError(
+                f"The tokenizer in {folder} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it anew."
+            ) from error
         if not self._hf.chat_template:
             raise UnsupportedModelError(
                 f"{folder} has no chat template; save the tokenizer of an instruct model there."
@@ -84,7 +105,9 @@ class PromptLayout:
         header, _, _ = self._parts(with_system=False)
         self._system_open, self._system_close, self._closing = map(self._control_ids, (head, between, closing))
         self.header_ids = self._control_ids(header)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(json.dumps([spec, head, between, header], sort_keys=True).encode())
+        self.fingerprint = xxhash.xxh3_128_hexdigest(
+            json.dumps([written, head, between, header], sort_keys=True).encode()
+        )
         self._encode = lru_cache(maxsize=4096)(self._encode_plain)
         self._check_seams()
         if thinking and "enable_thinking" not in str(self._hf.chat_template):
@@ -162,11 +185,16 @@ class PromptLayout:
         return self._rendered(messages)
 
     def _rendered(self, messages: list[dict[str, str]]) -> str:
-        return str(
-            self._hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+        try:
+            return str(
+                self._hf.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
+                )
             )
-        )
+        except TemplateError as error:
+            raise UnsupportedModelError(
+                f"The chat template fails on a system and a user message: {str(error)[:200]}. Use the checkpoint's own."
+            ) from error
 
     def _parts(self, *, with_system: bool) -> tuple[str, str, str]:
         """What the template puts before the system text, between it and the user's, and after (no system: first is

@@ -106,7 +106,8 @@ class Model(Protocol):
 
     config: ModelConfig
     fingerprint: str
-    """Hash of the weights' content: names, dtypes, shapes and bytes as stored, whatever files they lie in."""
+    """Hash of the weights' content (names, dtypes, shapes and bytes as stored, whatever files they lie in) and of the
+    numbers in the config that change the function and no shape."""
     dtype: torch.dtype
     device: torch.device
     rotary: RotaryTable

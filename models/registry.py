@@ -24,10 +24,12 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
         revision: of a hub checkpoint: branch, tag or commit.
 
     Raises:
-        InputError: a revision of something that does not come from the hub.
+        InputError: no name and no folder; a revision of something that does not come from the hub.
         ModelNotFoundError: there is no checkpoint there; HubError: the hub did not give it.
     """
-    folder = EMBEDDED.get(str(model)) or Path(model).expanduser()
+    if not isinstance(model, str | Path) or "\0" in str(model) or len(str(model)) > 4000:
+        raise InputError(f"model must be a name or a folder; got {ascii(model)[:80]}.")
+    folder = (EMBEDDED.get(model) if isinstance(model, str) else None) or Path(model).expanduser()
     if isinstance(model, str) and is_hub_id(model) and not folder.exists():
         return fetch(model, revision)
     if revision is not None:

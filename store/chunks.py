@@ -99,6 +99,15 @@ def find_many(db: Database, namespace: str, ids: Iterable[str]) -> dict[str, Chu
     return found
 
 
+def known(db: Database, namespace: str, ids: Iterable[str]) -> set[str]:
+    """Return those of the ids that are registered in the namespace."""
+    found: set[str] = set()
+    for part in parts(list(dict.fromkeys(ids))):
+        rows = db.table("chunks").rows_where(f"id in ({placeholders(part)})", [*part], select="id, namespace")
+        found.update(row["id"] for row in rows if row["namespace"] == namespace)
+    return found
+
+
 def list_all(db: Database, namespace: str) -> list[ChunkRow]:
     """Return the namespace's chunks in the order of registration."""
     return _rows(db, "namespace = ?", [namespace])

@@ -128,6 +128,11 @@ class ChunkStore:
         with self._index.read() as db:
             return chunks.find_many(db, namespace, ids)
 
+    def known_chunks(self, namespace: str, ids: Iterable[str]) -> set[str]:
+        """Return those of the ids that are registered in the namespace."""
+        with self._index.read() as db:
+            return chunks.known(db, namespace, ids)
+
     def list_chunks(self, namespace: str) -> list[ChunkRow]:
         """Return the namespace's chunks in the order of registration."""
         with self._index.read() as db:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,16 +87,49 @@ def test_control_tokens_in_documents_are_plain_characters(braid: Braid) -> None:
     ("arguments", "says"),
     [
         ({"level": 2}, "level must be 0"),
+        ({"level": True}, "level must be 0"),
+        ({"name": 5}, "name must be text"),
         ({"anchor": "aistonia"}, "anchored to a level-0 chunk"),
         ({"metadata": {"x": object()}}, "JSON"),
         ({"name": ""}, "name"),
         ({"name": "0" * 32}, "id"),
     ],
-    ids=["level", "anchor", "metadata", "empty name", "name like an id"],
+    ids=[
+        "level",
+        "level that is a bool",
+        "name that is a number",
+        "anchor",
+        "metadata",
+        "empty name",
+        "name like an id",
+    ],
 )
 def test_arguments_of_register(braid: Braid, arguments: dict[str, object], says: str) -> None:
     with pytest.raises(InputError, match=says):
         braid.register("Some text.", **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [5, None, b"bytes", "half \ud800 a pair"], ids=ascii)
+def test_what_is_no_text(braid: Braid, text: Any) -> None:
+    for call in (braid.register, lambda text: braid.ask(text, chunks=["aistonia"])):
+        with pytest.raises(InputError, match=r"must be text|surrogate"):
+            call(text)
+
+
+def test_what_is_no_list_of_chunks(braid: Braid) -> None:
+    for wrong in ("aistonia", braid.chunks.get("aistonia"), [5]):
+        with pytest.raises(InputError, match="chunks must"):
+            braid.compose(wrong)
+    with pytest.raises(InputError, match="texts must be a list"):
+        braid.register_many("abc")
+    with pytest.raises(InputError, match="name or id is a str"):
+        braid.chunks.get(5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="stop must be"):
+        braid.ask("Well?", chunks=[], stop=5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="stop_ids must be"):
+        braid.ask("Well?", chunks=[], stop_ids=5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="history must be"):
+        braid.ask("Well?", chunks=[], history=5)  # type: ignore[arg-type]
 
 
 def test_lists_of_unequal_length(braid: Braid) -> None:
@@ -116,15 +150,19 @@ def test_a_context_that_can_never_fit_computes_nothing(
     with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
         page = braid._engine.pool.page_bytes
     with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=2 * page) as braid:
-        document = braid.register("word " * 100)
+        with pytest.raises(PoolFullError, match="larger pool_bytes"):
+            braid.register("word " * 100)
+        assert braid.chunks.list() == [], "nothing is registered that could never be used"
+        documents = braid.register_many([f"{name} " * 20 for name in ("one", "two", "three")])
         monkeypatch.setattr("braidsdk.engine.compute", lambda *_: pytest.fail("something was computed"))
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
-            braid.ask("Well?", chunks=[document], max_new_tokens=100)
+            braid.ask("Well?", chunks=documents, max_new_tokens=5)
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
-            braid.compose([document]).prepare()
+            braid.compose(documents).prepare()
         monkeypatch.undo()
         assert braid.ask("Well?", chunks=[], max_new_tokens=2).token_ids
-        assert len(braid._engine.pool._free) + len(braid._engine.pool._entries) <= 2
+        pool = braid._engine.pool
+        assert len(pool._free) + sum(len(entry.pages) for entry in pool._entries.values()) == 2, "no page is lost"
 
 
 @pytest.mark.parametrize(
@@ -135,10 +173,14 @@ def test_a_context_that_can_never_fit_computes_nothing(
         ({"dtype": "int8"}, "dtype must be"),
         ({"namespace": ""}, "namespace"),
         ({"pool_bytes": 0}, "pool_bytes must be a positive"),
+        ({"pool_bytes": 1e9}, "pool_bytes must be a positive"),
+        ({"device": None}, "device must be text"),
+        ({"namespace": 5}, "namespace must be text"),
+        ({"namespace": "a\ud800"}, "namespace must be text"),
     ],
     ids=str,
 )
-def test_arguments_of_braid(random_checkpoint: Path, tmp_path: Path, arguments: dict[str, str], says: str) -> None:
+def test_arguments_of_braid(random_checkpoint: Path, tmp_path: Path, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
         Braid(random_checkpoint, store=tmp_path / "store", **arguments)
     assert not (tmp_path / "store").exists()
@@ -155,6 +197,25 @@ def test_a_store_path_that_is_a_file(random_checkpoint: Path, tmp_path: Path) ->
 def test_a_store_path_that_cannot_be_written(random_checkpoint: Path) -> None:
     with pytest.raises(StorePathError):
         Braid(random_checkpoint, store="/proc/braid-store")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", '{"version"'),
+        ("chat_template.jinja", "{% if %}"),
+        ("chat_template.jinja", "{{ raise_exception('no system prompt') }}"),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_that_cannot_be_used(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, name: str, content: str
+) -> None:
+    folder = make_checkpoint()
+    (folder / name).write_text(content)
+    with pytest.raises(UnsupportedModelError, match=r"can't be read|template fails"):
+        Braid(folder, store=tmp_path / "store", device="cpu")
 
 
 def test_no_checkpoint_there(tmp_path: Path) -> None:

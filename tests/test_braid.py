@@ -1,5 +1,6 @@
 """What an application sees: registering, composing, asking, explaining, deleting."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from braidsdk import Braid, Stream
 from braidsdk.encode import compute
 from braidsdk.errors import BraidError, ClosedError, NameTakenError, UnknownChunkError
+from braidsdk.store import ChunkStore
 
 SYSTEM = "You answer questions from the documents."
 TEXTS = ["The first document.", "The second document, a bit longer.", "The third."]
@@ -199,13 +201,64 @@ def test_deleting_a_chunk_removes_every_chain_computed_with_sight_of_it(random_b
     assert random_braid.chunks.list() == [rules, b, c]
 
 
-def test_a_composed_context_does_not_bring_a_deleted_chunk_back(random_braid: Braid) -> None:
-    document = random_braid.register(TEXTS[0])
-    context = random_braid.compose([document])
-    random_braid.chunks.delete(document)
+@pytest.mark.parametrize("mode", ["exact", "anchored", "isolated"])
+@pytest.mark.parametrize("by", ["this process", "another"])
+def test_a_composed_context_does_not_bring_a_deleted_chunk_back(random_braid: Braid, mode: str, by: str) -> None:
+    document, other = random_braid.register_many(TEXTS[:2])
+    context = random_braid.compose([document, other], mode=mode)
+    context.ask("Well?", max_new_tokens=1)
+    if by == "another":
+        with ChunkStore(random_braid._engine.store.path) as store:
+            store.delete_chunk("default", document.id)
+    else:
+        random_braid.chunks.delete(document)
     with pytest.raises(UnknownChunkError, match="Register it again"):
         context.ask("Well?", max_new_tokens=1)
-    assert random_braid.chunks.list() == []
+    assert random_braid.chunks.list() == [other]
+    resident = random_braid._engine.pool._entries.values()
+    assert not [entry for entry in resident if document.id in (entry.key.chunk_id, *entry.key.after)]
+
+
+def test_what_another_process_deleted_is_stored_again_when_registered_again(random_braid: Braid) -> None:
+    rules = random_braid.register_system(SYSTEM)
+    document = random_braid.register(TEXTS[0], anchor=rules)
+    random_braid.ask("Well?", chunks=[rules, document], max_new_tokens=1)
+    with ChunkStore(random_braid._engine.store.path) as store:
+        store.delete_chunk("default", document.id)
+        random_braid.register(TEXTS[0], anchor=rules)
+        assert store.stats().entries == 2
+
+
+def test_many_short_texts_register_in_a_small_pool(random_checkpoint: Path, tmp_path: Path) -> None:
+    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
+        page = braid._engine.pool.page_bytes
+    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=8 * page) as braid:
+        rules = braid.register_system(SYSTEM)
+        braid.register_many([f"Fact {n}." for n in range(30)], anchor=rules)
+        assert braid._engine.store.stats().entries == 31
+
+
+def test_a_chunk_of_another_braid_is_encoded_by_this_one(
+    random_braid: Braid, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    template = (folder / "chat_template.jinja").read_text().replace("message.role +", "'the ' + message.role +")
+    (folder / "chat_template.jinja").write_text(template)
+    rules = random_braid.register_system(SYSTEM)
+    with Braid(folder, store=random_braid._engine.store.path, device="cpu") as other:
+        assert rules.token_ids != other.chunks.get(rules.id).token_ids
+        assert other.compose([rules]).input_ids == other.compose([rules.id]).input_ids
+
+
+def test_the_clock_of_a_call_starts_with_the_call(random_braid: Braid) -> None:
+    context = random_braid.compose([])
+    random_braid._engine.calls.acquire()
+    threading.Timer(0.3, random_braid._engine.calls.release).start()
+    assert context.ask("Well?", max_new_tokens=1).timings.first_token_ms > 250
+
+
+def test_a_braid_says_what_it_computes_in(random_braid: Braid) -> None:
+    assert "torch.float32 on cpu" in repr(random_braid)
 
 
 def test_a_small_pool_still_answers_right(random_braid: Braid, random_checkpoint: Path, tmp_path: Path) -> None:
@@ -251,6 +304,8 @@ def test_everything_after_close_is_a_typed_error(random_checkpoint: Path, tmp_pa
         lambda: context.explain(),
         lambda: context.prepare(),
         lambda: context.next_token_logits("x"),
+        lambda: braid.device,
+        lambda: braid.dtype,
     ):
         with pytest.raises(ClosedError, match="closed"):
             call()

@@ -31,6 +31,8 @@ def test_add_list_and_ask(tmp_path: Path) -> None:
     listed = json.loads(run("ls", *store, "--json").stdout)
     assert [(row["name"], row["level"]) for row in listed] == [("rules", 0), ("aistonia.txt", 1), ("belmora", 1)]
     assert "aistonia.txt" in run("ls", *store).stdout
+    run("add", "-", "--name", "brackets", *store, "--namespace", "b", stdin="In [/b] brackets.")
+    assert "In [/b] brackets." in run("ls", *store, "--namespace", "b").stdout
 
     asked = run("ask", "What is the capital of Aistonia?", *store, "--explain")
     assert asked.stdout == "Flubarg.\n"

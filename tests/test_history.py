@@ -275,8 +275,10 @@ def test_a_malformed_history(random_braid: Braid, history: object, says: str) ->
 
 
 def test_an_empty_message_and_one_too_long(random_braid: Braid) -> None:
-    with pytest.raises(EmptyTextError, match="Message 1 of history"):
-        random_braid.ask("Well?", chunks=[], history=said("a", " \n"))
+    with pytest.raises(EmptyTextError, match="Message 0 of history"):
+        random_braid.ask("Well?", chunks=[], history=said(" \n", "a"))
+    silent = random_braid.compose([]).prompt_ids("Well?", history=said("a", ""))
+    assert silent == random_braid.compose([]).prompt_ids("a") + silent[len(random_braid.compose([]).prompt_ids("a")) :]
     with pytest.raises(WindowExceededError, match="this history"):
         random_braid.ask("Well?", chunks=[], history=said("a", "word " * 3000))
     plain = random_braid.ask("Well?", chunks=[], max_new_tokens=5)

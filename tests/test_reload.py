@@ -67,10 +67,14 @@ def other_tokenizer(folder: Path, make: Callable[..., Path]) -> Path:
     return copied
 
 
+def other_eps(folder: Path, make: Callable[..., Path]) -> Path:
+    return make("other", rms_norm_eps=0.5)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(other_weights, "weights"), (other_tokenizer, "tokenizer")],
-    ids=["another model", "another tokenizer"],
+    [(other_weights, "weights"), (other_eps, "weights"), (other_tokenizer, "tokenizer")],
+    ids=["another model", "another rms_norm_eps", "another tokenizer"],
 )
 def test_what_another_model_computed_is_a_miss_with_its_reason(
     make_checkpoint: Callable[..., Path],

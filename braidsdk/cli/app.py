@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from braidsdk.errors import BraidError, InputError
 
@@ -18,7 +19,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ModelOption = Annotated[str, typer.Option(envvar="BRAID_MODEL", help="braid-tiny, or a checkpoint's folder.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(envvar="BRAID_MODEL", help="braid-tiny, a checkpoint's folder, or a hub id such as Qwen/Qwen3-0.6B."),
+]
 StoreOption = Annotated[
     Path | None, typer.Option(envvar="BRAID_STORE", help="The chunk store's folder. Default: the user's data folder.")
 ]
@@ -27,6 +31,7 @@ NamespaceOption = Annotated[str, typer.Option(envvar="BRAID_NAMESPACE", help="Na
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 _out = Console()
+_err = Console(stderr=True, soft_wrap=True)
 _TINY = "braid-tiny"
 
 
@@ -35,7 +40,7 @@ def main() -> None:
     try:
         app()
     except BraidError as error:
-        Console(stderr=True, soft_wrap=True).print(f"braid: {error}", markup=False, highlight=False)
+        _err.print(f"braid: {error}", markup=False, highlight=False)
         sys.exit(1)
 
 
@@ -73,6 +78,7 @@ def add(
     texts = [_read(file) for file in files]
     names = [name or (Path(file).name if file != "-" else None) for file in files]
     with Braid(model, store=store, device=device, namespace=namespace) as braid:
+        _err.print(str(braid), markup=False, highlight=False)
         added = braid.register_many(texts, names=names, anchor=anchor, level=0 if system else 1, replace=replace)
         rows = [{"id": chunk.id, "name": chunk.name, "tokens": len(chunk.token_ids)} for chunk in added]
     if as_json:
@@ -107,7 +113,8 @@ def list_chunks(
     table = Table("name", "level", "text", "id", box=None)
     for row in rows:
         start = " ".join(row.text[:60].split())
-        table.add_row(row.name or "", str(row.level), start + ("…" if len(row.text) > 60 else ""), row.id[:8])
+        cells = (row.name or "", str(row.level), start + ("…" if len(row.text) > 60 else ""), row.id[:8])
+        table.add_row(*map(Text, cells))
     _out.print(table)
 
 
@@ -137,7 +144,7 @@ def ask(
             chunks.sort(key=lambda each: each.level)
         context = braid.compose(chunks, mode=mode)
         if explain:
-            Console(stderr=True).print(str(context.explain()), markup=False, highlight=False)
+            _err.print(f"{braid}\n{context.explain()}", markup=False, highlight=False)
         answer = context.ask(question, max_new_tokens=max_new_tokens)
     if as_json:
         _out.print_json(json.dumps(asdict(answer)))
@@ -146,9 +153,9 @@ def ask(
 
 
 def _read(file: str) -> str:
-    if file == "-":
-        return sys.stdin.read()
     try:
+        if file == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
         return Path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} can't be read as UTF-8 text: {error}.") from None

@@ -16,6 +16,7 @@ from time import perf_counter
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from braidsdk.errors import BraidError
@@ -102,7 +103,7 @@ def _register(folder: Path, device: str, model: str) -> int:
 
     samples = load_samples()
     with Braid(model, store=folder, device=device, namespace=NAMESPACE) as braid:
-        rules = braid.register_system(samples.system, name="rules")
+        rules = braid.register_system(samples.system, name="rules", replace=True)
         braid.register_many(list(samples.documents.values()), names=list(samples.documents), anchor=rules, replace=True)
         return sum(
             braid.compose([rules, *question.documents], mode=mode, keep=True).prepare()
@@ -165,12 +166,13 @@ def _table(results: list[Result]) -> Table:
     table.add_column("tokens\ncached + new", justify="right")
     for heading in ("exact\nms", "anchored\nms", "full\nprefill\nms"):
         table.add_column(heading, justify="right")
-    for question in dict.fromkeys(result.question for result in results):
-        exact, anchored = (r for r in results if r.question == question)
+    for exact, anchored in zip(results[::2], results[1::2], strict=True):
         answers = dict.fromkeys((exact.answer, anchored.answer))
         table.add_row(
-            question,
-            "\n".join(answers) if exact.ok else f"{' / '.join(answers)}\n(expected {exact.expected})",
+            escape(exact.question),
+            "\n".join(map(escape, answers))
+            if exact.ok
+            else f"{escape(' / '.join(answers))}\n(expected {exact.expected})",
             f"{exact.cached_tokens} + {exact.computed_tokens}",
             *(
                 f"[{'green' if r.ok else 'red'}]{'right' if r.ok else 'wrong'}[/] {r.ttft_ms:.0f}"
