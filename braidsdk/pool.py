@@ -216,9 +216,13 @@ class Pool:
         size = min(self.capacity_pages, max(2 * have, have + wanted))
         if size <= have:
             return False
+        shape = (*self.kv.shape[:2], size, *self.kv.shape[3:])
+        old = self.kv
+        if len(self._free) == have:  # nothing is in use: nothing to copy, and no need to hold both
+            old = self.kv = self.kv[:, :, :0].clone()
         with torch.inference_mode(False):
-            grown = self.kv.new_empty(*self.kv.shape[:2], size, *self.kv.shape[3:])  # allocate zeroes pages
-        grown[:, :, :have] = self.kv
+            grown = self.kv.new_empty(shape)  # allocate zeroes pages
+        grown[:, :, : old.shape[2]] = old
         self.kv = grown
         self._free = [*range(size - 1, have - 1, -1), *self._free]
         return True
