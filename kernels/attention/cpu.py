@@ -96,7 +96,7 @@ def _runs(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> 
 
 def _tiles(base: RequestPlan, dtype: torch.dtype) -> tuple[_Tile, ...]:
     tiles = []
-    by_segment = torch.split(base.hidden, base.spans, dim=1)
+    by_segment = torch.split(base.hidden, list(base.spans), dim=1)
     for start in range(0, len(base.hidden), _ROW_BLOCK):
         rows = slice(start, min(start + _ROW_BLOCK, len(base.hidden)))
         for index, hidden in enumerate(by_segment):
@@ -166,7 +166,7 @@ def _over_tiles(turned: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tens
     """Many rows: a segment at a time, merged as it comes. Returns [q_heads, rows, head_dim], float32."""
     _, q_heads, count, head_dim = turned.shape
     tiles = kv.index_select(1, plan.base.pages).transpose(1, 2).flatten(2, 3)
-    by_segment = torch.split(tiles, plan.base.spans, dim=2)
+    by_segment = torch.split(tiles, list(plan.base.spans), dim=2)
     merged = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
     total = torch.full((q_heads, count, 1), float("-inf"))
     for tile in plan.tiles:

@@ -63,7 +63,11 @@ def _attend(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, valu
     # [segments, kv_heads, group * rows, head_dim]: the query heads of one KV head are rows of one product.
     turned = turned.view(rows, segments, kv_heads, -1, head_dim).permute(1, 2, 3, 0, 4).flatten(2, 3)
     scores = torch.cat(
-        [query @ key.transpose(1, 2) for query, key in zip(turned, torch.split(keys, plan.spans, 1), strict=True)], -1
+        [
+            query @ key.transpose(1, 2)
+            for query, key in zip(turned, torch.split(keys, list(plan.spans), 1), strict=True)
+        ],
+        -1,
     )
     scores = scores.view(kv_heads, -1, rows, keys.shape[1]).mul_(scale).masked_fill_(plan.hidden[block], float("-inf"))
     weights = torch.softmax(scores, dim=-1)
