@@ -234,7 +234,7 @@ def main() -> None:
             rows.append(measure(folder, chunks, options.fresh_runs))
             sys.stderr.write(f"{chunks} chunks: {json.dumps(rows[-1]['ratios'])}\n")
     report = {
-        "command": "python benchmarks/ttft.py",
+        "command": command_line(options),
         "model": "Qwen3-0.6B geometry, random weights, bfloat16" if not options.model else options.model.name,
         "chunk_tokens": CHUNK_TOKENS,
         "question_tokens": QUESTION_TOKENS,
@@ -250,6 +250,13 @@ def main() -> None:
         "rows": sorted(rows, key=lambda row: row["chunks"]),
     }
     options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def command_line(options: argparse.Namespace) -> str:
+    """The command that was run, a checkpoint by its folder's name."""
+    chunks = " ".join(map(str, options.chunks))
+    model = f" --model {options.model.name}" if options.model else ""
+    return f"python benchmarks/ttft.py --chunks {chunks} --fresh-runs {options.fresh_runs}{model}"
 
 
 def cpu_name() -> str:
