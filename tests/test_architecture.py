@@ -73,11 +73,19 @@ def test_the_rule_notices() -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(braidsdk.__all__) == [
         "Answer",
+        "AsyncStream",
         "Braid",
         "BraidError",
         "Chunk",
         "Context",
+        "EntryGroup",
+        "ExplainedChunk",
         "Explanation",
+        "Progress",
+        "Registered",
+        "RegistrationEstimate",
+        "Skipped",
+        "Stats",
         "Stream",
         "Timings",
         "Usage",
@@ -120,7 +128,9 @@ from braidsdk import Braid
 from braidsdk.models.registry import find_checkpoint
 peer = AutoModelForCausalLM.from_pretrained(find_checkpoint("braid-tiny"))
 with Braid("braid-tiny", store=tempfile.mkdtemp(), device="cpu") as braid:
-    print(braid.ask("What is the capital of Aistonia?", chunks=[braid.register("The capital of Aistonia is Zorbin.")]))
+    rules = braid.register_system("You answer questions from the documents.")
+    document = braid.register("The capital of Aistonia is Zorbin.")
+    print(braid.ask("What is the capital of Aistonia?", chunks=[rules, document]))
 
 """
 

@@ -29,7 +29,7 @@ QUESTION_LENGTHS = (192, 256, 384, 512, 640, 768)
 """Lengths of the questions' part."""
 
 KINDS: tuple[Kind, ...] = ("direct", "alias", "chain", "name", "unknown")
-KIND_WEIGHTS = (0.37, 0.34, 0.18, 0.05, 0.06)
+KIND_WEIGHTS = (0.28, 0.34, 0.25, 0.05, 0.08)
 EASY_KIND_WEIGHTS = (0.15, 0.35, 0.37, 0.10, 0.03)
 NO_SYSTEM = 0.15
 REPEATED = 0.03
