@@ -1,4 +1,4 @@
-"""Make the tables of the README from the results in `benchmarks/results/`.
+"""Make the tables of the README and of docs/performance.md from the results in `benchmarks/results/`.
 
 python benchmarks/tables.py
 """
@@ -37,6 +37,43 @@ def ttft_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def attention_table(report: dict[str, Any]) -> str:
+    """Microseconds of the attention kernel by case, as Markdown."""
+    lines = [
+        f"One {report['gpu']}, torch {report['torch']}, bfloat16, one layer of Qwen3-0.6B's geometry:",
+        "",
+        "| case | us | bytes over 4.24 TB/s, us |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {row['case']} | {row['us']:.1f} | {row['floor_us']:.1f} |" for row in report["rows"]]
+    return "\n".join(lines)
+
+
+def linear_table(report: dict[str, Any]) -> str:
+    """Microseconds of a decoder layer's linear operations and of the head, as Markdown."""
+    lines = [
+        f"One {report['gpu']}, torch {report['torch']}, triton {report['triton']}, {report['dtype']}:",
+        "",
+        "| geometry | operation | rows | ours, us | torch, us | floor, us |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    lines += [
+        f"| {row['geometry']} | {row['op']} | {row['rows']:,} | {row['triton']['us']:,.1f} "
+        f"| {row['torch']['us']:,.1f} | {row['floor_us']:,.1f} |"
+        for row in report["rows"]
+        if row["op"] in ("norm_qkv", "out_proj", "norm_swiglu", "down", "layer", "norm_head")
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "ttft": ("README.md", "ttft.json", ttft_table),
+    "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
+    "linear": ("docs/performance.md", "kernels/linear.json", linear_table),
+}
+"""By the name of its marks: the page that a table stands in, the results that it shows, and what makes it."""
+
+
 def fill(text: str, name: str, table: str) -> str:
     """Put a table between its two marks.
 
@@ -50,10 +87,17 @@ def fill(text: str, name: str, table: str) -> str:
     return filled
 
 
+def filled(name: str) -> tuple[Path, str]:
+    """A table's page, and its text with the table made anew."""
+    page, results, make = TABLES[name]
+    report = json.loads((RESULTS / results).read_text(encoding="utf-8"))
+    return ROOT / page, fill((ROOT / page).read_text(encoding="utf-8"), name, make(report))
+
+
 def main() -> None:
-    readme = ROOT / "README.md"
-    report = json.loads((RESULTS / "ttft.json").read_text(encoding="utf-8"))
-    readme.write_text(fill(readme.read_text(encoding="utf-8"), "ttft", ttft_table(report)), encoding="utf-8")
+    for name in TABLES:
+        page, text = filled(name)
+        page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

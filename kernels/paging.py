@@ -16,16 +16,18 @@ class PagedSegment:
     """A token slice of one KV entry in paged memory, placed at an absolute position.
 
     Attributes:
-        pages: page ids of the entry, int64 [pages].
+        pages: page ids of the entry, int64 [pages], on the CPU.
         start: first token of the slice, counted in the entry.
         stop: one past its last token.
         origin: absolute position of the entry's token 0; key j sits at `origin + j`. May be negative for a slice.
+        hidden: keys of the entry that no row sees, bool [stop] or longer, on the CPU; None hides none.
     """
 
     pages: Tensor
     start: int
     stop: int
     origin: int
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from braidsdk.errors import UnsupportedModelError
+from braidsdk.kernels.attention import AttentionPlans
 from braidsdk.kernels.paging import Request
+from braidsdk.kernels.paths import Paths
 from braidsdk.kernels.rope import RotaryTable
 
 
@@ -20,9 +22,9 @@ from braidsdk.kernels.rope import RotaryTable
 class GenerationDefaults:
     """How a checkpoint wants its tokens chosen (generation_config.json); what it leaves out is as in transformers.
 
+    Whether to draw at all, and at which temperature, is the caller's choice.
+
     Attributes:
-        do_sample: draw from the distribution; otherwise the most likely token.
-        temperature: divides the logits before they become probabilities, above 0.
         top_p: keep the fewest most likely tokens whose probabilities reach this sum; 1.0 keeps all.
         top_k: keep that many most likely tokens; 0 keeps all.
         repetition_penalty: divides positive logits of tokens already in the text, and multiplies negative ones; 1.0 is
@@ -30,8 +32,6 @@ class GenerationDefaults:
         min_p: keep tokens at least that share of the likeliest one's probability; 0.0 keeps all.
     """
 
-    do_sample: bool = False
-    temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 50
     repetition_penalty: float = 1.0
@@ -48,6 +48,8 @@ class ModelConfig:
         kv_heads: key and value heads per layer.
         head_dim: size of one head.
         vocab_size: rows of the embedding.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the MLP.
         window: positions that the model was made for (`max_position_embeddings`), in tokens.
         rope: the whole RoPE configuration as canonical JSON; part of a KV entry's key.
         eos_ids: ids that end an answer.
@@ -59,6 +61,8 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     vocab_size: int
+    hidden_size: int
+    intermediate_size: int
     window: int
     rope: str
     eos_ids: frozenset[int]
@@ -86,6 +90,20 @@ class Batch:
     limit: int
 
 
+@dataclass(frozen=True)
+class Step:
+    """What all layers of one forward pass share.
+
+    Attributes:
+        cos, sin: of each new token in its segment's frame, [tokens, head_dim / 2].
+        plans: of the attention.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    plans: AttentionPlans
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """One of a checkpoint's JSON files.
 
@@ -111,6 +129,8 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     rotary: RotaryTable
+    paths: Paths
+    """Which implementation each operation takes; may be changed between passes."""
 
     @classmethod
     def load(
@@ -141,5 +161,20 @@ class Model(Protocol):
 
         Returns:
             Logits [rows, vocab_size], float32 (float64 for a float64 model); None if `logit_rows` is None.
+        """
+        ...
+
+    def compute(
+        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
+    ) -> Tensor | None:
+        """`forward` with its plan made: touches the device alone, so that it can be captured in a CUDA graph.
+
+        Args:
+            token_ids, slots: as in `Batch`; a token with a negative slot is computed and not appended.
+            step: what the layers share.
+            kv, logit_rows: as in `forward`.
+
+        Returns:
+            What `forward` does.
         """
         ...

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError, did_you_mean, shown
 from braidsdk.models.base import Model, read_json
 from braidsdk.models.hub import fetch, is_hub_id
 from braidsdk.models.qwen3 import Qwen3
@@ -28,18 +28,26 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
         ModelNotFoundError: there is no checkpoint there; HubError: the hub did not give it.
     """
     if not isinstance(model, str | Path) or "\0" in str(model) or len(str(model)) > 4000:
-        raise InputError(f"model must be a name or a folder; got {ascii(model)[:80]}.")
+        raise InputError(f"model must be a name or a folder; got {shown(model)}.")
     folder = (EMBEDDED.get(model) if isinstance(model, str) else None) or Path(model).expanduser()
     if isinstance(model, str) and is_hub_id(model) and not folder.exists():
         return fetch(model, revision)
     if revision is not None:
         raise InputError(f"revision is for checkpoints from the hub; {str(model)!r} is a folder. Leave it out.")
-    if not (folder / "config.json").is_file():
+    if not _is_file(folder / "config.json"):
         raise ModelNotFoundError(
             f"No checkpoint at {str(folder)!r}: expected a folder with config.json, model.safetensors and "
             f"tokenizer.json, a hub id such as 'Qwen/Qwen3-0.6B', or one of {', '.join(EMBEDDED)}."
+            f"{did_you_mean(model, EMBEDDED)}"
         )
     return folder
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def load_model(
@@ -50,6 +58,7 @@ def load_model(
     model_type = read_json(path).get("model_type")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{path} is of a {model_type!r} model; BraidSDK computes {', '.join(sorted(FAMILIES))}."
+            f"{path} is of a {model_type!r} model; BraidSDK computes {', '.join(sorted(FAMILIES))}. Choose a "
+            "checkpoint of these."
         )
     return FAMILIES[model_type].load(folder, device=device, dtype=dtype, fingerprints=fingerprints)

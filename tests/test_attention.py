@@ -45,7 +45,9 @@ class Memory:
         """Attention in `dtype`: float64 takes the reference, float32 the CPU's own path."""
         group = queries.shape[1] // self.kv_heads
         rotary = table(self.head_dim, dtype)
-        plans = plan_attention(positions, requests, rotary, limit=1000, page_size=PAGE, group=group, dtype=dtype)
+        plans = plan_attention(
+            positions, requests, rotary, limit=1000, page_size=PAGE, group=group, kv_heads=self.kv_heads, dtype=dtype
+        )
         return cascade_attention(queries.to(dtype), plans, self.kv.to(dtype), scale).double()
 
 

@@ -17,13 +17,15 @@ from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3
 
 from braidsdk.encode import Run, compute, make_batch
-from braidsdk.kernels.attention import cpu
+from braidsdk.kernels.attention import cpu, op
+from braidsdk.kernels.paths import Paths
+from braidsdk.models.qwen3 import model as qwen3
 from braidsdk.models.registry import load_model
 from braidsdk.pool import Pool
 
 SEEDS = 12
 MEAN, WORST = 1.05, 1.10
-CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 GROUP_1 = {"num_attention_heads": 2, "num_key_value_heads": 2}
 GROUP_2 = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -85,18 +87,35 @@ class Peers:
     theirs: Qwen3ForCausalLM
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="module", params=GEOMETRIES, ids=str)
-def peers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, save_checkpoint: Callable) -> Peers:
+def peers(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    save_checkpoint: Callable,
+    device: torch.device,
+) -> Peers:
     geometry = GEOMETRIES[request.param]
     folder = save_checkpoint(tmp_path_factory.mktemp("numerics") / "c", num_hidden_layers=3, **geometry.changes)
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
     shape_norms(model, geometry.qk, 7)
     model.to(torch.bfloat16).save_pretrained(folder)
     return Peers(
-        truth=load_model(folder, device=CPU, dtype=torch.float64),
-        ours=load_model(folder, device=CPU, dtype=torch.bfloat16),
-        theirs=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval(),
+        truth=load_model(folder, device=device, dtype=torch.float64),
+        ours=fast(load_model(folder, device=device, dtype=torch.bfloat16)),
+        theirs=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device),
     )
+
+
+def fast(model: object) -> object:
+    """A model on the kernels that are meant for its device, without any fallback."""
+    if model.device.type == "cuda":
+        model.paths = Paths.all("triton")
+    return model
 
 
 def pool_for(model: object, page_size: int = 64) -> Pool:
@@ -106,7 +125,7 @@ def pool_for(model: object, page_size: int = 64) -> Pool:
         kv_heads=config.kv_heads,
         head_dim=config.head_dim,
         dtype=model.dtype,
-        device=CPU,
+        device=model.device,
         capacity_bytes=1 << 30,
         page_size=page_size,
     )
@@ -135,13 +154,13 @@ def logits(model: object, pieces: list[tuple[int, ...]], shift: int = 0) -> Tens
     *before, last = runs_of(pool, pieces, shift)
     if before:
         compute(model, pool, before)
-    rows = torch.arange(len(last.token_ids))
+    rows = torch.arange(len(last.token_ids), device=model.device)
     return model.forward(make_batch([last], pool), pool.kv, rows).double()
 
 
 @torch.inference_mode()
 def their_logits(model: Qwen3ForCausalLM, pieces: list[tuple[int, ...]]) -> Tensor:
-    ids = torch.tensor([[i for piece in pieces for i in piece]])
+    ids = torch.tensor([[i for piece in pieces for i in piece]], device=model.device)
     return model(ids, logits_to_keep=len(pieces[-1])).logits[0].double()
 
 
@@ -165,15 +184,17 @@ def passes(ratios: list[float]) -> bool:
     return mean <= MEAN and worst <= WORST
 
 
-def prompts(composed: bool) -> Iterator[list[tuple[int, ...]]]:
+def prompts(composed: bool, device: torch.device) -> Iterator[list[tuple[int, ...]]]:
+    """On the GPU a plain prompt is long enough for the kernels of a prefill."""
+    plain = 300 if device.type == "cuda" else 200
     for seed in range(SEEDS):
-        yield [tokens(65, seed), tokens(90, seed + 100), tokens(200, seed + 200)] if composed else [tokens(200, seed)]
+        yield [tokens(65, seed), tokens(90, seed + 100), tokens(200, seed + 200)] if composed else [tokens(plain, seed)]
 
 
 @pytest.mark.parametrize("composed", [False, True], ids=["plain", "composed"])
 def test_logits_are_as_close_to_the_truth_as_transformers_is(peers: Peers, composed: bool) -> None:
     errors, divergences = [], []
-    for pieces in prompts(composed):
+    for pieces in prompts(composed, peers.truth.device):
         truth = logits(peers.truth, pieces)
         ours, theirs = logits(peers.ours, pieces), their_logits(peers.theirs, pieces)
         errors.append(rms(ours - truth) / rms(theirs - truth))
@@ -191,12 +212,12 @@ def test_every_layer_is_as_close_to_the_truth_as_transformers_is(peers: Peers) -
         ids = tokens(128, seed)
         pools = {name: pool_for(model) for name, model in (("truth", peers.truth), ("ours", peers.ours))}
         batches = {name: make_batch(runs_of(pool, [ids]), pool) for name, pool in pools.items()}
-        hidden = peers.truth._embedding[torch.tensor(ids)]
+        hidden = peers.truth._embedding[torch.tensor(ids, device=peers.truth.device)]
         for index, ratios in enumerate(per_layer):
             given = hidden.to(torch.bfloat16)
             truth = peers.truth.forward_layer(index, given.double(), batches["truth"], pools["truth"].kv[index])
             ours = peers.ours.forward_layer(index, given, batches["ours"], pools["ours"].kv[index])
-            angles = peers.theirs.model.rotary_emb(given[None], torch.arange(len(ids))[None])
+            angles = peers.theirs.model.rotary_emb(given[None], torch.arange(len(ids), device=given.device)[None])
             theirs = peers.theirs.model.layers[index](given[None], position_embeddings=angles, attention_mask=None)[0]
             ratios.append(rms(ours.double() - truth) / rms(theirs.double() - truth))
             hidden = truth
@@ -223,8 +244,9 @@ def test_the_truth_is_that_of_transformers_in_float64(
     peers: Peers, composed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lifted(monkeypatch)
-    pieces = next(prompts(composed))
+    pieces = next(prompts(composed, peers.truth.device))
     in_float64 = Qwen3ForCausalLM(peers.theirs.config).double().eval()
+    in_float64.to(peers.truth.device)
     in_float64.load_state_dict({name: weight.double() for name, weight in peers.theirs.state_dict().items()})
     want = their_logits(in_float64, pieces)
     assert rms(logits(peers.truth, pieces) - want) < 1e-11 * rms(want)
@@ -232,20 +254,35 @@ def test_the_truth_is_that_of_transformers_in_float64(
 
 @pytest.mark.parametrize("bug", ["a seam off by one", "an unrotated query", "a score scale of 0.97"])
 def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces_of = list(prompts(composed=True))
+    pieces_of = list(prompts(True, peers.truth.device))
     truths = [logits(peers.truth, pieces) for pieces in pieces_of]
     theirs = [their_logits(peers.theirs, pieces) for pieces in pieces_of]
     shift = 0
     if bug == "a seam off by one":
         shift = 1
     elif bug == "an unrotated query":
+        planned = op.plan_for_triton
+
+        def unturned(*args: object, **rest: object) -> object:
+            plan = planned(*args, **rest)
+            return replace(plan, cos=torch.ones_like(plan.cos), sin=torch.zeros_like(plan.sin))
+
+        monkeypatch.setattr(op, "plan_for_triton", unturned)
         turned = cpu._turned
         monkeypatch.setattr(
             cpu, "_turned", lambda queries, plan: turned(queries, replace(plan, turn=torch.ones_like(plan.turn)))
         )
     else:
-        flash = cpu._flash
-        monkeypatch.setattr(cpu, "_flash", lambda *args, scale, **rest: flash(*args, scale=scale * 0.97, **rest))
+        attend = qwen3.cascade_attention
+        ours = peers.ours
+        honest = type(ours)._finish_layer
+
+        def finish(model: object, *args: object) -> Tensor:
+            factor = 0.97 if model is ours else 1.0
+            monkeypatch.setattr(qwen3, "cascade_attention", lambda *rest: attend(*rest[:-1], rest[-1] * factor))
+            return honest(model, *args)
+
+        monkeypatch.setattr(type(ours), "_finish_layer", finish)
     ratios = [
         rms(logits(peers.ours, pieces, shift) - truth) / rms(baseline - truth)
         for pieces, truth, baseline in zip(pieces_of, truths, theirs, strict=True)
@@ -253,7 +290,9 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
     assert not passes(ratios), f"{bug} passes with {verdict(ratios)}"
 
 
-def test_scaling_k_norm_by_a_power_of_two_and_q_norm_back_changes_no_bit(tmp_path: Path, tiny_checkpoint: Path) -> None:
+def test_scaling_k_norm_by_a_power_of_two_and_q_norm_back_changes_no_bit(
+    tmp_path: Path, tiny_checkpoint: Path, device: torch.device
+) -> None:
     """Large K-norm weights are normal: they take the same path, without clamping."""
     twin = Qwen3ForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     for layer in twin.model.layers:
@@ -262,6 +301,7 @@ def test_scaling_k_norm_by_a_power_of_two_and_q_norm_back_changes_no_bit(tmp_pat
     twin.save_pretrained(tmp_path)
     pieces = [tokens(70, 1), tokens(64, 2), tokens(30, 3)]
     plain, scaled = (
-        logits(load_model(folder, device=CPU, dtype=torch.float32), pieces) for folder in (tiny_checkpoint, tmp_path)
+        logits(fast(load_model(folder, device=device, dtype=torch.float32)), pieces)
+        for folder in (tiny_checkpoint, tmp_path)
     )
     assert torch.equal(plain, scaled)

@@ -84,7 +84,7 @@ def test_an_entry_deleted_under_a_running_call_keeps_its_pages_until_the_call_en
     pool = make_pool(1)
     with pool.pinned([key("a")]):
         entry = put(pool, key("a"))
-        pool.drop_chunk("a" * 32)
+        pool.drop_chunks({"a" * 32})
         assert pool.peek(key("a").digest) is None
         with pytest.raises(PoolFullError):
             pool.allocate(1)
@@ -96,7 +96,7 @@ def test_dropping_a_chunk_drops_what_was_computed_with_sight_of_it() -> None:
     seen, other = key("b", after=("a" * 32,)), key("c", after=("b" * 32,))
     for each in (key("a"), seen, other):
         put(pool, each)
-    pool.drop_chunk("a" * 32)
+    pool.drop_chunks({"a" * 32})
     assert pool.peek(seen.digest) is None
     assert pool.peek(other.digest) is not None
 
@@ -137,6 +137,7 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
                 limit=100,
                 page_size=page_size,
                 group=2,
+                kv_heads=kv_heads,
                 dtype=torch.bfloat16,
             )
             queries = torch.cat([keys, keys], 1)[-rows:]

@@ -46,9 +46,12 @@ def plan_request(
         spans.append((last - first) * page_size)
         token = torch.arange(first * page_size, last * page_size, device=rows.device)
         inside = (token >= segment.start) & (token < segment.stop)
+        if segment.hidden is not None:
+            stop = min(len(segment.hidden), segment.stop)
+            inside[: max(stop - first * page_size, 0)] &= ~segment.hidden[first * page_size : stop].to(rows.device)
         keys_at.append(torch.where(inside, token + segment.origin, never))
     origins = torch.tensor([segment.origin for segment in segments], device=rows.device)
     # A row before a segment's frame sees none of its keys, so any rotation will do.
     cos, sin = rotary.at((rows[:, None] - origins).clamp(min=0), limit)
     hidden = torch.cat(keys_at) > rows[:, None]
-    return RequestPlan(request.rows, torch.cat(pages), tuple(spans), cos, sin, hidden)
+    return RequestPlan(request.rows, torch.cat(pages).to(rows.device), tuple(spans), cos, sin, hidden)

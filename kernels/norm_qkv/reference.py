@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from braidsdk.kernels.paging import append
-from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 from braidsdk.kernels.rope import rotate
 
 
@@ -30,7 +30,7 @@ class NormQKVWeights:
     k_norm: Tensor
 
 
-def norm_qkv(
+def norm_qkv_reference(
     hidden: Tensor, weights: NormQKVWeights, eps: float, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor
 ) -> Tensor:
     """Project normed hidden states, append keys and values to the paged memory, return the queries.
@@ -44,14 +44,28 @@ def norm_qkv(
         eps: of all three norms.
         cos, sin: at the position of each token in its segment's frame, [tokens, head_dim / 2].
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
-        slots: where each token's key and value go, int64 [tokens].
+        slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
 
     Returns:
         Normed, unrotated queries [tokens, q_heads, head_dim].
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    packed = linear(rms_norm(hidden, weights.norm, eps), weights.qkv, weights.bias)
+    packed = linear(rms_norm_reference(hidden, weights.norm, eps), weights.qkv, weights.bias)
     packed = packed.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    append(kv, slots, rotate(rms_norm(keys, weights.k_norm, eps), cos, sin), values)
-    return rms_norm(queries, weights.q_norm, eps)
+    _append(kv, slots, rotate(rms_norm_reference(keys, weights.k_norm, eps), cos, sin), values)
+    return rms_norm_reference(queries, weights.q_norm, eps)
+
+
+def _append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """`paging.append`, without the rows whose slot is negative, and without a host synchronisation on CUDA."""
+    if not slots.numel() or (slots.device.type == "cpu" and bool((slots >= 0).all())):
+        append(kv, slots, keys, values)
+        return
+    # A padding row repeats what the first real row writes. With no real row, all write back what slot 0 holds.
+    real = slots >= 0
+    rows = torch.where(real, torch.arange(len(slots), device=slots.device), real.int().argmax())
+    some, slots = real.any(), slots[rows].clamp(min=0)
+    pages, offsets = slots // kv.shape[3], slots % kv.shape[3]
+    held_keys, held_values = kv[:, pages, :, offsets].unbind(1)
+    append(kv, slots, torch.where(some, keys[rows], held_keys), torch.where(some, values[rows], held_values))

@@ -1,5 +1,5 @@
 """Root mean square normalisation."""
 
-from braidsdk.kernels.rms_norm.reference import rms_norm
+from braidsdk.kernels.rms_norm.op import rms_norm
 
 __all__ = ["rms_norm"]

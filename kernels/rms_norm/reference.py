@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Normalise the last dimension by its root mean square, then scale it.
 
     Variance and scaling are computed in float32 (float64 for float64 inputs) and rounded to the dtype of `x` *before*

@@ -29,12 +29,17 @@ class RotaryTable:
             positions: int64 [...], none negative.
             limit: a bound that every position is below, known without reading the tensor.
         """
+        cos, sin = self.table(limit)
+        return cos[positions], sin[positions]
+
+    def table(self, limit: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every position below `limit`, and perhaps more, each [positions, head_dim / 2]."""
         if limit > self._cos.shape[0]:
             size = max(limit, 2 * self._cos.shape[0], 1024)
             angles = torch.arange(size, dtype=torch.float64)[:, None] * self._inv_freq
             self._cos = (angles.cos() * self._factor).to(self._device, self._dtype)
             self._sin = (angles.sin() * self._factor).to(self._device, self._dtype)
-        return self._cos[positions], self._sin[positions]
+        return self._cos, self._sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """RMSNorm, gate and up projections and SwiGLU, as one operation."""
 
-from braidsdk.kernels.swiglu.reference import norm_swiglu
+from braidsdk.kernels.swiglu.op import norm_swiglu
 
 __all__ = ["norm_swiglu"]

@@ -3,10 +3,10 @@
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 
 
-def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+def norm_swiglu_reference(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
     """`silu(gate(x)) * up(x)` with `x` the normed hidden states.
 
     Args:
@@ -18,5 +18,5 @@ def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Te
     Returns:
         [tokens, intermediate], the dtype of `hidden`.
     """
-    gate, up = linear(rms_norm(hidden, norm, eps), gate_up).chunk(2, dim=-1)
+    gate, up = linear(rms_norm_reference(hidden, norm, eps), gate_up).chunk(2, dim=-1)
     return silu(gate) * up

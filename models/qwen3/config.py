@@ -33,7 +33,9 @@ def read_config(folder: Path) -> tuple[ModelConfig, Qwen3Config]:
         config = Qwen3Config.from_pretrained(folder)
     except Exception as error:  # of many types: transformers checks names, types and RoPE parameters each in its way
         reason = (str(error).strip().splitlines() or [""])[-1].strip()
-        raise UnsupportedModelError(f"{path} is not a config that transformers reads: {reason}") from error
+        raise UnsupportedModelError(
+            f"{path} is not a config that transformers reads: {reason}. Copy the checkpoint again."
+        ) from error
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     stretched = 0
     if rope["rope_type"] == "yarn":
@@ -55,6 +57,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, Qwen3Config]:
             kv_heads=kv_heads,
             head_dim=config.head_dim,
             vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
             # Qwen3's own recipe for YaRN leaves max_position_embeddings as it was.
             window=max(config.max_position_embeddings, stretched),
             rope=json.dumps({**rope, "head_dim": config.head_dim}, sort_keys=True),
@@ -146,7 +150,6 @@ def _generation(folder: Path, config: Qwen3Config) -> tuple[GenerationDefaults, 
     defaults = GenerationDefaults()
     chosen = {name: found.get(name, default) for name, default in vars(defaults).items()}
     ranges = {
-        "temperature": (0.0, math.inf),
         "top_p": (0.0, 1.0),
         "top_k": (0, math.inf),
         "repetition_penalty": (math.ulp(0.0), math.inf),  # above 0
@@ -160,9 +163,7 @@ def _generation(folder: Path, config: Qwen3Config) -> tuple[GenerationDefaults, 
         or not low <= chosen[name] <= high
         or math.isinf(chosen[name])
     ]
-    if wrong or not isinstance(chosen["do_sample"], bool) or not all(type(each) is int for each in ids):
-        what = ", ".join(wrong) or f"do_sample {chosen['do_sample']!r} and eos_token_id {eos!r}"
+    if wrong or not all(type(each) is int for each in ids):
+        what = ", ".join(wrong) or f"eos_token_id {eos!r}"
         raise UnsupportedModelError(f"{path} has {what}. Expected numbers in range; correct it or remove the file.")
-    if chosen["temperature"] == 0:  # some tools write it for greedy
-        chosen |= {"do_sample": False, "temperature": 1.0}
     return GenerationDefaults(**{**chosen, "top_k": int(chosen["top_k"])}), frozenset(ids)

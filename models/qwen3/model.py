@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor
-from torch.nn.functional import linear
 
-from braidsdk.kernels.attention import AttentionPlans, cascade_attention, plan_attention
+from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
-from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.out_proj import out_proj
+from braidsdk.kernels.paths import TORCH, Paths
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
-from braidsdk.models.base import Batch, ModelConfig
+from braidsdk.models.base import Batch, ModelConfig, Step
 from braidsdk.models.qwen3.config import (
     EMBEDDING,
     HEAD,
@@ -62,6 +63,7 @@ class Qwen3:
         norm: Tensor,
         head: Tensor,
         fingerprint: str,
+        paths: Paths = TORCH,
     ) -> None:
         """Put a model together from its parts; `load` reads them from a checkpoint.
 
@@ -74,8 +76,10 @@ class Qwen3:
             norm: final norm, [hidden].
             head: [vocab_size, hidden]; the embedding itself when tied.
             fingerprint: hash of the weights' content.
+            paths: which implementation each operation takes.
         """
         self.config = config
+        self.paths = paths
         self.fingerprint = fingerprint
         self.dtype = embedding.dtype
         self.device = embedding.device
@@ -147,14 +151,21 @@ class Qwen3:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens over paged memory; see `models.base.Model.forward`."""
-        step = self._step(batch, kv.shape[4])
-        hidden = self._embedding[batch.token_ids]
+        step = self.plan(batch, kv.shape[4])
+        return self.compute(batch.token_ids, batch.slots, step, kv, logit_rows)
+
+    @torch.inference_mode()
+    def compute(
+        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
+    ) -> Tensor | None:
+        """`forward`, planned; see `models.base.Model.compute`."""
+        hidden = self._embedding[token_ids]
         for layer, memory in zip(self._layers, kv, strict=True):
-            queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, batch.slots)
+            queries = self._qkv(layer, hidden, slots, step, memory)
             if layer is self._layers[-1] and logit_rows is None:
                 return None  # the last layer's keys and values were all that was wanted
             hidden = self._finish_layer(layer, hidden, queries, step, memory)
-        return self._logits(hidden[logit_rows])
+        return norm_head(hidden[logit_rows], self._norm, self._head, self._eps, path=self.paths.head)
 
     @torch.inference_mode()
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
@@ -169,11 +180,10 @@ class Qwen3:
         Returns:
             Its output, [tokens, hidden].
         """
-        layer, step = self._layers[index], self._step(batch, memory.shape[3])
-        queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, batch.slots)
-        return self._finish_layer(layer, hidden, queries, step, memory)
+        layer, step = self._layers[index], self.plan(batch, memory.shape[3])
+        return self._finish_layer(layer, hidden, self._qkv(layer, hidden, batch.slots, step, memory), step, memory)
 
-    def _step(self, batch: Batch, page_size: int) -> "_Step":
+    def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
         plans = plan_attention(
@@ -183,36 +193,25 @@ class Qwen3:
             limit=batch.limit,
             page_size=page_size,
             group=self.config.q_heads // self.config.kv_heads,
+            kv_heads=self.config.kv_heads,
             dtype=self.dtype,
+            path=self.paths.attention,
         )
-        return _Step(cos, sin, plans)
+        return Step(cos, sin, plans)
 
-    def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: "_Step", memory: Tensor) -> Tensor:
+    def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
+        """Queries of new tokens; their keys and values go to the memory."""
+        return norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, path=self.paths.norm_qkv)
+
+    def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Attention, output projection and MLP, each added to the residual: [tokens, hidden]."""
+        paths = self.paths
         attended = cascade_attention(queries, step.plans, memory, self.config.head_dim**-0.5)
-        hidden = hidden + linear(attended.flatten(1), layer.out, layer.out_bias)
-        return hidden + linear(norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps), layer.down)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """Logits of these rows, [rows, vocab_size], float32 (float64 for a float64 model)."""
-        normed = rms_norm(hidden, self._norm, self._eps)
-        return linear(normed, self._head).to(torch.promote_types(self.dtype, torch.float32))
+        hidden = out_proj(attended.flatten(1), layer.out, layer.out_bias, hidden, path=paths.out_proj)
+        mixed = norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps, path=paths.swiglu)
+        return out_proj(mixed, layer.down, None, hidden, path=paths.out_proj)
 
 
 def _fingerprint(weights: str, eps: float) -> str:
     """Of all that changes the function and stands in no tensor's name or shape, nor elsewhere in an entry's key."""
     return xxhash.xxh3_128_hexdigest(f"{weights} rms_norm_eps={eps!r}".encode())
-
-
-@dataclass(frozen=True)
-class _Step:
-    """What all layers of one forward pass share.
-
-    Attributes:
-        cos, sin: of each new token in its segment's frame, [tokens, head_dim / 2].
-        plans: of the attention.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    plans: AttentionPlans

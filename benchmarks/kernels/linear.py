@@ -1,0 +1,386 @@
+"""The linear operations on one GPU: microseconds a call, in a CUDA graph over many layers' weights, so that L2 is cold.
+
+    python benchmarks/kernels/linear.py --out linear.json
+    python benchmarks/kernels/linear.py --sweep --ops norm_qkv out_proj --rows 1 32 --geometries 0.6B --out sweep.json
+
+Each operation is first checked against float64, by the ratio of our RMS error to that of torch's own path, and then
+timed beside it. `layer` is a decoder layer without its attention: four operations in a row. `--sweep` tries other
+shapes of the kernels and names the best; those in use stand in the `TILES` of each `op.py`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import triton
+from torch import Tensor
+
+from braidsdk.kernels import launch
+from braidsdk.kernels.head import greedy, norm_head
+from braidsdk.kernels.head import op as head_op
+from braidsdk.kernels.launch import MATRIX_ROWS, Tile, tile_for
+from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
+from braidsdk.kernels.norm_qkv import op as norm_qkv_op
+from braidsdk.kernels.out_proj import op as out_proj_op
+from braidsdk.kernels.out_proj import out_proj
+from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.swiglu import norm_swiglu
+from braidsdk.kernels.swiglu import op as swiglu_op
+
+DEVICE, EPS, PAGE, VOCAB = torch.device("cuda"), 1e-6, 64, 151_936
+BANDWIDTH, MATRIX_RATE = 4.24e12, 790e12
+"""Bytes and bf16 operations a second, as measured on an H200."""
+COLD_BYTES, FEWEST, MOST = 600_000_000, 3, 36
+"""What one graph reads at least, many times the L2 cache, and how many sets of weights that may take."""
+WORST_RATIO = 1.10
+"""Of our RMS error to torch's, beside what chance adds over few numbers."""
+
+Values = tuple[Tensor, ...]
+Run = Callable[[str], Values]
+"""Runs an operation by a path ("triton" or "torch"), on one set of weights."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model's sizes."""
+
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    inner: int
+    head_dim: int = 128
+
+
+GEOMETRIES = {
+    "0.6B": Geometry(1024, 16, 8, 3072),
+    "1.7B": Geometry(2048, 16, 8, 6144),
+    "4B": Geometry(2560, 32, 8, 9728),
+    "8B": Geometry(4096, 32, 8, 12288),
+}
+"""Of Qwen3."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """An operation at some geometry and number of rows.
+
+    Attributes:
+        make: draws bf16 weights and inputs, converts them to a dtype, and gives what runs over them.
+        numbers: bf16 numbers that one call must read and write.
+        products: multiply-adds of one call.
+        modules: whose tables give the kernels' shapes.
+    """
+
+    make: Callable[[torch.dtype], Run]
+    numbers: int
+    products: int = 0
+    modules: tuple[ModuleType, ...] = ()
+
+
+def draw(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
+
+
+def works(g: Geometry, rows: int) -> dict[str, Work]:
+    """All operations by name."""
+    width = g.q_heads * g.head_dim
+    packed = width + 2 * g.kv_heads * g.head_dim
+
+    def make_qkv(dtype: torch.dtype) -> Run:
+        hidden = draw(dtype, rows, g.hidden)
+        weights = NormQKVWeights(
+            norm=draw(dtype, g.hidden),
+            qkv=draw(dtype, packed, g.hidden, scale=g.hidden**-0.5),
+            bias=None,
+            q_norm=draw(dtype, g.head_dim),
+            k_norm=draw(dtype, g.head_dim),
+        )
+        angle = torch.rand(rows, g.head_dim // 2, device=DEVICE, dtype=torch.float64)
+        wide = torch.promote_types(dtype, torch.float32)
+        cos, sin = angle.cos().to(wide), angle.sin().to(wide)
+        kv = torch.zeros(2, rows // PAGE + 1, g.kv_heads, PAGE, g.head_dim, device=DEVICE, dtype=dtype)
+        slots = torch.arange(rows, device=DEVICE)
+        return lambda path: (norm_qkv(hidden, weights, EPS, cos, sin, kv, slots, path=path), kv)
+
+    def make_projection(dtype: torch.dtype, size: int) -> Run:
+        x, residual = draw(dtype, rows, size), draw(dtype, rows, g.hidden)
+        weight = draw(dtype, g.hidden, size, scale=size**-0.5)
+        return lambda path: (out_proj(x, weight, None, residual, path=path),)
+
+    def make_swiglu(dtype: torch.dtype) -> Run:
+        hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
+        gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
+        return lambda path: (norm_swiglu(hidden, norm, gate_up, EPS, path=path),)
+
+    def make_layer(dtype: torch.dtype) -> Run:
+        qkv = make_qkv(dtype)
+        hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
+        out, down = (draw(dtype, g.hidden, size, scale=size**-0.5) for size in (width, g.inner))
+        gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
+
+        def run(path: str) -> Values:
+            attended = out_proj(qkv(path)[0].view(rows, width), out, None, hidden, path=path)
+            return (out_proj(norm_swiglu(attended, norm, gate_up, EPS, path=path), down, None, attended, path=path),)
+
+        return run
+
+    def make_head(dtype: torch.dtype) -> Run:
+        hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
+        head = draw(dtype, VOCAB, g.hidden, scale=g.hidden**-0.5)
+        return lambda path: (norm_head(hidden, norm, head, EPS, path=path),)
+
+    def make_greedy(dtype: torch.dtype) -> Run:
+        logits = draw(torch.promote_types(dtype, torch.float32), rows, VOCAB)
+        return lambda path: (greedy(logits.float(), path=path)[0],)
+
+    def make_norm(dtype: torch.dtype) -> Run:
+        x, weight = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
+        return lambda path: (rms_norm(x, weight, EPS, path=path),)
+
+    qkv, gate_up = packed * g.hidden, 2 * g.inner * g.hidden
+    out, down, head = width * g.hidden, g.inner * g.hidden, VOCAB * g.hidden
+    moved = {
+        "norm_qkv": qkv + rows * (g.hidden + packed),
+        "out_proj": out + rows * (width + 2 * g.hidden),
+        "norm_swiglu": gate_up + rows * (g.hidden + g.inner),
+        "down": down + rows * (g.inner + 2 * g.hidden),
+    }
+    return {
+        "norm_qkv": Work(make_qkv, moved["norm_qkv"], rows * qkv, (norm_qkv_op,)),
+        "out_proj": Work(lambda d: make_projection(d, width), moved["out_proj"], rows * out, (out_proj_op,)),
+        "norm_swiglu": Work(make_swiglu, moved["norm_swiglu"], rows * gate_up, (swiglu_op,)),
+        "down": Work(lambda d: make_projection(d, g.inner), moved["down"], rows * down, (out_proj_op,)),
+        "layer": Work(
+            make_layer,
+            sum(moved.values()),
+            rows * (qkv + out + gate_up + down),
+            (norm_qkv_op, out_proj_op, swiglu_op),
+        ),
+        "norm_head": Work(make_head, head + rows * (g.hidden + 2 * VOCAB), rows * head, (head_op,)),
+        "greedy": Work(make_greedy, 2 * rows * VOCAB),
+        "rms_norm": Work(make_norm, 2 * rows * g.hidden),
+    }
+
+
+@contextmanager
+def tiles(modules: Iterable[ModuleType], rows: int, tile: Tile | None) -> Iterator[None]:
+    """Within, this shape serves so many rows in these modules; None leaves what is there."""
+    tables = [table for module in modules for table in (module.TILES, getattr(module, "LONG_TILES", None)) if table]
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        if tile:
+            table[tile_for(table, rows)[0]] = tile
+    yield
+    for table, before in zip(tables, kept, strict=True):
+        table.update(before)
+
+
+def judge(work: Work) -> Callable[[], float]:
+    """What runs our path and gives its RMS error over torch's, both against float64; the worst of all results.
+
+    A ratio over n numbers scatters by about 1 / sqrt(n): four times that is taken off, down to 1.
+    """
+
+    def made(dtype: torch.dtype) -> Run:
+        torch.manual_seed(0)
+        return work.make(dtype)
+
+    truths = [value.double() for value in made(torch.float64)("torch")]
+    theirs = [value.double() for value in made(torch.bfloat16)("torch")]
+    run = made(torch.bfloat16)
+
+    def ratio() -> float:
+        ratios = []
+        for our, their, truth in zip(run("triton"), theirs, truths, strict=True):
+            bad, usual = ((each.double() - truth).norm() for each in (our, their))
+            chance = 4 * float(truth.count_nonzero()) ** -0.5
+            ratios.append(max(1.0, float(bad / usual) - chance) if usual else 1.0 + float(bad))  # ids: equal or wrong
+        return max(ratios)
+
+    return ratio
+
+
+def captured(runs: list[Run], path: str) -> torch.cuda.CUDAGraph:
+    """A graph of all these runs in a row."""
+    for run in runs[:2]:  # compiled, and counters made, before the capture
+        run(path)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run(path)
+    return graph
+
+
+def timed(runs: list[Run], path: str, repeats: int) -> tuple[float, float]:
+    """Microseconds a run: median over replays, and their interquartile range."""
+    graph = captured(runs, path)
+    times = []
+    for _ in range(repeats + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / len(runs))
+    low, middle, high = statistics.quantiles(times[3:], n=4)
+    return middle, high - low
+
+
+def copies(work: Work) -> list[Run]:
+    """Sets of weights, enough that none is in the L2 cache when its turn comes."""
+    torch.manual_seed(1)
+    count = min(max(COLD_BYTES // (2 * work.numbers), FEWEST), MOST)
+    return [work.make(torch.bfloat16) for _ in range(count)]
+
+
+def rates(work: Work, us: float) -> dict[str, float]:
+    """What a time means: GB/s with its share of the ceiling, TFLOP/s with its share."""
+    bandwidth, rate = 2 * work.numbers / us * 1e6, 2 * work.products / us * 1e6
+    return {
+        "us": round(us, 2),
+        "GB/s": round(bandwidth / 1e9),
+        "of_bandwidth": round(bandwidth / BANDWIDTH, 3),
+        "TFLOP/s": round(rate / 1e12, 1),
+        "of_matrix_rate": round(rate / MATRIX_RATE, 3),
+    }
+
+
+def measure(name: str, geometry: str, rows: int, repeats: int) -> dict[str, object]:
+    """Check one operation, then time both paths."""
+    work = works(GEOMETRIES[geometry], rows)[name]
+    error = judge(work)()
+    if not error <= WORST_RATIO:
+        raise SystemExit(f"{name}, {geometry}, {rows} rows: RMS error {error:.3f} times torch's; not timed.")
+    runs = copies(work)
+    row: dict[str, object] = {"op": name, "geometry": geometry, "rows": rows, "error_ratio": round(error, 4)}
+    row["floor_us"] = round(max(2 * work.numbers / BANDWIDTH, 2 * work.products / MATRIX_RATE) * 1e6, 2)
+    for path in ("triton", "torch"):
+        us, spread = timed(runs, path, repeats)
+        row[path] = {**rates(work, us), "spread_us": round(spread, 2)}
+    return row
+
+
+def candidates(name: str, rows: int) -> list[Tile]:
+    """Shapes worth trying: what fits in registers or shared memory, and keeps enough in flight."""
+    found = []
+    sets = 2 if name == "norm_swiglu" else 1
+    if rows < MATRIX_ROWS:
+        for block_n, block_k, warps, stages in product((4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (2, 4, 8, 16)):
+            registers = sets * block_n * block_k * (stages * 2 + 4 * rows) // (warps * 32 * 4)
+            if block_n * block_k >= 8 * 32 * warps and 16 <= registers <= 160:
+                found.append(Tile(block_n, block_k, warps, stages))
+    else:
+        height = next((size for size in (16, 32) if size >= rows), 64)
+        splits = (1, 2, 4) if name in ("out_proj", "down") else (1,)
+        shapes = product((16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 6), splits)
+        for block_n, block_k, warps, stages, parts in shapes:
+            shared = (sets * block_n + height) * block_k * 2 * stages
+            if 48_000 <= shared <= 200_000 and block_n * height <= 64 * 128 and sets * block_n <= 128:
+                found.append(Tile(block_n, block_k, warps, stages, parts))
+    return found
+
+
+def compile_one(name: str, geometry: str, rows: int, tile: Tile) -> str | None:
+    """Compile a kernel into Triton's cache on disk, in a process of its own; what went wrong, or None."""
+    work = works(GEOMETRIES[geometry], rows)[name]
+    try:
+        with tiles(work.modules, rows, tile):
+            work.make(torch.bfloat16)("triton")
+        torch.cuda.synchronize()
+    except Exception as error:  # out of shared memory, say: not a candidate
+        return f"{type(error).__name__}: {error}"[:120]
+    return None
+
+
+def sweep(name: str, geometry: str, rows: int, repeats: int, pool: ProcessPoolExecutor) -> dict[str, object]:
+    """Time an operation in every shape worth trying; the best five, and what is in use."""
+    work = works(GEOMETRIES[geometry], rows)[name]
+    if len(work.modules) != 1:
+        raise SystemExit(f"{name} has no shape of its own to sweep.")
+    tried = candidates(name, rows)
+    jobs = [pool.submit(compile_one, name, geometry, rows, tile) for tile in tried]
+    failed = [job.result() for job in jobs]
+    runs, ratio, results = copies(work), judge(work), []
+    for tile, failure in zip([None, *tried], [None, *failed], strict=True):
+        if failure:
+            continue
+        with tiles(work.modules, rows, tile):
+            if (error := ratio()) <= WORST_RATIO:
+                results.append({"us": round(timed(runs, "triton", repeats)[0], 2), "tile": tile and asdict(tile)})
+            else:
+                print(f"{name} {geometry} {rows}: {tile} errs {error:.3f} times as much as torch", file=sys.stderr)
+    in_use, others = results[0], sorted(results[1:], key=lambda result: result["us"])
+    return {
+        "op": name,
+        "geometry": geometry,
+        "rows": rows,
+        "floor_us": round(2 * work.numbers / BANDWIDTH * 1e6, 2),
+        "torch_us": round(timed(runs, "torch", repeats)[0], 2),
+        "in_use_us": in_use["us"],
+        "tried": len(others),
+        "failed": sum(map(bool, failed)),
+        "best": others[:5],
+    }
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(works(GEOMETRIES["0.6B"], 1))
+    parser.add_argument("--ops", nargs="+", default=names, choices=names)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 32, 64, 512, 4096])
+    parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
+    parser.add_argument("--repeats", type=int, default=30, help="replays that the median is of")
+    parser.add_argument("--sweep", action="store_true", help="try other shapes of the kernels")
+    parser.add_argument("--processes", type=int, default=12, help="that compile for a sweep")
+    parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    if options.no_pdl:
+        launch.dependent_launch = lambda device: False  # noqa: ARG005 (the name is the function's)
+    rows = []
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for geometry, count, name in product(options.geometries, options.rows, options.ops):
+            if name in ("norm_head", "greedy") and count > 64:
+                continue
+            if options.sweep:
+                rows.append(sweep(name, geometry, count, options.repeats, pool))
+            else:
+                rows.append(measure(name, geometry, count, options.repeats))
+            print(json.dumps(rows[-1]), flush=True)
+            torch.cuda.empty_cache()
+            if options.out:
+                options.out.write_text(json.dumps({**environment(options), "rows": rows}, indent=1) + "\n")
+
+
+def environment(options: argparse.Namespace) -> dict[str, object]:
+    return {
+        "benchmark": "linear",
+        "command": " ".join(["python", "benchmarks/kernels/linear.py", *(Path(word).name for word in sys.argv[1:])]),
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "dependent_launch": not options.no_pdl,
+        "dtype": "bfloat16",
+        "geometries": {name: asdict(GEOMETRIES[name]) for name in options.geometries},
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Cascade attention on the GPU: device code. `tables.py` says what the tables hold, `launch.py` starts it.
+
+A work unit is an item and a KV head. Its rows, times the query heads of that KV head, are the M of its products; it
+walks its spans page by page, turning its queries anew for each span, and leaves one partial result per row, or the
+whole result where an item holds all that its rows see. LSEs are base 2. Partials are merged in their order, so
+that a replay gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+LISTED: tl.constexpr = tl.constexpr(32)
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _unit(
+    item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
+    hidden, partials, lses, out, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, FOLLOWED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """One item, one KV head."""
+    HALF: tl.constexpr = HEAD_DIM // 2
+    q_heads: tl.constexpr = KV_HEADS * GROUP
+    first_row = tl.load(items + item * 4)
+    row_count = tl.load(items + item * 4 + 1)
+    first_span = tl.load(items + item * 4 + 2)
+    last_span = tl.load(items + item * 4 + 3)
+
+    m = tl.arange(0, BLOCK_M)
+    member = m // GROUP
+    live = member < row_count
+    q_head = head * GROUP + m % GROUP
+    if DIRECT:
+        row = first_row + member
+        place = row
+    else:
+        row = tl.load(rows + (first_row + member) * 2, mask=live, other=0)
+        place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0)
+    position = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
+
+    half = tl.arange(0, HALF)
+    query_at = queries + (row.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + half[None, :]
+    if USE_PDL and first_unit:  # all read so far was there before the kernels ahead of this one began
+        tl.extra.cuda.gdc_wait()
+        if FOLLOWED:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    d = tl.arange(0, HEAD_DIM)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    mixed = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    n = tl.arange(0, PAGE)
+    k = tl.arange(0, LISTED)
+    for span in range(first_span, last_span):
+        first_page = tl.load(spans + span * 4)
+        span_start = tl.load(spans + span * 4 + 1)
+        span_stop = tl.load(spans + span * 4 + 2)
+        frame_at = tl.load(spans + span * 4 + 3)
+        if SHARED:
+            frame = frames + (-1 - frame_at) * 4
+            origin = tl.load(frame)
+            low = tl.load(frame + 1)
+            high = tl.load(frame + 2)
+            bits_at = tl.load(frame + 3)
+            seen = tl.where(live, tl.minimum(high, position - origin + 1), low)
+            start = tl.maximum(low, span_start)
+        else:
+            frame = frames + tl.where(frame_at < 0, -1 - frame_at, frame_at + member) * 4
+            origin = tl.load(frame, mask=live, other=0)
+            low = tl.load(frame + 1, mask=live, other=2147483647)
+            high = tl.load(frame + 2, mask=live, other=0)
+            bits_at = tl.load(frame + 3, mask=live, other=-1)
+            seen = tl.where(live, tl.minimum(high, position - origin + 1), 0)
+            start = tl.maximum(tl.min(low, 0), span_start)
+        stop = tl.minimum(tl.max(seen, 0), span_stop)
+        if stop > start:
+            turn = tl.maximum(position - origin, 0).to(tl.int64)[:, None] * HALF + half[None, :]
+            cosine = tl.load(cosines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
+            sine = tl.load(sines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
+            # Read anew for each span, from the cache: kept, they would take the registers that the loop needs.
+            query_a = tl.load(query_at, mask=live[:, None], other=0.0).to(tl.float32)
+            query_b = tl.load(query_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
+            halves = tl.join(query_a * cosine - query_b * sine, query_b * cosine + query_a * sine)
+            turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, HEAD_DIM)).to(kv.dtype.element_ty)
+            listed = pages + first_page - span_start // PAGE
+            for some in range(start // PAGE, (stop + PAGE - 1) // PAGE, LISTED):
+                # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
+                ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
+                for index in tl.range(0, tl.minimum((stop + PAGE - 1) // PAGE - some, LISTED), num_stages=STAGES):
+                    page = tl.sum(tl.where(k == index, ids, 0), 0).to(tl.int64)
+                    token = (some + index) * PAGE + n
+                    inside = (token >= start) & (token < stop)
+                    tile = kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM) + (n * HEAD_DIM)[:, None] + d[None, :]
+                    key = tl.load(tile, mask=inside[:, None], other=0.0)
+                    score = tl.dot(turned, tl.trans(key), input_precision="ieee")
+                    visible = token[None, :] < seen[:, None]
+                    if SHARED:
+                        visible &= (token >= start)[None, :]
+                    else:
+                        visible &= token[None, :] >= low[:, None]
+                    if HIDES:
+                        if SHARED:
+                            word = tl.load(hidden + bits_at + token // 32, mask=inside & (bits_at >= 0), other=0)
+                            visible &= ((word >> (token % 32)) & 1)[None, :] == 0
+                        else:
+                            word = tl.load(
+                                hidden + bits_at[:, None] + (token // 32)[None, :],
+                                mask=inside[None, :] & (bits_at >= 0)[:, None],
+                                other=0,
+                            )
+                            visible &= ((word >> (token % 32)[None, :]) & 1) == 0
+                    score = tl.where(visible, score, float("-inf"))
+                    new_top = tl.maximum(top, tl.max(score, 1))
+                    finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+                    weight = tl.exp2(score - finite_top[:, None])
+                    decay = tl.exp2(top - finite_top)
+                    total = total * decay + tl.sum(weight, 1)
+                    mixed = mixed * decay[:, None]
+                    value = tl.load(tile + values_at, mask=inside[:, None], other=0.0)
+                    mixed = tl.dot(weight.to(value.dtype), value, mixed, input_precision="ieee")
+                    top = new_top
+
+    divisor = tl.where(total == 0.0, 1.0, total)
+    mixed = mixed / divisor[:, None]
+    if DIRECT:
+        at = (place.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=live[:, None])
+    else:
+        at = place.to(tl.int64) * q_heads + q_head
+        tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=live[:, None])
+        tl.store(lses + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=live)
+
+
+@triton.jit
+def _merge(
+    row, head, partials, lses, out, first, count,
+    q_heads: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
+):  # fmt: skip
+    """The partials [first, first + count) of one row and HEADS query heads from `head` on, in their order."""
+    k = tl.arange(0, BLOCK)
+    h = tl.arange(0, HEADS)
+    d = tl.arange(0, HEADS * HEAD_DIM)
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    for start in range(0, count, BLOCK):
+        at = (first + start + k).to(tl.int64) * q_heads + head
+        lse = tl.load(
+            lses + at[:, None] + h[None, :],
+            mask=(start + k < count)[:, None],
+            other=float("-inf"),
+            cache_modifier=CACHE,
+        )
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(lse - finite_top[None, :]), 0)
+        top = new_top
+    finite_top = tl.where(top == float("-inf"), 0.0, top)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    mixed = tl.zeros([HEADS * HEAD_DIM], tl.float32)
+    for start in range(0, count, BLOCK):
+        at = (first + start + k).to(tl.int64) * q_heads + head
+        there = start + k < count
+        lse = tl.load(lses + at[:, None] + h[None, :], mask=there[:, None], other=float("-inf"), cache_modifier=CACHE)
+        weight = tl.exp2(lse - finite_top[None, :]) / divisor[None, :]
+        part = tl.load(
+            partials + at[:, None] * HEAD_DIM + d[None, :], mask=there[:, None], other=0.0, cache_modifier=CACHE
+        )
+        part = tl.reshape(part, (BLOCK, HEADS, HEAD_DIM)) * weight[:, :, None]
+        mixed += tl.sum(tl.reshape(part, (BLOCK, HEADS * HEAD_DIM)), 0)
+    tl.store(out + (row.to(tl.int64) * q_heads + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty))
+
+
+@triton.jit
+def cascade(
+    queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
+    partials, lses, out, arrived, merges, scale,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, FOLLOWED: tl.constexpr,
+    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, MERGES: tl.constexpr, MERGE_BLOCK: tl.constexpr,
+    MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
+
+    MERGES: the last unit of a row merges it. FOLLOWED: another launch takes the other items; it begins once this one
+    has its queries, so it needs no wait of its own but the one that keeps completion in order.
+    """
+    q_heads: tl.constexpr = KV_HEADS * GROUP
+    start = tl.load(counts + FROM) * KV_HEADS + tl.program_id(0)
+    stop = tl.load(counts + TO) * KV_HEADS
+    if USE_PDL:
+        if not FOLLOWED:
+            tl.extra.cuda.gdc_launch_dependents()
+        else:
+            if start >= stop:
+                tl.extra.cuda.gdc_wait()
+                tl.extra.cuda.gdc_launch_dependents()
+    for unit in range(start, stop, tl.num_programs(0)):
+        item = unit // KV_HEADS
+        head = unit % KV_HEADS
+        _unit(
+            item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
+            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, PAGE, BLOCK_M, STAGES,
+            DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and FROM == 0,
+        )  # fmt: skip
+        if MERGES:
+            tl.debug_barrier()
+            row = tl.load(rows + tl.load(items + item * 4) * 2)
+            first = tl.load(merges + row)
+            count = tl.load(merges + row + 1) - first
+            before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
+            if before == count - 1:
+                if MERGE_HEADS == GROUP:
+                    _merge(
+                        row, head * GROUP, partials, lses, out, first, count,
+                        q_heads, GROUP, HEAD_DIM, MERGE_BLOCK, ".cg",
+                    )  # fmt: skip
+                else:
+                    for g in range(GROUP):
+                        _merge(
+                            row, head * GROUP + g, partials, lses, out, first, count,
+                            q_heads, 1, HEAD_DIM, MERGE_BLOCK, ".cg",
+                        )  # fmt: skip
+                tl.store(arrived + row * KV_HEADS + head, 0)
+    if USE_PDL and (FROM > 0 or start >= stop):
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def merge(
+    partials, lses, out, merges,
+    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MERGE_BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """One program per row and query head; a row without partials is zero."""
+    row = tl.program_id(0)
+    first = tl.load(merges + row)
+    count = tl.load(merges + row + 1) - first
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    _merge(row, tl.program_id(1), partials, lses, out, first, count, Q_HEADS, 1, HEAD_DIM, MERGE_BLOCK, "")

@@ -1,0 +1,341 @@
+"""Cascade attention on the GPU: which tables a pass gets, and how its kernels are started."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
+from braidsdk.kernels.launch import check_triton, counters, launch_options
+from braidsdk.kernels.paging import Request
+from braidsdk.kernels.rope import RotaryTable
+
+MANY_ROWS = 256
+"""From so many rows in a batch on, every request's rows keep the machine busy without cutting its keys."""
+
+
+SMALL_M, LARGE_M = 16, 64
+"""The least and the largest M of a product."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut, by measurement.
+
+    Attributes:
+        stages: of the loop over keys, in flight at once.
+        warps: per program.
+        items: how many items, times KV heads, each multiprocessor gets.
+        long_item: pages of an item from which on there are twice as many.
+    """
+
+    stages: int
+    warps: int
+    items: int = 1
+    long_item: int = 1 << 30
+
+
+CONFIGS = {
+    16: Config(3, 4, 2),
+    32: Config(3, 4, 2),
+    64: Config(3, 4, 1, long_item=16),
+}
+"""By the M of a product, for 2-byte dtypes."""
+
+DIRECT_CONFIG = Config(3, 4)
+"""Where nothing is to be merged."""
+
+_EXACT = Config(1, 4)
+"""For float32: no tensor cores, and twice the shared memory."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch fixes; a captured graph serves all tables that fit in it.
+
+    Attributes:
+        block_m: rows times query heads per KV head of one product.
+        programs: how many run.
+        small_programs: how many more take items of few rows, in a launch of their own; 0 if all items are of one size.
+        partials: room for partial results.
+        direct: no partial results: every item holds all that its rows see.
+        shared: the rows of an item are of one request, and share its frames.
+        merges: the last program of a row merges it; needs tables whose items hold one row.
+        hides: whether some keys are hidden.
+    """
+
+    block_m: int
+    programs: int
+    small_programs: int
+    partials: int
+    direct: bool
+    shared: bool
+    merges: bool
+    hides: bool
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """Attention of one forward pass on the GPU; tensors lie there.
+
+    Attributes:
+        tables: the work.
+        launch: how it is started.
+        positions: absolute position of each row, int64 [rows]; read when the kernel runs.
+        cos, sin: of every position up to the largest, float32 [positions, head_dim / 2].
+        arrived: zeros, int32 [rows * kv_heads] or more; zero again after each launch.
+    """
+
+    tables: Tables
+    launch: Launch
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    arrived: Tensor
+
+
+def plan_for_triton(
+    positions: Tensor,
+    requests: Sequence[Request],
+    rotary: RotaryTable,
+    *,
+    limit: int,
+    page_size: int,
+    group: int,
+    kv_heads: int,
+) -> TritonPlan:
+    """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
+    cos, sin = rotary.table(limit)
+    device, rows = cos.device, len(positions)
+    direct = rows >= MANY_ROWS
+    if direct:
+        tables = direct_tables(requests, rows, page_size, block_rows(group, rows))
+    else:
+        tables = _split(requests, rows, page_size, group, kv_heads, device)
+    large = 0 if direct else int(tables.counts[1])
+    launch = Launch(
+        block_m=block_m(group, tables.most_rows),
+        programs=max(1, (large or len(tables.items)) * kv_heads),
+        small_programs=(len(tables.items) - large) * kv_heads if large else 0,
+        partials=tables.partials,
+        direct=direct,
+        shared=tables.shared,
+        merges=tables.lone and not direct,
+        hides=len(tables.hidden) > 0,
+    )
+    arrived = counters("attention", device, rows * kv_heads)
+    return TritonPlan(tables.to(device), launch, positions.to(device), cos, sin, arrived)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much tables may hold that a captured graph reads: entries of each."""
+
+    items: int = 2048
+    spans: int = 8192
+    rows: int = 8192
+    frames: int = 32768
+    pages: int = 32768
+    hidden: int = 32
+    partials: int = 4096
+
+    def for_(self, tables: Tables) -> "Room":
+        """Twice what these take, where they do not fit."""
+        return Room(
+            **{
+                name: size if (needed := _size(tables, name)) <= size else 2 * needed
+                for name, size in vars(self).items()
+            }
+        )
+
+
+def _size(tables: Tables, name: str) -> int:
+    return tables.partials if name == "partials" else len(getattr(tables, name))
+
+
+class StaticPlan:
+    """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays."""
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        group: int,
+        kv_heads: int,
+        page_size: int,
+        room: Room,
+        shared: bool,
+    ) -> None:
+        """Args:
+        rows: of the batch; without requests they attend to nothing.
+        positions: absolute position of each row, int64 [rows]; read when the graph runs.
+        cos, sin: of every position up to the largest, float32 [positions, head_dim / 2].
+        group: query heads per KV head.
+        kv_heads: KV heads.
+        page_size: tokens per page.
+        room: what the tables may hold.
+        shared: whether all rows are always of one request.
+        """
+        self._geometry = (page_size, group, kv_heads)
+        self._room = room
+        device = positions.device
+
+        def table(entries: int, *width: int) -> Tensor:
+            return torch.zeros(entries, *width, dtype=torch.int32, device=device)
+
+        tables = Tables(
+            items=table(room.items, 4),
+            spans=table(room.spans, 4),
+            rows=table(room.rows, 2),
+            frames=table(room.frames, 4),
+            pages=table(room.pages),
+            hidden=table(room.hidden),
+            counts=table(3),
+            merges=table(rows + 1),
+            shared=shared,
+            lone=rows == 1,
+            complete=True,
+            most_rows=rows,
+        )
+        size = block_m(group, rows)
+        launch = Launch(
+            block_m=size,
+            programs=2 * work_items(device, kv_heads, size) * kv_heads,
+            small_programs=0 if shared or size == SMALL_M else work_items(device, kv_heads, SMALL_M) * kv_heads,
+            partials=room.partials,
+            direct=False,
+            shared=shared,
+            merges=rows == 1,
+            hides=False,
+        )
+        self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
+
+    def load(self, requests: Sequence[Request]) -> Room | None:
+        """Plan anew for these requests; None, or the room that they need if they do not fit.
+
+        Raises:
+            ValueError: some keys are hidden.
+        """
+        static = self.plan.tables
+        tables = _split(requests, len(static.merges) - 1, *self._geometry, static.counts.device)
+        if len(tables.hidden):
+            raise ValueError("expected segments without hidden keys; plan this pass by itself")
+        room = self._room.for_(tables)
+        if room != self._room:
+            return room
+        moved = tables.to(static.counts.device)
+        for name in ("items", "spans", "rows", "frames", "pages", "counts", "merges"):
+            new = getattr(moved, name)
+            getattr(static, name)[: len(new)] = new
+        return None
+
+
+def _split(
+    requests: Sequence[Request], rows: int, page_size: int, group: int, kv_heads: int, device: torch.device
+) -> Tables:
+    size = block_m(group, rows)
+    return split_tables(
+        requests,
+        rows,
+        page_size,
+        block_rows=block_rows(group, rows),
+        small_rows=SMALL_M // group if size > SMALL_M else 0,
+        large_items=work_items(device, kv_heads, size),
+        small_items=work_items(device, kv_heads, SMALL_M),
+        long_item=CONFIGS[size].long_item,
+    )
+
+
+def block_rows(group: int, rows: int) -> int:
+    """Rows of one item at most."""
+    return max(1, block_m(group, rows) // group)
+
+
+def block_m(group: int, rows: int) -> int:
+    """The M of one product: a power of two that holds these rows, between the least and the largest."""
+    return min(LARGE_M, max(SMALL_M, 1 << (rows * group - 1).bit_length()))
+
+
+def work_items(device: torch.device, kv_heads: int, size: int) -> int:
+    """How many items of that M a pass is cut into."""
+    if device.type != "cuda":
+        return 4
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, processors * CONFIGS[size].items // kv_heads)
+
+
+def cascade_attention_triton(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float) -> Tensor:
+    """What `reference.cascade_attention_reference` computes; `queries` and `kv` as there."""
+    from braidsdk.kernels.attention import kernel
+
+    tables, launch = plan.tables, plan.launch
+    _, pages, kv_heads, page_size, head_dim = kv.shape
+    rows, q_heads, _ = queries.shape
+    check_triton("cascade_attention", queries, kv)
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(f"cascade_attention: expected a head_dim that is a power of two, at least 16; got {head_dim}.")
+    out = torch.empty_like(queries) if tables.complete else torch.zeros_like(queries)
+    partials = torch.empty(launch.partials, q_heads, head_dim, dtype=torch.float32, device=kv.device)
+    lses = torch.empty(launch.partials, q_heads, dtype=torch.float32, device=kv.device)
+    options = launch_options(kv.device)
+    group = q_heads // kv_heads
+    parts = [(0, 2, launch.block_m, launch.programs)]
+    if launch.small_programs:
+        parts = [(0, 1, launch.block_m, launch.programs), (1, 2, SMALL_M, launch.small_programs)]
+    for begin, end, size, programs in parts:
+        config = _EXACT if kv.dtype == torch.float32 else DIRECT_CONFIG if launch.direct else CONFIGS[size]
+        kernel.cascade[(programs,)](
+            queries,
+            kv,
+            pages * kv_heads * page_size * head_dim,
+            plan.positions,
+            plan.cos,
+            plan.sin,
+            tables.items,
+            tables.spans,
+            tables.rows,
+            tables.frames,
+            tables.pages,
+            tables.hidden,
+            tables.counts,
+            partials,
+            lses,
+            out,
+            plan.arrived,
+            tables.merges,
+            scale,
+            KV_HEADS=kv_heads,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            PAGE=page_size,
+            BLOCK_M=size,
+            STAGES=config.stages,
+            FROM=begin,
+            TO=end,
+            FOLLOWED=end == 1,
+            DIRECT=launch.direct,
+            SHARED=launch.shared,
+            HIDES=launch.hides,
+            MERGES=launch.merges,
+            MERGE_BLOCK=32,
+            MERGE_HEADS=group if group & (group - 1) == 0 and group <= 4 else 1,
+            num_warps=config.warps,
+            **options,
+        )
+    if not launch.direct and not launch.merges:
+        kernel.merge[(rows, q_heads)](
+            partials,
+            lses,
+            out,
+            tables.merges,
+            Q_HEADS=q_heads,
+            HEAD_DIM=head_dim,
+            MERGE_BLOCK=16,
+            num_warps=2,
+            **options,
+        )
+    return out

@@ -1,0 +1,246 @@
+"""Device code that the linear operations share: a few rows of `x` times a weight matrix that is read once.
+
+`gemv` multiplies and adds in registers, for 1, 2 or 4 rows; `gemm` uses matrix instructions, from there on. A program
+owns whole rows of the weight, in one or more `sets` of row numbers (gate and up, say), and gets a product per set. It
+first asks for weights (`load_ahead`, `prefetch`), then waits for the kernel before it (`wait_for_inputs`), so that
+programmatic dependent launch hides the way from memory.
+
+`gemv` can apply an RMSNorm to `x` on the way: `x` is multiplied by the norm's weight, and the products by 1 / rms at
+the end. That rounds less often than the reference does, and nothing waits for the mean square. Before `gemm` a norm is
+a kernel of its own: with more rows, doing it again in every program costs more than a launch.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def wait_for_inputs(USE_PDL: tl.constexpr):
+    """Let the next kernel begin, then wait for the one before: from here on its results may be read, and ours written.
+
+    Without programmatic dependent launch there is nothing to do.
+    """
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def arrive_last(counter, PARTS: tl.constexpr):
+    """Whether this program is the last of `PARTS` to arrive at the counter, which it then resets.
+
+    What the others stored before they arrived may then be read, past the L1 cache (`.cg`).
+    """
+    tl.debug_barrier()  # the atomic is one thread's; the stores before it are everyone's
+    last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == PARTS - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def scaled(x, inverse_rms, weight, dtype: tl.constexpr):
+    """The end of an RMSNorm as the reference has it: round `x / rms`, multiply by the weight, round again."""
+    return ((x * inverse_rms).to(dtype).to(tl.float32) * weight.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def own_rows(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
+    """Numbers of the rows of the weight that a program owns in `gemv`: int32 [WARPS, BLOCK_N / WARPS]."""
+    PER_WARP: tl.constexpr = BLOCK_N // WARPS
+    first = tl.program_id(0) * BLOCK_N + tl.arange(0, WARPS)[:, None] * PER_WARP
+    return first + tl.arange(0, PER_WARP)[None, :]
+
+
+@triton.jit
+def _load_rows(w_ptr, numbers, column, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CHECK_K: tl.constexpr):
+    """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: [WARPS, ., BLOCK_K]."""
+    k = column + tl.arange(0, BLOCK_K)[None, None, :]
+    at = w_ptr + numbers.to(tl.int64)[:, :, None] * K + k
+    if CHECK_K:
+        return tl.load(at, (numbers < N)[:, :, None] & (k < K), other=0.0)
+    return tl.load(at, (numbers < N)[:, :, None], other=0.0)
+
+
+@triton.jit
+def _load_x(x_ptr, row, column, rows, K: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Columns [column, column + BLOCK_K) of one row of `x`, or of a norm's weight, for each warp: [WARPS, 1, BLOCK_K].
+
+    Each warp reads them for itself, in the layout that the weight has: nothing is exchanged through shared memory.
+    """
+    k = column + tl.arange(0, BLOCK_K)[None, None, :] + tl.zeros([WARPS, 1, 1], tl.int32)
+    # The last turn of a loop may reach past K: what lies there times a weight of zero need not be zero.
+    return tl.load(x_ptr + row.to(tl.int64) * K + k, (row < rows) & (k < K), other=0.0)
+
+
+@triton.jit
+def load_ahead(
+    w_ptr,
+    sets,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The first columns of a program's rows of the weight, in registers: what `gemv` starts from.
+
+    A tuple ordered by block of BLOCK_K columns, STAGES of them, then by set. To be loaded before `wait_for_inputs`.
+    """
+    weights = ()
+    for stage in tl.static_range(min(STAGES, (K + BLOCK_K - 1) // BLOCK_K)):
+        for s in tl.static_range(len(sets)):
+            weights = weights + (_load_rows(w_ptr, sets[s], stage * BLOCK_K, N, K, BLOCK_K, K % BLOCK_K != 0),)
+    return weights
+
+
+@triton.jit
+def gemv(
+    x_ptr,
+    norm_ptr,
+    w_ptr,
+    weights,
+    sets,
+    row0,
+    rows,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Products of rows [row0, row0 + ROWS) of `x` [rows, K] and the rows of `w` [N, K] that `sets` names.
+
+    Args:
+        norm_ptr: weight of an RMSNorm of `x`, [K], or None.
+        weights: from `load_ahead`; as many columns stay in flight.
+        sets: a tuple of what `own_rows` gives.
+        BLOCK_K: the width of a warp's 16-byte loads, or more.
+
+    Returns:
+        A tuple of float32 [WARPS, BLOCK_N / WARPS], ordered by set, then by row.
+    """
+    PER_WARP: tl.constexpr = BLOCK_N // WARPS
+    BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    LOADED: tl.constexpr = len(weights) // len(sets)
+    sums, squares = (), ()
+    for _ in tl.static_range(len(sets) * ROWS):
+        sums = sums + (tl.zeros([WARPS, PER_WARP, BLOCK_K], tl.float32),)
+    for _ in tl.static_range(ROWS):
+        squares = squares + (tl.zeros([WARPS, 1, BLOCK_K], tl.float32),)
+    for turn in tl.range((BLOCKS + LOADED - 1) // LOADED, num_stages=1):
+        ahead = ()
+        for stage in tl.static_range(LOADED):
+            column = (turn * LOADED + stage) * BLOCK_K
+            xs, squared = (), ()
+            for m in tl.static_range(ROWS):
+                x = _load_x(x_ptr, row0 + m, column, rows, K, WARPS, BLOCK_K).to(tl.float32)
+                if norm_ptr is not None:
+                    squared = squared + (squares[m] + x * x,)
+                    x *= _load_x(norm_ptr, row0 * 0, column, 1, K, WARPS, BLOCK_K).to(tl.float32)
+                xs = xs + (x,)
+            if norm_ptr is not None:
+                squares = squared
+            added = ()
+            for s in tl.static_range(len(sets)):
+                w = weights[stage * len(sets) + s].to(tl.float32)
+                for m in tl.static_range(ROWS):
+                    added = added + (sums[s * ROWS + m] + w * xs[m],)
+            sums = added
+            if LOADED < BLOCKS:
+                next_column = column + LOADED * BLOCK_K
+                for s in tl.static_range(len(sets)):
+                    ahead = ahead + (_load_rows(w_ptr, sets[s], next_column, N, K, BLOCK_K, True),)
+        if LOADED < BLOCKS:
+            weights = ahead
+    products = ()
+    for s in tl.static_range(len(sets)):
+        for m in tl.static_range(ROWS):
+            total = tl.sum(sums[s * ROWS + m], 2)
+            if norm_ptr is not None:
+                total *= tl.rsqrt(tl.sum(squares[m], 2) / K + eps)
+            products = products + (total,)
+    return products
+
+
+@triton.jit
+def _prefetch(w_ptr, numbers, first, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask for columns [first, first + SPAN) of these rows in the L2 cache; wait for nothing (compute capability 9)."""
+    PIECES: tl.constexpr = 4
+    BYTES: tl.constexpr = SPAN // PIECES * w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    columns = first + tl.arange(0, PIECES)[None, :] * (SPAN // PIECES)
+    starts = w_ptr + tl.minimum(numbers, N - 1).to(tl.int64)[:, None] * K + tl.minimum(columns, K - SPAN // PIECES)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
+        "=r,l,r",
+        [starts.to(tl.int64, bitcast=True), tl.full([BLOCK_N, PIECES], BYTES, tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch(
+    w_ptr,
+    sets,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Ask for what `gemm` will read of the weight; to be called before `wait_for_inputs`, and useless without it."""
+    SPAN: tl.constexpr = min(((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K, K)
+    if USE_PDL and K % 32 == 0:
+        for s in tl.static_range(len(sets)):
+            _prefetch(w_ptr, sets[s], tl.program_id(2) * SPAN, N, K, SPAN, BLOCK_N)
+
+
+@triton.jit
+def gemm(
+    x_ptr,
+    w_ptr,
+    sets,
+    row0,
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """As `gemv`, with matrix instructions and without a norm; `sets` holds row numbers, int32 [BLOCK_N] each.
+
+    With SPLITS > 1 the program's third index says which part of the columns it takes.
+
+    Returns:
+        A tuple of float32 [ROWS, BLOCK_N], one per set.
+    """
+    SPAN: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
+    CHECK_K: tl.constexpr = SPAN * SPLITS != K
+    first = tl.program_id(2) * SPAN
+    row = row0 + tl.arange(0, ROWS)
+    x_rows = x_ptr + row.to(tl.int64)[:, None] * K
+    products = ()
+    for _ in tl.static_range(len(sets)):
+        products = products + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
+    for column in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
+        k = first + column + tl.arange(0, BLOCK_K)
+        x_real, k_real = (row < rows)[:, None], k[:, None] < K
+        if CHECK_K:
+            x_real &= k[None, :] < K
+        x = tl.load(x_rows + k[None, :], x_real, other=0.0)
+        added = ()
+        for s in tl.static_range(len(sets)):
+            w_real = (sets[s] < N)[None, :]
+            if CHECK_K:
+                w_real &= k_real
+            w = tl.load(w_ptr + sets[s].to(tl.int64)[None, :] * K + k[:, None], w_real, other=0.0)
+            added = added + (tl.dot(x, w, products[s], input_precision="ieee"),)
+        products = added
+    return products

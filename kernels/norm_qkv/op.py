@@ -1,0 +1,168 @@
+"""RMSNorm, QKV projection, QK-norm, RoPE and KV append: checks, and which implementation runs."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from braidsdk.kernels.launch import (
+    MATRIX_ROWS,
+    Path,
+    Tile,
+    check_shape,
+    check_triton,
+    counters,
+    launch_options,
+    tile_for,
+)
+from braidsdk.kernels.norm_qkv.reference import NormQKVWeights, norm_qkv_reference
+from braidsdk.kernels.rms_norm import rms_norm
+
+TILES = {
+    1: Tile(block_n=16, block_k=256, warps=4, stages=4),
+    2: Tile(block_n=8, block_k=256, warps=4, stages=4),
+    16: Tile(block_n=32, block_k=256, warps=4, stages=4),
+    32: Tile(block_n=32, block_k=256, warps=4, stages=4),
+    64: Tile(block_n=32, block_k=128, warps=4, stages=6),
+}
+"""By the rows that one program takes: the fused kernel's shape."""
+
+FEW_ROWS = 64
+"""Up to here one fused kernel is faster; above, the library's matrix product between a prologue and an epilogue."""
+
+_FINISH_ROWS = 16
+
+
+def norm_qkv(
+    hidden: Tensor,
+    weights: NormQKVWeights,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+    *,
+    path: Path = "torch",
+) -> Tensor:
+    """Project normed hidden states, append keys and values to the paged memory, return the queries.
+
+    Args:
+        hidden: [tokens, hidden].
+        weights: the layer's packed weights.
+        eps: of all three norms.
+        cos, sin: at the position of each token in its segment's frame, float32 [tokens, head_dim / 2].
+        kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
+        slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
+        path: which implementation; neither falls back to the other. Triton takes contiguous tensors in float32,
+            bfloat16 or float16, and a head_dim that is a power of two, 16 at least.
+
+    Returns:
+        Normed, unrotated queries [tokens, q_heads, head_dim].
+
+    Raises:
+        RuntimeError: Triton can't run here.
+        ValueError: Triton was asked for, and shapes, dtypes or strides are not as above.
+    """
+    if path == "torch":
+        return norm_qkv_reference(hidden, weights, eps, cos, sin, kv, slots)
+    rows = len(hidden)
+    _, pages, kv_heads, page_size, head_dim = kv.shape
+    heads = weights.qkv.shape[0] // head_dim
+    q_heads = heads - 2 * kv_heads
+    _check(hidden, weights, cos, sin, kv, slots, q_heads)
+    queries = hidden.new_empty(rows, q_heads, head_dim)
+    if not rows:
+        return queries
+
+    from braidsdk.kernels.norm_qkv.kernel import finish_heads_kernel, norm_qkv_kernel
+
+    options = launch_options(hidden.device)
+    geometry = (q_heads, kv_heads, head_dim, page_size)
+    if rows > FEW_ROWS:
+        packed = linear(rms_norm(hidden, weights.norm, eps, path="triton"), weights.qkv, weights.bias)
+        finish_heads_kernel[(heads, -(-rows // _FINISH_ROWS))](
+            packed,
+            weights.q_norm,
+            weights.k_norm,
+            cos,
+            sin,
+            slots,
+            queries,
+            kv,
+            rows,
+            pages,
+            eps,
+            *geometry,
+            _FINISH_ROWS,
+            num_warps=4,
+            **options,
+        )
+        return queries
+    block_rows, tile = tile_for(TILES, rows)
+    matrix = block_rows >= MATRIX_ROWS
+    norm: Tensor | None = weights.norm
+    if matrix:
+        hidden, norm = rms_norm(hidden, weights.norm, eps, path="triton"), None
+    blocks = -(-rows // block_rows)
+    block_n = min(tile.block_n, head_dim)
+    packed = torch.empty(rows, heads * head_dim, dtype=torch.float32, device=hidden.device)
+    norm_qkv_kernel[(heads * head_dim // block_n, blocks)](
+        hidden,
+        norm,
+        weights.qkv,
+        weights.bias,
+        weights.q_norm,
+        weights.k_norm,
+        cos,
+        sin,
+        slots,
+        packed,
+        counters("norm_qkv", hidden.device, blocks * heads),
+        queries,
+        kv,
+        rows,
+        pages,
+        eps,
+        *geometry,
+        hidden.shape[1],
+        block_rows,
+        block_n,
+        tile.columns(hidden),
+        tile.stages,
+        matrix,
+        tile.warps,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **options,
+    )
+    return queries
+
+
+def _check(
+    hidden: Tensor, weights: NormQKVWeights, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor, q_heads: int
+) -> None:
+    op = "norm_qkv"
+    check_triton(op, hidden, weights.norm, weights.qkv, weights.bias, weights.q_norm, weights.k_norm, kv)
+    (rows, size), head_dim = hidden.shape, kv.shape[4]
+    heads = q_heads + 2 * kv.shape[2]
+    if q_heads < 1 or head_dim < 16 or head_dim & (head_dim - 1):
+        raise ValueError(
+            f"{op}: expected query heads and a head_dim that is a power of two from 16 up, got {q_heads} query heads "
+            f"of {head_dim}; pass path='torch'."
+        )
+    check_shape(op, "norm", weights.norm, size)
+    check_shape(op, "qkv", weights.qkv, heads * head_dim, size)
+    if weights.bias is not None:
+        check_shape(op, "bias", weights.bias, heads * head_dim)
+    check_shape(op, "q_norm", weights.q_norm, head_dim)
+    check_shape(op, "k_norm", weights.k_norm, head_dim)
+    check_shape(op, "slots", slots, rows)
+    for name, tensor, dtype in (
+        ("cos", cos, torch.float32),
+        ("sin", sin, torch.float32),
+        ("slots", slots, torch.int64),
+    ):
+        if tensor.dtype != dtype or tensor.device != hidden.device or not tensor.is_contiguous():
+            got = f"{tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
+            raise ValueError(f"{op}: expected {name} contiguous, {dtype} on {hidden.device}, got {got}.")
+        if tensor is not slots:
+            check_shape(op, name, tensor, rows, head_dim // 2)

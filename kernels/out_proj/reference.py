@@ -1,0 +1,19 @@
+"""Projection and residual, torch reference."""
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+
+def out_proj_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """`residual + x @ weight.T + bias`.
+
+    Args:
+        x: [tokens, size].
+        weight: [hidden, size].
+        bias: [hidden], or None.
+        residual: [tokens, hidden].
+
+    Returns:
+        [tokens, hidden], the dtype of `x`.
+    """
+    return residual + linear(x, weight, bias)

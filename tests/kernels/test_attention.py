@@ -1,0 +1,162 @@
+"""The attention kernel against the float64 reference: in the interpreter, or on a GPU where there is one."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from braidsdk.kernels.attention.launch import cascade_attention_triton, plan_for_triton
+from braidsdk.kernels.attention.plan import plan_request
+from braidsdk.kernels.attention.reference import cascade_attention_reference
+from braidsdk.kernels.paging import PagedSegment, Request
+from braidsdk.kernels.rope import RotaryTable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE = 64
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+
+
+class Case:
+    """Random paged memory, NaN wherever no entry's token lies, and requests over it."""
+
+    def __init__(self, kv_heads: int, group: int, head_dim: int, dtype: torch.dtype, pages: int = 96) -> None:
+        self.kv = torch.full((2, pages, kv_heads, PAGE, head_dim), float("nan"), dtype=dtype)
+        self.group, self.scale = group, head_dim**-0.5
+        self.free = torch.randperm(pages).tolist()
+        inv_freq = 1.0 / (1e4 ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+        self.tables = {d: RotaryTable(inv_freq, 1.0, d, DEVICE) for d in (torch.float32, torch.float64)}
+        self.requests: list[Request] = []
+        self.positions: list[int] = []
+
+    def entry(self, tokens: int) -> torch.Tensor:
+        pages = torch.tensor([self.free.pop() for _ in range(max(1, -(-tokens // PAGE)))])
+        for index, page in enumerate(pages.tolist()):
+            filled = min(PAGE, tokens - index * PAGE)
+            self.kv[:, page, :, :filled] = torch.randn_like(self.kv[:, page, :, :filled])
+        return pages
+
+    def ask(self, segments: list[PagedSegment], positions: list[int]) -> None:
+        start = len(self.positions)
+        self.positions += positions
+        self.requests.append(Request(slice(start, len(self.positions)), tuple(segments)))
+
+    def check(self, *, limit: int = 4096) -> None:
+        kv_heads, head_dim = self.kv.shape[2], self.kv.shape[4]
+        rows = len(self.positions)
+        queries = torch.randn(rows, kv_heads * self.group, head_dim, dtype=self.kv.dtype)
+        positions = torch.tensor(self.positions)
+        plan = plan_for_triton(
+            positions,
+            self.requests,
+            self.tables[torch.float32],
+            limit=limit,
+            page_size=PAGE,
+            group=self.group,
+            kv_heads=kv_heads,
+        )
+        kv, queries = self.kv.to(DEVICE), queries.to(DEVICE)
+        for _ in range(2):  # a second launch finds its counters as the first did
+            out = cascade_attention_triton(queries, plan, kv, self.scale)
+        again = cascade_attention_triton(queries, plan, kv, self.scale)
+        assert torch.equal(out, again)
+        plans = [
+            made
+            for each in self.requests
+            if (made := plan_request(positions.to(DEVICE), each, self.tables[torch.float64], limit, PAGE))
+        ]
+        clean = kv.double().nan_to_num(0.0)  # the reference wants what no row sees to be finite
+        truth = cascade_attention_reference(queries.double(), plans, clean, self.scale)
+        assert torch.isfinite(out).all()
+        assert (out.double() - truth).norm() <= TOLERANCE[self.kv.dtype] * truth.norm() + 1e-30
+        seen = {row for each in self.requests if each.segments for row in range(each.rows.start, each.rows.stop)}
+        for row in set(range(rows)) - seen:
+            assert not out[row].any()
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Callable[..., Case]:
+    torch.manual_seed(torch.seed() % 2**31)
+    return Case
+
+
+GEOMETRIES = [(1, 1, 64), (2, 2, 128), (1, 8, 64), (2, 5, 64)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), GEOMETRIES)
+def test_one_row_over_ragged_segments(case, kv_heads, group, head_dim, dtype) -> None:
+    made = case(kv_heads, group, head_dim, dtype)
+    segments, origin = [], 0
+    for tokens in (1, 15, 17, 63, 65, 130):
+        segments.append(PagedSegment(made.entry(tokens), 0, tokens, origin))
+        origin += tokens
+    made.ask(segments, [origin - 1])
+    made.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_question_see_their_past_only(case, dtype) -> None:
+    made = case(2, 2, 64, dtype)
+    first, second = made.entry(100), made.entry(70)
+    tail = PagedSegment(made.entry(40), 0, 60, 170)  # reserved further than it is filled
+    made.ask([PagedSegment(first, 0, 100, 0), PagedSegment(second, 0, 70, 100), tail], list(range(190, 207)))
+    made.check()
+
+
+def test_requests_share_pages_at_different_positions(case) -> None:
+    made = case(2, 2, 64, torch.float32)
+    entries = [(made.entry(n), n) for n in (130, 64, 37)]
+    for order in ([0, 1, 2], [2, 0], [1], [2, 1, 0, 2]):
+        origin, segments = 7, []
+        for index in order:
+            pages, tokens = entries[index]
+            segments.append(PagedSegment(pages, 0, tokens, origin))
+            origin += tokens
+        segments.append(PagedSegment(made.entry(5), 0, 5, origin))
+        made.ask(segments, [origin + 3, origin + 4])
+    made.check()
+
+
+def test_slices_hidden_keys_and_empty_segments(case) -> None:
+    made = case(1, 2, 64, torch.float32)
+    pages, tokens = made.entry(200), 200
+    hidden = torch.rand(tokens) < 0.5
+    everything = torch.ones(70, dtype=torch.bool)
+    made.ask([PagedSegment(pages, 65, 190, -60)], [40])
+    made.ask([PagedSegment(pages, 3, 66, 100, hidden), PagedSegment(pages, 5, 5, 0)], [150, 400])
+    made.ask([PagedSegment(pages, 0, 70, 0, everything)], [90])
+    made.ask([], [12])
+    made.ask([PagedSegment(pages, 100, 120, 500)], [300])
+    made.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows(case, dtype) -> None:
+    made = case(1, 2, 64, dtype)
+    anchor = PagedSegment(made.entry(40), 0, 40, 0)
+    for tokens in (150, 70, 60):
+        own = made.entry(tokens)
+        made.ask([anchor, PagedSegment(own, 0, tokens, 40)], list(range(40, 40 + tokens)))
+    hidden = torch.rand(70) < 0.3
+    made.ask([PagedSegment(made.entry(70), 2, 70, 10, hidden)], [5, 50, 90])
+    made.ask([], [1])
+    made.check()
+
+
+def test_high_positions(case) -> None:
+    made = case(1, 1, 64, torch.float32)
+    made.ask([PagedSegment(made.entry(64), 0, 64, 0), PagedSegment(made.entry(64), 0, 64, 131_000)], [131_040, 131_072])
+    made.check(limit=131_073)
+
+
+def test_small_requests_share_an_item(case) -> None:
+    made = case(1, 2, 64, torch.float32)
+    shared = [(made.entry(64), 64) for _ in range(6)]
+    for index in range(9):
+        order = torch.randperm(6).tolist()
+        segments = [PagedSegment(shared[i][0], 0, 64, 64 * place) for place, i in enumerate(order)]
+        own = 1 + 7 * index
+        segments.append(PagedSegment(made.entry(own), 0, own, 384))
+        made.ask(segments, [384 + own - 1])
+    made.check()
