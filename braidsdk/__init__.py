@@ -15,24 +15,46 @@ Names load on first use, so that importing the package (or `braidsdk.store` alon
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from braidsdk import errors
+from braidsdk import errors, logs
 from braidsdk.errors import BraidError
 
 if TYPE_CHECKING:
+    from braidsdk.async_stream import AsyncStream
     from braidsdk.braid import Braid
     from braidsdk.context import Context
     from braidsdk.stream import Stream
-    from braidsdk.types import Answer, Chunk, Explanation, Timings, Usage
+    from braidsdk.types import (
+        Answer,
+        Chunk,
+        EntryGroup,
+        ExplainedChunk,
+        Explanation,
+        Progress,
+        Registered,
+        RegistrationEstimate,
+        Skipped,
+        Stats,
+        Timings,
+        Usage,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Answer",
+    "AsyncStream",
     "Braid",
     "BraidError",
     "Chunk",
     "Context",
+    "EntryGroup",
+    "ExplainedChunk",
     "Explanation",
+    "Progress",
+    "Registered",
+    "RegistrationEstimate",
+    "Skipped",
+    "Stats",
     "Stream",
     "Timings",
     "Usage",
@@ -40,15 +62,30 @@ __all__ = [
 ]
 
 _HOME = {
-    "Answer": "braidsdk.types",
+    "AsyncStream": "braidsdk.async_stream",
     "Braid": "braidsdk.braid",
-    "Chunk": "braidsdk.types",
     "Context": "braidsdk.context",
-    "Explanation": "braidsdk.types",
     "Stream": "braidsdk.stream",
-    "Timings": "braidsdk.types",
-    "Usage": "braidsdk.types",
+    **dict.fromkeys(
+        (
+            "Answer",
+            "Chunk",
+            "EntryGroup",
+            "ExplainedChunk",
+            "Explanation",
+            "Progress",
+            "Registered",
+            "RegistrationEstimate",
+            "Skipped",
+            "Stats",
+            "Timings",
+            "Usage",
+        ),
+        "braidsdk.types",
+    ),
 }
+
+logs.configure()
 
 
 def __getattr__(name: str) -> object:

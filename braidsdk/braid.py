@@ -1,29 +1,52 @@
 """The facade: one model, one store, one namespace."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from braidsdk import registration
+from braidsdk.async_stream import AsyncStream
+from braidsdk.batching import ask_many
 from braidsdk.chunks import Chunks
 from braidsdk.compose import check_window, compose
 from braidsdk.context import Context, History
 from braidsdk.device import parse_device, parse_dtype
-from braidsdk.encode import BATCH_TOKENS
-from braidsdk.engine import Engine
-from braidsdk.errors import InputError
-from braidsdk.models.registry import find_checkpoint, load_model
+from braidsdk.engine import HITS, MISSES, Engine
+from braidsdk.errors import InputError, did_you_mean, shown
+from braidsdk.kernel_choice import choose_paths, parse_kernels
+from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
 from braidsdk.pool import Pool, default_capacity_bytes
+from braidsdk.progress import ProgressBar
 from braidsdk.sampling import SamplingOptions
 from braidsdk.settings import store_folder
-from braidsdk.store import ChunkStore, Miss, NewChunk
+from braidsdk.store import ChunkStore
 from braidsdk.stream import Stream
-from braidsdk.tokens import PromptLayout, is_unicode, normalise
-from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk
+from braidsdk.tiny_world import warn_once
+from braidsdk.tokens import PromptLayout, is_unicode
+from braidsdk.types import (
+    LEVEL_CONTEXT,
+    LEVEL_SYSTEM,
+    Answer,
+    Chunk,
+    EntryGroup,
+    PageDocument,
+    Progress,
+    Registered,
+    RegistrationEstimate,
+    Stats,
+    Text,
+    TextNode,
+)
+
+ON_ERROR = ("raise", "skip")
+
+_log = logging.getLogger(__name__)
 
 
 class Braid:
@@ -44,6 +67,7 @@ class Braid:
         revision: str | None = None,
         thinking: bool = False,
         pool_bytes: int | None = None,
+        kernels: str | None = None,
     ) -> None:
         """Load a model and open a store.
 
@@ -60,28 +84,55 @@ class Braid:
                 Stored entries serve both.
             pool_bytes: how much memory resident KV entries may take, besides the model's weights. None is half of what
                 is free on the device once the model is loaded.
+            kernels: "auto": Triton's on a CUDA device where they can run this model, else torch's. "triton", "torch":
+                these, or an error. An operation may differ, as in "auto,attention=torch"; see docs/performance.md. None
+                is `BRAID_KERNELS`, or "auto".
 
         Raises:
-            InputError: device, dtype, namespace or pool_bytes can't be used.
+            InputError: device, dtype, namespace, pool_bytes or kernels can't be used.
             ModelError: the checkpoint can't be used.
             StoreError: the store can't be used.
         """
         if not isinstance(namespace, str) or not 1 <= len(namespace) <= 200 or not is_unicode(namespace):
-            raise InputError(f"namespace must be text of 1 to 200 characters; got {ascii(namespace)[:80]}.")
+            raise InputError(f"namespace must be text of 1 to 200 characters; got {shown(namespace)}.")
         if pool_bytes is not None and (type(pool_bytes) is not int or pool_bytes < 1):
             raise InputError(f"pool_bytes must be a positive whole number of bytes, or None; got {pool_bytes!r}.")
-        target, wanted = parse_device(device), parse_dtype(dtype)
+        target, wanted, wanted_kernels = parse_device(device), parse_dtype(dtype), parse_kernels(kernels)
         folder = find_checkpoint(model, revision)
+        started = perf_counter()
         opened = ChunkStore(store_folder(store))
         try:
             loaded = load_model(folder, device=target, dtype=wanted, fingerprints=opened.path / "fingerprints.json")
+            loaded.paths = choose_paths(wanted_kernels, loaded)
             pool = Pool.for_model(loaded, pool_bytes or default_capacity_bytes(loaded.device))
-            self._engine = Engine(loaded, PromptLayout(folder, thinking=thinking), opened, pool, namespace)
+            layout = PromptLayout(folder, thinking=thinking)
+            self._adopt(Engine(loaded, layout, opened, pool, namespace), str(model), folder == EMBEDDED["braid-tiny"])
         except BaseException:
             opened.close()
             raise
-        self.chunks = Chunks(self._engine)
-        self._described = f"Braid({str(model)!r}, {loaded.dtype} on {loaded.device}, store={str(opened.path)!r})"
+        _log.info("opened a model of %d layers in %.1f ms", loaded.config.layers, (perf_counter() - started) * 1e3)
+
+    def _adopt(self, engine: Engine, model: str, is_tiny: bool) -> None:
+        """Be the facade of an engine.
+
+        Args:
+            engine: model, pool and store.
+            model: what people call the model.
+            is_tiny: whether it is braid-tiny, which knows no texts but those of its world.
+        """
+        self._engine = engine
+        self.chunks = Chunks(engine)
+        self._is_tiny = is_tiny
+        self._described = (
+            f"Braid({model!r}, {engine.model.dtype} on {engine.model.device}, store={str(engine.store.path)!r})"
+        )
+        self._name_model(model)
+
+    def _name_model(self, model: str) -> None:
+        """Remember what this model is called, for statistics."""
+        key = f"model:{self._engine.identity.weights}"
+        if self._engine.store.recall([key]).get(key) != model:
+            self._engine.store.remember({key: model})
 
     def __repr__(self) -> str:
         return self._described
@@ -100,7 +151,7 @@ class Braid:
 
     def register(
         self,
-        text: str,
+        text: Text,
         *,
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
@@ -115,9 +166,10 @@ class Braid:
         question.
 
         Args:
-            text: plain text; control tokens in it are plain characters.
+            text: plain text; control tokens in it are plain characters. Or an object as a retriever gives it, with
+                `page_content` (LangChain) or `text` (LlamaIndex), and perhaps `metadata`.
             name: a name to find it by. A second name for the same text is an alias.
-            metadata: JSON types; replaces what the chunk has.
+            metadata: JSON types; replaces what the chunk has, and stands for what the object has.
             anchor: the level-0 chunk that it will stand after.
             level: 0 for a system prompt, 1 for context.
             replace: let `name` move here from another text; the old chunk keeps its id.
@@ -129,56 +181,123 @@ class Braid:
             UnknownChunkError: no such anchor.
             InputError: anchor, level, name or metadata can't be used.
             PoolFullError: text and anchor take more KV memory than `pool_bytes`.
+            StoreFullError: the disk has no room for its entry. Nothing is registered.
             StoreError: the store can't be written. What was registered stays so; its entry is computed again later.
         """
-        return self._register([text], [name], [metadata], anchor, level, replace, show_progress=False)[0]
+        return self._register([text], [name], [metadata], anchor, level, replace)[0]
 
     def register_system(
-        self, text: str, *, name: str | None = None, metadata: Mapping[str, Any] | None = None, replace: bool = False
+        self, text: Text, *, name: str | None = None, metadata: Mapping[str, Any] | None = None, replace: bool = False
     ) -> Chunk:
         """Register a system prompt: `register` at level 0."""
         return self.register(text, name=name, metadata=metadata, level=LEVEL_SYSTEM, replace=replace)
 
     def register_many(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         *,
         names: Sequence[str | None] | None = None,
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         anchor: Chunk | str | None = None,
         level: int = LEVEL_CONTEXT,
         replace: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        on_progress: Callable[[Progress], None] | None = None,
         progress: bool = True,
-    ) -> list[Chunk]:
+    ) -> Registered:
         """Register texts in batches; chunks come back in the order of the texts.
 
-        All texts are checked before anything is written. What is computed is stored batch by batch: an interrupted
-        run goes on where it stopped when it is run again.
+        All texts are checked, and the room on the disk, before anything is written. What is computed is stored batch by
+        batch: an interrupted run, also by Ctrl-C, goes on where it stopped when it is run again.
 
         Args:
             texts: see `register`.
             names: one per text.
-            metadata: one per text.
-            anchor, level, replace: see `register`.
+            metadata: one per text; None leaves what its object has.
+            anchor: see `register`.
+            level: see `register`.
+            replace: see `register`.
+            on_error: "skip" leaves out texts that can't be registered (empty, too long, no text, a name that is taken,
+                metadata that is no JSON) and says so in `skipped` of what is returned; "raise" then registers none.
+            on_progress: called before the first batch and after each, in this thread. What it raises ends the run.
             progress: show a progress bar on stderr, where stderr is a terminal.
 
         Raises:
             InputError: `names` or `metadata` has another length than `texts`; and all that `register` raises.
         """
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of texts; got a single one. Use register, or put it in a list.")
-        texts = list(texts)
-        for what, values in (("names", names), ("metadata", metadata)):
-            if values is not None and len(values) != len(texts):
-                raise InputError(f"{what} must have one item per text: expected {len(texts)}, got {len(values)}.")
-        nothing = [None] * len(texts)
-        return self._register(texts, names or nothing, metadata or nothing, anchor, level, replace, progress)
+        if on_error not in ON_ERROR:
+            raise InputError(
+                f"on_error must be 'raise' or 'skip'; got {shown(on_error)}.{did_you_mean(on_error, ON_ERROR)}"
+            )
+        texts, names, metadata = _listed(texts, names, metadata)
+        with ProgressBar() if progress else nullcontext() as bar:
 
-    def compose(self, chunks: Sequence[Chunk | str], *, mode: str | None = None, keep: bool | None = None) -> Context:
+            def report(now: Progress) -> None:
+                for listener in (bar, on_progress):
+                    if listener:
+                        listener(now)
+
+            return self._register(texts, names, metadata, anchor, level, replace, on_error == "skip", report)
+
+    def estimate(
+        self, texts: Sequence[Text], *, anchor: Chunk | str | None = None, level: int = LEVEL_CONTEXT
+    ) -> RegistrationEstimate:
+        """What `register_many` would take for these texts: tokens, bytes, time. Writes nothing.
+
+        Texts that can't be registered are left out. The time is that of the rate which this model had on this device,
+        in this process or an earlier one on this store. Where none is known and it matters (4,096 tokens or more),
+        some 500 tokens are computed to measure it.
+
+        Args:
+            texts: see `register_many`.
+            anchor: see `register_many`.
+            level: see `register_many`.
+
+        Raises:
+            InputError: anchor or level can't be used. UnknownChunkError: no such anchor.
+        """
+        before = self._anchor(anchor, level)
+        texts, names, metadata = _listed(texts, None, None)
+        good, _ = registration.check_texts(self._engine, texts, names, metadata, before, level, skip=True)
+        return registration.estimate(self._engine, good, registration.plan(self._engine, good, before, level))
+
+    def stats(self) -> Stats:
+        """What the store holds and how it served so far; `str()` of it is for people."""
+        self._engine.check_open()
+        held = self._engine.store.stats()
+        models = [f"model:{group.weights}" for group in held.groups]
+        known = self._engine.store.recall({HITS, MISSES, *models})
+        groups = [
+            EntryGroup(known.get(key, group.weights[:12]), group.dtype, group.level, group.entries, group.bytes)
+            for key, group in zip(models, held.groups, strict=True)
+        ]
+        with self._engine.working():
+            hits, misses, pool = self._engine.hits, self._engine.misses, self._engine.pool
+            return Stats(
+                chunks=held.chunks,
+                entries=held.entries,
+                bytes=held.bytes,
+                damaged=held.damaged,
+                groups=tuple(sorted(groups, key=lambda group: (group.model, group.dtype, group.level))),
+                hits=hits,
+                misses=misses,
+                all_hits=int(known.get(HITS, 0)) + hits,
+                all_misses=int(known.get(MISSES, 0)) + misses,
+                pool_used_bytes=pool.used_bytes,
+                pool_capacity_bytes=pool.capacity_pages * pool.page_bytes,
+            )
+
+    def compose(
+        self,
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        *,
+        mode: str | None = None,
+        keep: bool | None = None,
+    ) -> Context:
         """Put chunks one after another, in any order. Runs no model: what is missing is computed by the first question.
 
         Args:
-            chunks: chunks, names or ids.
+            chunks: chunks, names or ids; or objects as a retriever gives them, whose texts are registered as context.
             mode: "anchored" (default): each chunk as computed after the level-0 chunk that stands first. "isolated":
                 each chunk as computed alone. "exact": each chunk as computed after all that precede it here, equal to a
                 full prefill.
@@ -198,7 +317,7 @@ class Braid:
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str],
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
@@ -207,11 +326,31 @@ class Braid:
         """`compose` and `Context.ask` in one; takes and raises what they do."""
         return self.compose(chunks, mode=mode, keep=keep).ask(question, history=history, **options)
 
+    def ask_many(self, requests: Sequence[tuple[Context, str]], **options: Unpack[SamplingOptions]) -> list[Answer]:
+        """Answer questions together, each over a context of its own: `[(context, question), ...]`.
+
+        Every step computes the next token of all of them. What several contexts share lies in memory once, and on a
+        GPU is read once for all. Requests beyond what runs at once, or fits in the pool, wait until one has ended.
+        Answers may differ from those of single calls where two tokens are equally likely but for rounding.
+
+        Args:
+            requests: contexts that this Braid composed, and questions.
+            **options: see `Context.ask`; for all of them.
+
+        Returns:
+            An answer per request, in their order.
+
+        Raises:
+            InputError: `requests` or an option can't be used; and all that `Context.ask` raises. One request that fails
+                ends them all.
+        """
+        return ask_many(self._engine, requests, options)
+
     def stream(
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str],
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
@@ -219,6 +358,41 @@ class Braid:
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
         return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options)
+
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a text takes as a context chunk, the newline that closes it included."""
+        self._engine.check_open()
+        return len(self._engine.layout.plain_ids(text))
+
+    async def aask(
+        self,
+        question: str,
+        *,
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        mode: str | None = None,
+        keep: bool | None = None,
+        history: History | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer:
+        """`compose` and `Context.aask` in one; takes and raises what they do. Composes in a thread too."""
+        context = await self._engine.workers.step(lambda: self.compose(chunks, mode=mode, keep=keep), lambda: None)
+        return await context.aask(question, history=history, **options)
+
+    def astream(
+        self,
+        question: str,
+        *,
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        mode: str | None = None,
+        keep: bool | None = None,
+        history: History | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncStream:
+        """`compose` and `Context.astream` in one; takes what they do, and raises it with the first piece."""
+        return AsyncStream(
+            self._engine.workers,
+            lambda: self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options),
+        )
 
     def close(self) -> None:
         """Free memory and close the store. Safe to call twice."""
@@ -232,81 +406,57 @@ class Braid:
     ) -> None:
         self.close()
 
+    def _anchor(self, anchor: Chunk | str | None, level: int) -> Chunk | None:
+        self._engine.check_open()
+        found = self.chunks.resolve([anchor])[0] if anchor is not None else None
+        registration.check_anchor(found, level)
+        return found
+
     def _register(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Text],
         names: Sequence[str | None],
         metadata: Sequence[Mapping[str, Any] | None],
         anchor: Chunk | str | None,
         level: int,
         replace: bool,
-        show_progress: bool,
-    ) -> list[Chunk]:
-        self._engine.check_open()
-        if type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
-            raise InputError(f"level must be 0 (system prompt) or 1 (context); got {level!r}.")
-        before = self.chunks.resolve([anchor])[0] if anchor is not None else None
-        if before and (before.level != LEVEL_SYSTEM or level == LEVEL_SYSTEM):
-            raise InputError(
-                f"A context chunk is anchored to a level-0 chunk; got a chunk of level {level} anchored to one of "
-                f"level {before.level}. Register the anchor with register_system, and system prompts without an anchor."
-            )
-        new = []
-        for text, name, extra in zip(texts, names, metadata, strict=True):
-            clean = normalise(text)
-            tokens = len(self._engine.layout.chunk_ids(level, clean)) + (len(before.token_ids) if before else 0)
-            check_window(
-                tokens, self._engine.model.config.window, "This text", "Split it into chunks and register each."
-            )
-            if name is not None and not isinstance(name, str):
-                raise InputError(f"name must be text; got a {type(name).__name__}.")
-            self._engine.pool.check_fits([tokens])
-            new.append(NewChunk(self._engine.namespace, level, clean, name, extra))
-        registered = [self.chunks.from_row(row) for row in self._engine.store.add_chunks(new, replace=replace)]
-        if before or level == LEVEL_SYSTEM:
-            self._compute_missing(before, registered, show_progress)
+        skip: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Registered:
+        engine, before = self._engine, self._anchor(anchor, level)
+        good, skipped = registration.check_texts(engine, texts, names, metadata, before, level, skip=skip)
+        if self._is_tiny and level == LEVEL_CONTEXT:
+            warn_once(each.new.text for each in good)
+        planned = registration.plan(engine, good, before, level)
+        if planned.missing:
+            expected = registration.estimate(engine, good, planned)
+            _log.info("registering %s", expected)
+            registration.check_disk(engine, expected)
+        rows, refused = registration.store_chunks(engine, good, replace_names=replace, skip=skip)
+        skipped = sorted((*skipped, *refused), key=lambda each: each.index)
+        for each in skipped:
+            _log.warning("skipped text %d: %s", each.index, type(each.error).__name__)
+        registered = Registered([self.chunks.from_row(row) for row in rows], skipped)
+        registration.compute_missing(engine, planned, registered, on_progress)
         return registered
 
-    def _compute_missing(self, anchor: Chunk | None, chunks: Sequence[Chunk], show_progress: bool) -> None:
-        """Compute and store what the store lacks of the entries that default compositions of these chunks need."""
-        alone = [compose([anchor, chunk] if anchor else [chunk], layout=self._engine.layout) for chunk in chunks]
-        keys = [self._engine.keys(composition)[-1] for composition in alone]
-        found = self._engine.store.look_up(keys)
-        lacking = [chunk for chunk, each in zip(chunks, found, strict=True) if isinstance(each, Miss)]
-        with self._engine.working():
-            self._engine.disown([key for key, each in zip(keys, found, strict=True) if isinstance(each, Miss)])
-        with Progress(
-            TextColumn("registering"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("tokens"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not show_progress or not lacking,
-            transient=True,
-        ) as bar:
-            task = bar.add_task("", total=sum(len(chunk.token_ids) for chunk in lacking))
-            for group in _groups(lacking, self._engine.pool):
-                pieces = [[anchor, *group]] if anchor else [[chunk] for chunk in group]
-                for composition in (compose(piece, layout=self._engine.layout) for piece in pieces):
-                    keys_now = self._engine.keys(composition)
-                    with self._engine.calls, self._engine.working(), self._engine.pool.pinned(keys_now):
-                        self._engine.prepare(composition, keys_now)
-                bar.advance(task, sum(len(chunk.token_ids) for chunk in group))
 
+def _listed(
+    texts: Sequence[Text],
+    names: Sequence[str | None] | None,
+    metadata: Sequence[Mapping[str, Any] | None] | None,
+) -> tuple[Sequence[Text], Sequence[str | None], Sequence[Mapping[str, Any] | None]]:
+    """Lists of one length.
 
-def _groups(chunks: Sequence[Chunk], pool: Pool) -> Iterator[list[Chunk]]:
-    """Consecutive chunks that fit in one forward pass together, and in a quarter of the pool."""
-    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(BATCH_TOKENS))
-    group: list[Chunk] = []
-    tokens = pages = 0
-    for chunk in chunks:
-        more = len(chunk.token_ids)
-        if group and (tokens + more > BATCH_TOKENS or pages + pool.pages_for(more) > room):
-            yield group
-            group, tokens, pages = [], 0, 0
-        group.append(chunk)
-        tokens += more
-        pages += pool.pages_for(more)
-    if group:
-        yield group
+    Raises:
+        InputError: they are not.
+    """
+    if isinstance(texts, str):
+        raise InputError("texts must be a list of texts; got a single one. Use register, or put it in a list.")
+    texts = list(texts)
+    for what, values in (("names", names), ("metadata", metadata)):
+        if values is not None and len(values) != len(texts):
+            raise InputError(
+                f"{what} must have one item per text: expected {len(texts)}, got {len(values)}. Put None for no item."
+            )
+    return texts, names or [None] * len(texts), metadata or [None] * len(texts)

@@ -1,12 +1,19 @@
-"""The chunks of one namespace: look up, list, delete."""
+"""The chunks of one namespace: look up, list, change, delete."""
 
-from collections.abc import Sequence
+import builtins
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from braidsdk.engine import Engine
-from braidsdk.errors import InputError, UnknownChunkError
-from braidsdk.store import ChunkRow
-from braidsdk.types import Chunk
+from braidsdk.errors import InputError, UnknownChunkError, shown
+from braidsdk.registration import text_of
+from braidsdk.store import ChunkRow, chunk_id
+from braidsdk.tokens import normalise
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, PageDocument, TextNode
+
+PAGE = 1_000
+"""Chunks that iterating holds in memory at a time."""
 
 
 class Chunks:
@@ -29,10 +36,96 @@ class Chunks:
             raise self._unknown(name_or_id)
         return self.from_row(row)
 
-    def list(self) -> list[Chunk]:
-        """All chunks, in the order of their registration."""
+    def list(
+        self,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        level: int | None = None,
+        limit: int | None = None,
+        after: Chunk | str | None = None,
+    ) -> builtins.list[Chunk]:
+        """Chunks in the order of their registration; all of them, without an argument.
+
+        A page at a time: `list(limit=100)`, then `list(limit=100, after=page[-1])` until a page is empty.
+
+        Args:
+            name: pattern that one of the chunk's names fits: `*`, `?` and `[...]` as in the shell, upper and lower case
+                told apart. The chunk then carries that name.
+            metadata: keys and values that its metadata has; text, numbers, bools and None.
+            level: 0 for system prompts, 1 for context.
+            limit: at most so many.
+            after: a chunk, its name or its id; only those registered after it.
+
+        Raises:
+            InputError: an argument can't be used.
+            UnknownChunkError: `after` is not there (any more).
+        """
+        self._check(name, metadata, level)
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise InputError(f"limit must be a whole number of at least 0, or None; got {shown(limit)}.")
+        rows = self._engine.store.list_chunks(
+            self._engine.namespace,
+            name=name,
+            metadata=metadata,
+            level=level,
+            limit=limit,
+            after=None if after is None else self.resolve([after])[0].id,
+        )
+        return [self.from_row(row) for row in rows]
+
+    def count(
+        self, *, name: str | None = None, metadata: Mapping[str, Any] | None = None, level: int | None = None
+    ) -> int:
+        """How many chunks `list` would give; takes and raises what it does, and reads no text."""
+        self._check(name, metadata, level)
+        return self._engine.store.count_chunks(self._engine.namespace, name=name, metadata=metadata, level=level)
+
+    def __len__(self) -> int:
+        return self.count()
+
+    def __bool__(self) -> bool:
+        return True  # it is there, with or without chunks
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """The chunks that are there now, in the order of their registration, some in memory at a time. They may be
+        deleted meanwhile: then they are left out."""
         self._engine.check_open()
-        return [self.from_row(row) for row in self._engine.store.list_chunks(self._engine.namespace)]
+        ids = self._engine.store.chunk_ids(self._engine.namespace)
+        for start in range(0, len(ids), PAGE):
+            page = ids[start : start + PAGE]
+            rows = self._engine.store.find_chunks(self._engine.namespace, page)
+            yield from (self.from_row(rows[each]) for each in page if each in rows)
+
+    def update(
+        self,
+        chunk: Chunk | str,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        name: str | None = None,
+        replace: bool = False,
+    ) -> Chunk:
+        """Give a chunk other metadata, or one more name. Text, id and KV entries stay: another text is another chunk.
+
+        Args:
+            chunk: a chunk, its name or its id.
+            metadata: JSON types; replaces what the chunk has. None leaves it.
+            name: one more name. None adds none.
+            replace: let `name` move here from another text.
+
+        Returns:
+            The chunk as it is now.
+
+        Raises:
+            UnknownChunkError: there is no such chunk in this namespace.
+            NameTakenError: `name` stands for another text and `replace` is off.
+            InputError: name or metadata can't be used.
+        """
+        found = self.resolve([chunk])[0]
+        row = self._engine.store.update_chunk(
+            self._engine.namespace, found.id, name=name, metadata=metadata, replace=replace
+        )
+        return self.from_row(row)
 
     def delete(self, chunk: Chunk | str) -> int:
         """Delete a chunk, its names, its KV entries and every entry that was computed with sight of it.
@@ -43,29 +136,34 @@ class Chunks:
         Raises:
             UnknownChunkError: there is no such chunk in this namespace.
         """
-        found = self.resolve([chunk])[0]
-        with self._engine.working():
-            gone = self._engine.store.delete_chunk(self._engine.namespace, found.id)
-            self._engine.pool.drop_chunk(found.id)
-        return len(gone)
+        return self.delete_many([chunk])
 
-    def resolve(self, chunks: Sequence[Chunk | str]) -> tuple[Chunk, ...]:
-        """Chunks for chunks, names and ids, in order; all are checked against the store.
+    def delete_many(self, chunks: Iterable[Chunk | str]) -> int:
+        """`delete` for many, in one transaction: all of them, or none if one is not there.
+
+        `braid.chunks.delete_many(braid.chunks.list(name="guide*"))` deletes by pattern.
+        """
+        found = self.resolve(chunks if isinstance(chunks, str | Chunk) else [*chunks])
+        with self._engine.working():
+            gone = self._engine.store.delete_chunks(self._engine.namespace, [chunk.id for chunk in found])
+            self._engine.pool.drop_chunks({chunk.id for chunk in found})
+        return len(gone.digests)
+
+    def resolve(self, chunks: Sequence[Chunk | str | PageDocument | TextNode]) -> tuple[Chunk, ...]:
+        """Chunks for chunks, names, ids and a retriever's objects, in order; all are checked against the store.
 
         Raises:
-            InputError: these are no chunks, names or ids.
+            InputError: these are no such things.
             UnknownChunkError: one is not in this namespace.
         """
         self._engine.check_open()
         if isinstance(chunks, str | Chunk):
             raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it in a list.")
-        for chunk in chunks:
-            if not isinstance(chunk, str | Chunk):
-                raise InputError(f"chunks must hold chunks, names or ids; got a {type(chunk).__name__}.")
-        ids = [chunk.id for chunk in chunks if isinstance(chunk, Chunk)]
+        wanted = [chunk if isinstance(chunk, str | Chunk) else self._registered(chunk) for chunk in chunks]
+        ids = [chunk.id for chunk in wanted if isinstance(chunk, Chunk)]
         there = self._engine.store.find_chunks(self._engine.namespace, ids)
         found = []
-        for chunk in chunks:
+        for chunk in wanted:
             if isinstance(chunk, str):
                 found.append(self.get(chunk))
             elif chunk.id in there:
@@ -74,6 +172,32 @@ class Chunks:
             else:
                 raise self._unknown(chunk.label)
         return tuple(found)
+
+    def _registered(self, given: PageDocument | TextNode) -> Chunk:
+        """The context chunk of a retriever's object: its text names it."""
+        try:
+            text, _ = text_of(given)
+        except InputError:
+            raise InputError(
+                f"chunks must hold chunks, names or ids; got a {type(given).__name__}. Pass what register returned."
+            ) from None
+        ident = chunk_id(self._engine.namespace, LEVEL_CONTEXT, normalise(text))  # type: ignore[arg-type]  # checks it
+        row = self._engine.store.find_chunks(self._engine.namespace, [ident]).get(ident)
+        if row is None:
+            raise UnknownChunkError(
+                f"The text of this {type(given).__name__} is not registered in namespace "
+                f"{shown(self._engine.namespace)}. Pass it to register or register_many first."
+            )
+        return self.from_row(row)
+
+    def _check(self, name: object, metadata: object, level: object) -> None:
+        self._engine.check_open()
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"name must be a pattern such as 'guide*', or None; got a {type(name).__name__}.")
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise InputError(f"metadata must be a mapping of keys to values, or None; got a {type(metadata).__name__}.")
+        if level is not None and (type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT)):
+            raise InputError(f"level must be 0 (system prompt), 1 (context) or None; got {shown(level)}.")
 
     def from_row(self, row: ChunkRow) -> Chunk:
         """The public view of a stored chunk."""
@@ -89,5 +213,5 @@ class Chunks:
 
     def _unknown(self, name_or_id: str) -> UnknownChunkError:
         close = self._engine.store.close_names(self._engine.namespace, name_or_id)
-        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else " Register its text first."
-        return UnknownChunkError(f"No chunk {name_or_id[:80]!r} in namespace {self._engine.namespace!r}.{hint}")
+        hint = f" Did you mean {' or '.join(map(shown, close))}?" if close else " Register its text first."
+        return UnknownChunkError(f"No chunk {shown(name_or_id)} in namespace {shown(self._engine.namespace)}.{hint}")

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, get_args
 
-from braidsdk.errors import UnknownModeError, WindowExceededError
+from braidsdk.errors import UnknownModeError, WindowExceededError, did_you_mean, shown
 from braidsdk.store.keys import EntryKey, ModelIdentity, sha256_of_tokens
 from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 
@@ -148,7 +148,9 @@ def parse_mode(mode: str | None) -> Mode:
     for known in get_args(Mode):
         if mode == known:
             return known  # type: ignore[no-any-return]  # get_args is untyped
-    raise UnknownModeError(f"mode must be one of {', '.join(get_args(Mode))}; got {mode!r}.")
+    raise UnknownModeError(
+        f"mode must be one of {', '.join(get_args(Mode))}; got {shown(mode)}.{did_you_mean(mode, get_args(Mode))}"
+    )
 
 
 def compose(

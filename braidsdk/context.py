@@ -7,7 +7,9 @@ from typing import Literal, Unpack
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from braidsdk.async_stream import AsyncStream, Cancellation
 from braidsdk.compose import Composition, check_window
+from braidsdk.decoding import Decoder
 from braidsdk.engine import Engine
 from braidsdk.generate import tail_logits
 from braidsdk.handover import to_dynamic_cache
@@ -71,9 +73,7 @@ class Context:
         """
         started = perf_counter()
         with self._stream(question, history, options, started) as stream, self._engine.calls:
-            for _ in stream:
-                pass
-            return stream.answer
+            return _read(stream)
 
     def stream(self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]) -> Stream:
         """Answer a question piece by piece; takes and raises what `ask` does.
@@ -82,6 +82,31 @@ class Context:
         ended; closing it early stops generation.
         """
         return self._stream(question, history, options)
+
+    async def aask(
+        self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]
+    ) -> Answer:
+        """`ask` for an event loop, which is never blocked: the work is done in a thread.
+
+        A cancelled task returns at once; generation stops after the step that runs, and what it holds is freed.
+        """
+        started, cancellation = perf_counter(), Cancellation()
+
+        def work() -> Answer:
+            with cancellation.watch(self._stream(question, history, options, started)) as stream, self._engine.calls:
+                return _read(stream)
+
+        return await self._engine.workers.answer(work, cancellation.cancel)
+
+    def astream(
+        self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]
+    ) -> AsyncStream:
+        """`stream` for an event loop: `async for piece in context.astream(...)`.
+
+        The loop is never blocked: the work is done in a thread. What `ask` raises comes with the first piece.
+        `contextlib.aclosing` or `async with` stops generation when the block is left.
+        """
+        return AsyncStream(self._engine.workers, lambda: self._stream(question, history, options))
 
     def next_token_logits(self, question: str, *, history: History | None = None) -> Tensor:
         """Logits of the answer's first token, [vocab_size], float32 on the CPU (float64 for a float64 model).
@@ -110,7 +135,7 @@ class Context:
         """A fresh cache of this context for `generate` of transformers, computing what is missing of it.
 
         `generate` writes into the cache it is given: ask for another one each time. Give it the ids of the whole
-        prompt; those of the context are not computed again::
+        prompt; those of the context are not computed again:
 
             ids = torch.tensor([context.prompt_ids("What is the capital?")])
             cache = context.to_transformers_cache(model.config)
@@ -133,8 +158,13 @@ class Context:
             return to_dynamic_cache(engine.model, engine.pool, self._composition.segments, entries, config)
 
     def explain(self) -> Explanation:
-        """What a call would find in memory or store, and why it would not find the rest. Loads and computes nothing."""
+        """What a call would find in memory or store, why it would not find the rest, and how long having all of it
+        ready should take. Loads and computes nothing.
+
+        Times are those of the rates measured in this process, or in an earlier one on this store.
+        """
         rows = []
+        rates = self._engine.rates
         segments = self._composition.segments
         with self._engine.working():
             places = self._engine.locate(self._keys)
@@ -143,6 +173,11 @@ class Context:
             where: Literal["memory", "store", "nowhere"] = (
                 "memory" if isinstance(found, Resident) else "store" if isinstance(found, Hit) else "nowhere"
             )
+            seconds: float | None = 0.0
+            if isinstance(found, Hit):
+                seconds = rates.seconds_for("load", found.nbytes)
+            elif isinstance(found, Miss):
+                seconds = rates.seconds_for("compute", len(segment.token_ids))
             rows.append(
                 ExplainedChunk(
                     label=segment.label,
@@ -154,17 +189,35 @@ class Context:
                     where=where,
                     reason=found.detail if isinstance(found, Miss) else f"in {where}",
                     kv_bytes=kv_bytes,
+                    expected_ms=None if seconds is None else seconds * 1e3,
                 )
             )
         return Explanation(self._composition.mode, tuple(rows), self._composition.notes)
 
+    def belongs_to(self, engine: Engine) -> bool:
+        """Whether this engine composed it."""
+        return self._engine is engine
+
+    def open_stream(
+        self, question: str, options: SamplingOptions, *, started: float | None = None, decoder: Decoder | None = None
+    ) -> Stream:
+        """A stream that goes on together with others of the same decoder; its caller holds `engine.calls`."""
+        return self._stream(question, None, options, started, decoder)
+
     def _stream(
-        self, question: str, history: History | None, options: SamplingOptions, started: float | None = None
+        self,
+        question: str,
+        history: History | None,
+        options: SamplingOptions,
+        started: float | None = None,
+        decoder: Decoder | None = None,
     ) -> Stream:
         """The answer of a call that began at `started` and queues, or of one that takes turns (None)."""
         composition, keys = self._prompt(question, history)
         params = resolve(options, self._engine.config, len(composition.input_ids))
-        return Stream(self._engine, composition, keys, params, queued=started is not None, started=started)
+        return Stream(
+            self._engine, composition, keys, params, queued=started is not None, started=started, decoder=decoder
+        )
 
     def _prompt(self, question: str, history: History | None) -> tuple[Composition, tuple[EntryKey, ...]]:
         """This composition with a conversation's past and a question, and the keys of its segments."""
@@ -186,3 +239,10 @@ class Context:
     def __repr__(self) -> str:
         labels = ", ".join(segment.label for segment in self._composition.segments)
         return f"Context({self.mode}: {labels}; {len(self.input_ids)} tokens)"
+
+
+def _read(stream: Stream) -> Answer:
+    """The whole answer, once it has ended."""
+    for _ in stream:
+        pass
+    return stream.answer

@@ -2,7 +2,7 @@
 
 import torch
 
-from braidsdk.errors import InputError
+from braidsdk.errors import InputError, did_you_mean, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """What a model can be computed in; float64 is the reference that others are measured against."""
@@ -23,7 +23,10 @@ def parse_device(device: str) -> torch.device:
     except RuntimeError:
         parsed = None
     if parsed is None or parsed.type not in ("cpu", "cuda"):
-        raise InputError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'; got {device!r}.")
+        raise InputError(
+            f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N'; got {shown(device)}."
+            f"{did_you_mean(device, ('auto', 'cpu', 'cuda'))}"
+        )
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use 'cpu'."
@@ -39,6 +42,8 @@ def parse_dtype(dtype: str) -> torch.dtype | None:
     """
     if dtype == "auto":
         return None
-    if dtype not in DTYPES:
-        raise InputError(f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}; got {dtype!r}.")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise InputError(
+            f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}; got {shown(dtype)}.{did_you_mean(dtype, DTYPES)}"
+        )
     return DTYPES[dtype]

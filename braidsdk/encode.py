@@ -24,7 +24,7 @@ class Run:
     Attributes:
         token_ids: the tokens.
         context: what they see beside the entry they belong to.
-        pages: where that entry lies, int64 [pages].
+        pages: where that entry lies, int64 [pages], on the CPU.
         start: index of the first of them in that entry.
         origin: absolute position of the entry's token 0.
     """
@@ -38,25 +38,25 @@ class Run:
 
 def compute(model: Model, pool: Pool, runs: Sequence[Run]) -> None:
     """Compute the KV of runs, in batches of at most `BATCH_TOKENS` tokens. A run may see an earlier one."""
-    for batch in _batches(runs):
+    for batch, _ in _batches(runs):
         model.forward(make_batch(batch, pool), pool.kv, None)
 
 
-def compute_logits(model: Model, pool: Pool, run: Run) -> Tensor:
-    """Compute a run, and the logits after its last token: [vocab_size]."""
-    *first, last = _batches([run])
-    for batch in first:
-        model.forward(make_batch(batch, pool), pool.kv, None)
-    rows = torch.tensor([sum(len(part.token_ids) for part in last) - 1], device=model.device)
-    logits = model.forward(make_batch(last, pool), pool.kv, rows)
-    if logits is None:
-        raise RuntimeError("the model gave no logits although a row was asked for")
-    return logits[0]
+def compute_logits(model: Model, pool: Pool, runs: Sequence[Run]) -> Tensor:
+    """Compute runs, and the logits after the last token of each: [runs, vocab_size]."""
+    found = []
+    for batch, ends in _batches(runs):
+        rows = torch.tensor(ends, device=model.device) if ends else None
+        logits = model.forward(make_batch(batch, pool), pool.kv, rows)
+        if logits is not None:
+            found.append(logits)
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
-    """Pack runs into batches, in order; a run that does not fit is cut."""
+def _batches(runs: Iterable[Run]) -> Iterator[tuple[list[Run], list[int]]]:
+    """Pack runs into batches, in order; a run that does not fit is cut. With each batch the rows that end a run."""
     batch: list[Run] = []
+    ends: list[int] = []
     room = BATCH_TOKENS
     for run in runs:
         rest = run
@@ -65,17 +65,18 @@ def _batches(runs: Iterable[Run]) -> Iterator[list[Run]]:
             rest = replace(rest, token_ids=rest.token_ids[room:], start=rest.start + len(part.token_ids))
             batch.append(part)
             room -= len(part.token_ids)
+            if not rest.token_ids:
+                ends.append(BATCH_TOKENS - room - 1)
             if not room:
-                yield batch
-                batch, room = [], BATCH_TOKENS
+                yield batch, ends
+                batch, ends, room = [], [], BATCH_TOKENS
     if batch:
-        yield batch
+        yield batch, ends
 
 
 def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
     """The tensors of one forward pass over these runs."""
-    device = pool.kv.device
-    frames = [torch.arange(run.start, run.start + len(run.token_ids), device=device) for run in runs]
+    frames = [torch.arange(run.start, run.start + len(run.token_ids)) for run in runs]
     requests = []
     row = lowest = highest = 0
     for run in runs:
@@ -85,13 +86,19 @@ def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
         row += len(run.token_ids)
         highest = max(highest, run.origin + stop)
         lowest = min(lowest, *(segment.origin for segment in requests[-1].segments))
+    slots = [slots_of(run.pages, run.start, run.start + len(run.token_ids), pool.page_size) for run in runs]
+    columns = (
+        torch.tensor([i for run in runs for i in run.token_ids]),
+        torch.cat([frame + run.origin for frame, run in zip(frames, runs, strict=True)]),
+        torch.cat(frames),
+        torch.cat(slots),
+    )
+    token_ids, positions, frame_positions, slot = torch.stack(columns).to(pool.kv.device)  # in one copy
     return Batch(
-        token_ids=torch.tensor([i for run in runs for i in run.token_ids], device=device),
-        positions=torch.cat([frame + run.origin for frame, run in zip(frames, runs, strict=True)]),
-        frame_positions=torch.cat(frames),
-        slots=torch.cat(
-            [slots_of(run.pages, run.start, run.start + len(run.token_ids), pool.page_size) for run in runs]
-        ),
+        token_ids=token_ids,
+        positions=positions,
+        frame_positions=frame_positions,
+        slots=slot,
         requests=tuple(requests),
         limit=highest - lowest,
     )

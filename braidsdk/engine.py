@@ -3,6 +3,7 @@
 One read of the store for what the pool lacks, one pass of the model for what the store lacks, at most one write.
 """
 
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,17 +16,26 @@ import transformers
 from torch import Tensor
 
 from braidsdk.compose import Composition
+from braidsdk.decoding import Decoder, EagerDecoder
 from braidsdk.encode import Run, compute
-from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
+from braidsdk.errors import BraidError, ClosedError, StoreError, UnknownChunkError
 from braidsdk.fair_lock import FairLock
+from braidsdk.graphs import GraphDecoder, Graphs
 from braidsdk.history import SpokenTurns
 from braidsdk.lease import Lease
 from braidsdk.models.base import Model
 from braidsdk.pool import Pool, Resident
+from braidsdk.rates import Rates
 from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Slab
 from braidsdk.tokens import PromptLayout
+from braidsdk.workers import Workers
 
 NO_CODEC = "none"
+
+HITS, MISSES = "hits", "misses"
+"""Under which the store remembers the counts of all processes."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,9 @@ class Engine:
         calls: held by a call that runs to its end, so that such calls queue instead of competing for the pool. Streams
             hold pages between their steps, and don't take it.
         turns: the ids of answers given, for conversations that go on.
+        rates: how fast this model was on this device.
+        workers: threads that run an event loop's calls.
+        hits, misses: entries that calls found, and that they had to compute.
     """
 
     def __init__(self, model: Model, layout: PromptLayout, store: ChunkStore, pool: Pool, namespace: str) -> None:
@@ -77,6 +90,11 @@ class Engine:
             head_dim=model.config.head_dim,
             rope=model.config.rope,
         )
+        prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
+        self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
+        self.workers = Workers()
+        self.hits = self.misses = 0
+        self._graphs = Graphs(model, pool) if model.device.type == "cuda" and model.paths.triton else None
         self._open = True
 
     def check_open(self) -> None:
@@ -91,8 +109,18 @@ class Engine:
         with self._step:
             if self._open:
                 self._open = False
+                self.workers.close()
+                self._remember()
                 self.store.close()
-                del self.pool, self.model
+                del self.pool, self.model, self._graphs
+
+    def _remember(self) -> None:
+        """Leave counts and rates for later processes; what can't be written is only missed by statistics."""
+        counts = {name: count for name, count in ((HITS, self.hits), (MISSES, self.misses)) if count}
+        try:
+            self.store.remember(self.rates.changed(), add=counts)
+        except BraidError as error:
+            _log.warning("counts and rates were not kept: %s", type(error).__name__)
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -109,6 +137,12 @@ class Engine:
                 yield
         finally:
             self._settle()
+
+    def decoder(self) -> Decoder:
+        """One for requests that go on together. Call it within `working`."""
+        if self._graphs:
+            return GraphDecoder(self._graphs, self.model, self.pool)
+        return EagerDecoder(self.model, self.pool)
 
     def give_back(self, lease: Lease) -> None:
         """End a lease: now, or when the step that runs has ended. Never waits.
@@ -138,8 +172,13 @@ class Engine:
         found = dict(zip(keys, self.store.look_up(keys), strict=True))
         return [self.pool.peek(key.digest) or found[key] for key in keys]
 
-    def prepare(self, composition: Composition, keys: Sequence[EntryKey]) -> Prepared:
+    def prepare(self, composition: Composition, keys: Sequence[EntryKey], *, counted: bool = True) -> Prepared:
         """Make every entry of a composition resident. Call it with the keys pinned.
+
+        Args:
+            composition: of which.
+            keys: of its segments.
+            counted: whether it counts in `hits` and `misses`.
 
         Raises:
             PoolFullError: they do not fit in the pool.
@@ -149,20 +188,36 @@ class Engine:
         started = perf_counter()
         self.pool.check_capacity(keys)
         self._check_chunks(composition)
-        absent = list({key.digest: key for key in keys if not self.pool.get(key.digest)}.values())
+        unique = {key.digest: key for key in keys}
+        absent = [key for key in unique.values() if not self.pool.get(key.digest)]
+        loaded_bytes = found_entries = 0
         if absent:
             self.pool.reserve(sum(self.pool.pages_for(len(key.token_ids)) for key in absent))
             for found in self.store.stream(absent):
                 if isinstance(found, Entry):
                     self._take_in(found)
+                    loaded_bytes += found.nbytes
+                    found_entries += 1
         loaded = perf_counter()
+        missing = len(absent) - found_entries
+        if counted:
+            self.hits += len(unique) - missing
+            self.misses += missing
         computed = self._compute_missing(composition, keys)
-        self._keep(composition, keys)
+        kept = self._keep(composition, keys)
+        finished = perf_counter()
+        if loaded_bytes:
+            self.rates.add("load", loaded_bytes, loaded - started)
+            _log.info("loaded %d entries, %d bytes in %.1f ms", found_entries, loaded_bytes, (loaded - started) * 1e3)
+        if computed:
+            if kept or self.model.device.type == "cpu":  # a GPU is only waited for when what it computed is read
+                self.rates.add("compute", computed, finished - loaded)
+            _log.info("computed %d entries, %d tokens in %.1f ms", missing, computed, (finished - loaded) * 1e3)
         return Prepared(
             entries=tuple(self._resident(key) for key in keys),
             computed_tokens=computed,
             load_ms=(loaded - started) * 1e3,
-            compute_ms=(perf_counter() - loaded) * 1e3,
+            compute_ms=(finished - loaded) * 1e3,
         )
 
     def disown(self, keys: Sequence[EntryKey]) -> None:
@@ -175,9 +230,8 @@ class Engine:
         """Refuse a composition with a deleted chunk, and forget what was computed with sight of it."""
         labels = {segment.chunk.id: segment.label for segment in composition.segments if segment.chunk}
         gone = labels.keys() - self.store.known_chunks(self.namespace, labels)
-        for chunk_id in gone:
-            self.pool.drop_chunk(chunk_id)
         if gone:
+            self.pool.drop_chunks(gone)
             names = ", ".join(repr(labels[chunk_id]) for chunk_id in sorted(gone))
             raise UnknownChunkError(f"Deleted meanwhile: {names}. Register it again, or compose without it.")
 
@@ -206,8 +260,8 @@ class Engine:
             self.pool.adopt(Resident(key, pages[key.digest], stored=False))
         return sum(len(run.token_ids) for run in runs)
 
-    def _keep(self, composition: Composition, keys: Sequence[EntryKey]) -> None:
-        """Write to the store what the composition keeps and the store does not hold."""
+    def _keep(self, composition: Composition, keys: Sequence[EntryKey]) -> int:
+        """Write to the store what the composition keeps and the store does not hold; returns how many entries."""
         wanted = {key.digest: key for segment, key in zip(composition.segments, keys, strict=True) if segment.keep}
         entries = [entry for key in wanted.values() if not (entry := self._resident(key)).stored]
         if entries:
@@ -217,6 +271,7 @@ class Engine:
                 raise type(error)(f"{error} To answer without storing, compose with keep=False.") from error
             for entry in entries:
                 self.pool.adopt(replace(entry, stored=True))
+        return len(entries)
 
     def _resident(self, key: EntryKey) -> Resident:
         entry = self.pool.peek(key.digest)

@@ -1,7 +1,7 @@
 """Every error that BraidSDK raises.
 
 Each message gives what was expected, what came, and what to do. None holds tensor contents or long stretches of a
-user's text.
+user's text, and none is longer than a screen.
 
     BraidError
     ├── InputError (ValueError)            an argument can't be used
@@ -19,11 +19,21 @@ user's text.
     │   ├── StorePathError                 the path is a file, or can't be written
     │   ├── StoreVersionError              written by a newer BraidSDK
     │   ├── StoreCorruptError              the index is damaged
+    │   ├── StoreFullError                 what is to be written does not fit on the disk
     │   └── HashCollisionError             two different contents share a hash
     ├── NumericsError (ArithmeticError)    the model gave NaN or infinite logits
     ├── PoolFullError (MemoryError)        more KV memory than the device's pool holds
     └── ClosedError                        used after close()
 """
+
+import difflib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LONGEST_MESSAGE = 1_600
+"""Characters of an error's message at most: a screen of 24 lines of 80 holds it."""
 
 __all__ = [
     "BraidError",
@@ -39,6 +49,7 @@ __all__ = [
     "PoolFullError",
     "StoreCorruptError",
     "StoreError",
+    "StoreFullError",
     "StorePathError",
     "StoreVersionError",
     "UnknownChunkError",
@@ -49,8 +60,31 @@ __all__ = [
 ]
 
 
+def did_you_mean(given: object, known: "Iterable[str]") -> str:
+    """The end of a message about a misspelt word: " Did you mean 'x'?", or nothing if no known word resembles it."""
+    close = difflib.get_close_matches(str(given)[:200].lower(), list(known), n=3, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def shown(given: object, limit: int = 80) -> str:
+    """What was given as ASCII, for a message: its repr, cut to so many characters."""
+    text = ascii(given)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 class BraidError(Exception):
     """Base of every error that BraidSDK raises."""
+
+    def __init__(self, message: str = "") -> None:
+        """Keep the message; of one longer than a screen the middle is left out, so that it ends with what to do.
+
+        Args:
+            message: for people.
+        """
+        if len(message) > LONGEST_MESSAGE:
+            half = LONGEST_MESSAGE // 2 - 4
+            message = f"{message[:half]} [...] {message[-half:]}"
+        super().__init__(message)
 
 
 class InputError(BraidError, ValueError):
@@ -111,6 +145,10 @@ class StoreVersionError(StoreError):
 
 class StoreCorruptError(StoreError):
     """The store's index is damaged."""
+
+
+class StoreFullError(StoreError):
+    """What is to be written does not fit on the store's disk."""
 
 
 class HashCollisionError(StoreError):

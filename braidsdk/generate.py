@@ -8,9 +8,11 @@ from typing import Literal
 from torch import Tensor
 
 from braidsdk.compose import Composition
+from braidsdk.decoding import Decoder, Row
 from braidsdk.encode import Run, compute_logits
 from braidsdk.engine import Engine, Prepared
 from braidsdk.errors import PoolFullError
+from braidsdk.kernels.paging import PagedSegment
 from braidsdk.lease import Lease
 from braidsdk.sampling import Sampler, SamplingParams
 from braidsdk.store import EntryKey
@@ -34,6 +36,7 @@ def generate(
     *,
     queued: bool = False,
     started: float | None = None,
+    decoder: Decoder | None = None,
 ) -> Generator[int, int | None, Outcome]:
     """Yield the ids of an answer, one at a time.
 
@@ -48,6 +51,7 @@ def generate(
         params: how to choose.
         queued: whether the caller holds `engine.calls`.
         started: when the call began, by `perf_counter`; None is when the first id is asked for.
+        decoder: shared with other requests, which then go on together; None is one of its own.
 
     Raises:
         ClosedError: the engine was closed, before or meanwhile.
@@ -60,25 +64,33 @@ def generate(
         started = perf_counter()
     sampler = Sampler(params, composition.input_ids)
     lease, prepared = _admit(engine, composition, keys, params.max_new_tokens, queued)
+    row = Row(
+        sampler,
+        _context(composition, prepared),
+        lease.pages,
+        composition.tail_origin,
+        reserved=len(composition.tail) + params.max_new_tokens,
+    )
     try:
         with engine.working():
             before_tail = perf_counter()
-            logits = _advance(engine, composition, prepared, lease, 0, composition.tail)
-            chosen = [sampler.pick(logits)]
+            decoder = decoder or engine.decoder()
+            decoder.admit(row, composition.tail)
+            chosen = [decoder.next(row)]
         first_token, decoding = perf_counter(), 0.0
         kept = yield chosen[-1]
         while kept is None and chosen[-1] not in params.stop_ids and len(chosen) < params.max_new_tokens:
             step = perf_counter()
             with engine.working():
-                done = len(composition.tail) + len(chosen) - 1
-                logits = _advance(engine, composition, prepared, lease, done, (chosen[-1],))
-                chosen.append(sampler.pick(logits))
+                chosen.append(decoder.next(row))
             decoding += perf_counter() - step
             kept = yield chosen[-1]
         with engine.working():
             computed = len(chosen) - 1  # the last one's keys and values were not needed
             _keep_turn(engine, composition, keys, lease, chosen[: computed if kept is None else min(kept, computed)])
     finally:
+        if decoder:
+            decoder.retire(row)
         engine.give_back(lease)
     return Outcome(
         usage=usage_of(composition, prepared, len(chosen)),
@@ -87,6 +99,7 @@ def generate(
             prefill_ms=prepared.compute_ms + (first_token - before_tail) * 1e3,
             first_token_ms=(first_token - started) * 1e3,
             decode_tokens_per_s=(len(chosen) - 1) / decoding if len(chosen) > 1 else None,
+            compute_ms=prepared.compute_ms,
         ),
         finish_reason="length" if kept is None and chosen[-1] not in params.stop_ids else "stop",
     )
@@ -98,7 +111,8 @@ def tail_logits(engine: Engine, composition: Composition, keys: Sequence[EntryKe
         lease = Lease(engine.pool, keys, len(composition.tail))
         try:
             prepared = engine.prepare(composition, keys)
-            return _advance(engine, composition, prepared, lease, 0, composition.tail)
+            run = Run(composition.tail, _context(composition, prepared), lease.pages, 0, composition.tail_origin)
+            return compute_logits(engine.model, engine.pool, [run])[0]
         finally:
             lease.close()
 
@@ -150,12 +164,8 @@ def _keep_turn(
     lease.adopt(engine.keys(turn, keys)[-1])
 
 
-def _advance(
-    engine: Engine, composition: Composition, prepared: Prepared, lease: Lease, start: int, token_ids: tuple[int, ...]
-) -> Tensor:
-    """Compute tokens [start, start + n) of the tail; logits after the last of them."""
-    context = tuple(
+def _context(composition: Composition, prepared: Prepared) -> tuple[PagedSegment, ...]:
+    """The segments of a prepared composition."""
+    return tuple(
         entry.at(segment.origin) for entry, segment in zip(prepared.entries, composition.segments, strict=True)
     )
-    run = Run(token_ids, context, lease.pages, start, composition.tail_origin)
-    return compute_logits(engine.model, engine.pool, run)

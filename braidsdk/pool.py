@@ -6,8 +6,9 @@ the least recently used entry that no running call pins makes room. Padding is z
 Knows nothing about text, files or composition modes.
 """
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -22,6 +23,8 @@ from braidsdk.models.base import Model
 from braidsdk.store.keys import EntryKey
 from braidsdk.types import LEVEL_QUERY
 
+_log = logging.getLogger(__name__)
+
 PAGE_SIZE = 64
 """Tokens per page."""
 
@@ -32,7 +35,7 @@ class Resident:
 
     Attributes:
         key: what it is the cache of.
-        pages: its page ids, int64 [pages].
+        pages: its page ids, int64 [pages], on the CPU.
         stored: whether the store holds it too.
     """
 
@@ -98,6 +101,11 @@ class Pool:
             initial_bytes=min(config.window * token_bytes, INITIAL_BYTES),
         )
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that are not free."""
+        return (self.kv.shape[2] - len(self._free)) * self.page_bytes
+
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens fill."""
         return -(-tokens // self.page_size)
@@ -137,7 +145,10 @@ class Pool:
             )
 
     def allocate(self, tokens: int, *, zeroed: bool = True) -> Tensor:
-        """Take pages for `tokens` tokens: page ids, int64 [pages]; not zeroed where the caller writes every byte.
+        """Take pages for `tokens` tokens; not zeroed where the caller writes every byte.
+
+        Returns:
+            Page ids, int64 [pages], on the CPU.
 
         Raises:
             PoolFullError: they do not fit beside what running calls hold.
@@ -152,7 +163,7 @@ class Pool:
                 f"{len(self._free) * self.page_bytes / 1e6:,.1f} MB is held by running calls. Compose fewer chunks, or "
                 "finish other answers first."
             )
-        pages = torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64, device=self.kv.device)
+        pages = torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64)
         if zeroed:
             self.kv[:, :, pages] = 0
         return pages
@@ -179,9 +190,9 @@ class Pool:
                 else:
                     self.release(entry.pages)
 
-    def drop_chunk(self, chunk_id: str) -> None:
-        """Forget every entry of a chunk, and every entry that was computed with sight of it."""
-        self.drop([d for d, e in self._entries.items() if chunk_id == e.key.chunk_id or chunk_id in e.key.after])
+    def drop_chunks(self, chunk_ids: Set[str]) -> None:
+        """Forget every entry of these chunks, and every entry that was computed with sight of one."""
+        self.drop([d for d, e in self._entries.items() if not chunk_ids.isdisjoint((e.key.chunk_id, *e.key.after))])
 
     @contextmanager
     def pinned(self, keys: Sequence[EntryKey]) -> Iterator[None]:
@@ -202,6 +213,7 @@ class Pool:
         """Drop the least recently used entry that no call pins, of that level if given; whether there was one."""
         for digest, entry in self._entries.items():
             if digest not in self._pins and level in (None, entry.key.level):
+                _log.debug("evicted an entry of %d tokens", entry.tokens)
                 self.drop([digest])
                 return True
         return False

@@ -16,7 +16,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from braidsdk.errors import InputError, NumericsError, WindowExceededError
+from braidsdk.errors import InputError, NumericsError, WindowExceededError, did_you_mean, shown
 from braidsdk.models.base import GenerationDefaults, ModelConfig
 
 DEFAULT_NEW_TOKENS = 256
@@ -93,7 +93,10 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
         TypeError: there is no such keyword.
     """
     if unknown := options.keys() - SamplingOptions.__annotations__:
-        raise TypeError(f"unexpected keyword {min(unknown)!r}; expected {', '.join(SamplingOptions.__annotations__)}.")
+        known = SamplingOptions.__annotations__
+        raise TypeError(
+            f"unexpected keyword {shown(min(unknown))}; expected {', '.join(known)}.{did_you_mean(min(unknown), known)}"
+        )
     temperature = _real("temperature", options.get("temperature"), 0.0, math.inf)
     shape = {
         "top_p": _real("top_p", options.get("top_p"), 0.0, 1.0, open_below=True),
@@ -140,6 +143,11 @@ class Sampler:
         else:
             self._random.manual_seed(params.seed)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the likeliest one, whatever came before."""
+        return not self._params.temperature and self._params.repetition_penalty == 1.0
+
     @torch.inference_mode()  # also where the caller is in it for some steps only
     def pick(self, logits: Tensor) -> int:
         """The next token's id.
@@ -150,7 +158,6 @@ class Sampler:
         Raises:
             NumericsError: a logit is NaN or infinite.
         """
-        self._chosen += 1
         params = self._params
         finite = torch.isfinite(logits).all()
         if params.repetition_penalty != 1.0:
@@ -160,14 +167,23 @@ class Sampler:
         else:
             is_finite = bool(finite)
             token = _draw(*candidates(logits, params), self._random) if is_finite else 0
-        if not is_finite:
+        return self.take(int(token), bool(is_finite))
+
+    def take(self, token: int, finite: bool) -> int:
+        """Take note of a token that the device has chosen from its logits; returns it.
+
+        Raises:
+            NumericsError: `finite` says that a logit was NaN or infinite.
+        """
+        self._chosen += 1
+        if not finite:
             raise NumericsError(
                 f"Expected finite logits for token {self._chosen} of the answer; some are NaN or infinite. Check the "
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
         if self._seen is not None:
             self._seen[token] = True
-        return int(token)
+        return token
 
     def _mask(self, logits: Tensor) -> Tensor:
         if self._seen is None:

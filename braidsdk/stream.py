@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from braidsdk.compose import Composition
+from braidsdk.decoding import Decoder
 from braidsdk.engine import Engine
 from braidsdk.errors import BraidError
 from braidsdk.generate import Outcome, generate
@@ -32,12 +33,14 @@ class Stream:
         *,
         queued: bool = False,
         started: float | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         self._layout = engine.layout
         self._turns = engine.turns
         self._composition = composition
         self._lock = RLock()
-        self._ids = _Ids(generate(engine, composition, keys, params, queued=queued, started=started), params.stop_ids)
+        tokens = generate(engine, composition, keys, params, queued=queued, started=started, decoder=decoder)
+        self._ids = _Ids(tokens, params.stop_ids)
         self._pieces = self._layout.decode_stream(self._ids)
         self._stop = StopStrings(params.stop)
         self._text = ""
@@ -62,10 +65,15 @@ class Stream:
             timings=outcome.timings,
         )
 
+    def stop(self) -> None:
+        """Let generation end after the step that runs. Never waits; whoever reads the stream, or `close`, then frees
+        what the call holds."""
+        self._ids.closed = True
+
     def close(self) -> None:
         """Stop generating and free what the call holds; while another thread reads, after the step that runs. Safe to
         call twice."""
-        self._ids.closed = True
+        self.stop()
         with self._lock:
             self._ids.close()
 

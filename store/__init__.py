@@ -7,6 +7,7 @@
     index.py    the open index: lock and transactions
     chunks.py   registered chunks and names, as rows
     entries.py  KV entries, as rows
+    memory.py   what processes leave for later ones to know
     reasons.py  why a look-up missed
     rebuild.py  the index from the files
     store.py    ChunkStore, which puts these together
@@ -16,7 +17,7 @@ It keeps bytes with a dtype and a shape: no torch, no model, no mode is known he
 
 from braidsdk.store.blobs import Slab
 from braidsdk.store.chunks import ChunkRow, NewChunk
-from braidsdk.store.entries import Entry, Hit
+from braidsdk.store.entries import Entry, EntryGroup, Hit
 from braidsdk.store.keys import (
     ALGORITHM_VERSION,
     FORMAT_VERSION,
@@ -28,15 +29,17 @@ from braidsdk.store.keys import (
     sha256_of_tokens,
 )
 from braidsdk.store.reasons import Miss
-from braidsdk.store.store import ChunkStore, Publication, StoreStats
+from braidsdk.store.store import ChunkStore, Deleted, Publication, StoreStats
 
 __all__ = [
     "ALGORITHM_VERSION",
     "FORMAT_VERSION",
     "ChunkRow",
     "ChunkStore",
+    "Deleted",
     "Difference",
     "Entry",
+    "EntryGroup",
     "EntryKey",
     "Hit",
     "Miss",

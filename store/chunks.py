@@ -12,8 +12,16 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from braidsdk.errors import EmptyTextError, HashCollisionError, InputError, NameTakenError, StoreCorruptError
+from braidsdk.errors import (
+    EmptyTextError,
+    HashCollisionError,
+    InputError,
+    NameTakenError,
+    StoreCorruptError,
+    shown,
+)
 from braidsdk.store.keys import chunk_id, looks_like_chunk_id
+from braidsdk.store.schema import METADATA_INDEX
 
 NAME_LIMIT = 500
 """Longest name, in characters."""
@@ -59,6 +67,22 @@ class ChunkRow:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ChunkFilter:
+    """Which chunks of a namespace are wanted; what is None does not matter.
+
+    Attributes:
+        name: pattern that one of the chunk's names fits: `*`, `?` and `[...]` as in the shell, upper and lower case
+            told apart.
+        metadata: keys and values that its metadata has; text, numbers, bools and None.
+        level: its level.
+    """
+
+    name: str | None = None
+    metadata: Mapping[str, Any] | None = None
+    level: int | None = None
+
+
 def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
     """Register one chunk; see `ChunkStore.add_chunk`."""
     _check(chunk)
@@ -71,7 +95,7 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
     elif found[0] != {"namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}:
         raise HashCollisionError(
             f"Expected the id {new_id} to be free or to stand for this text, but another text in namespace "
-            f"{found[0]['namespace']!r} has it. Change the text by a character, for example add a space inside."
+            f"{shown(found[0]['namespace'])} has it. Change the text by a character, for example add a space inside."
         )
     elif metadata is not None:
         db.execute("update chunks set metadata = ? where id = ?", [metadata, new_id])
@@ -108,9 +132,41 @@ def known(db: Database, namespace: str, ids: Iterable[str]) -> set[str]:
     return found
 
 
-def list_all(db: Database, namespace: str) -> list[ChunkRow]:
-    """Return the namespace's chunks in the order of registration."""
-    return _rows(db, "namespace = ?", [namespace])
+def select(
+    db: Database, namespace: str, which: ChunkFilter, *, limit: int | None = None, after: str | None = None
+) -> list[ChunkRow]:
+    """Return the namespace's chunks that pass the filter, in the order of registration.
+
+    Args:
+        db: the open index.
+        namespace: where they live.
+        which: the filter. Chunks that a name was asked for carry the first of their names that fits it.
+        limit: at most so many; None is all.
+        after: id of a chunk; only those registered after it.
+    """
+    where, arguments = _condition(namespace, which)
+    if after is not None:
+        where += " and number > (select number from chunks where id = ?)"
+        arguments.append(_bindable(after))
+    return _rows(db, where, arguments, limit=limit, named=which.name)
+
+
+def count(db: Database, namespace: str, which: ChunkFilter) -> int:
+    """Return how many chunks of the namespace pass the filter; reads no text."""
+    where, arguments = _condition(namespace, which)
+    return int(next(db.query(f"select count(*) as n from chunks where {where}", arguments))["n"])
+
+
+def update(
+    db: Database, row: ChunkRow, *, name: str | None, metadata: Mapping[str, Any] | None, replace: bool
+) -> ChunkRow:
+    """Give a chunk metadata in place of what it has, and one more name; see `ChunkStore.update_chunk`."""
+    _check_name(name)
+    if metadata is not None:
+        db.execute("update chunks set metadata = ? where id = ?", [_metadata_json(metadata), row.id])
+    if name is not None:
+        _name(db, row.namespace, name, row.id, replace=replace)
+    return _rows(db, "id = ?", [row.id], asked={row.id: name or row.name})[0]
 
 
 def close_names(db: Database, namespace: str, name: str) -> list[str]:
@@ -122,15 +178,19 @@ def close_names(db: Database, namespace: str, name: str) -> list[str]:
     return difflib.get_close_matches(name, [row["name"] for row in rows], n=3, cutoff=0.6)
 
 
-def owner(db: Database, wanted: str) -> str | None:
-    """Return the namespace of the chunk of that id, None without one."""
-    rows = list(db.query("select namespace from chunks where id = ?", [_bindable(wanted)]))
-    return rows[0]["namespace"] if rows else None
+def owners(db: Database, ids: Iterable[str]) -> dict[str, str | None]:
+    """Return the namespace of each of the ids' chunks, None for one that is not registered."""
+    found: dict[str, str | None] = dict.fromkeys(map(_bindable, ids))
+    for part in parts(list(found)):
+        rows = db.table("chunks").rows_where(f"id in ({placeholders(part)})", [*part], select="id, namespace")
+        found.update((row["id"], row["namespace"]) for row in rows)
+    return found
 
 
-def delete(db: Database, namespace: str, wanted: str) -> None:
-    """Delete a chunk's row and its names; its entries must be gone."""
-    db.table("chunks").delete_where("namespace = ? and id = ?", [namespace, wanted])
+def delete(db: Database, ids: Sequence[str]) -> None:
+    """Delete chunks' rows and their names; their entries must be gone."""
+    for part in parts(ids):
+        db.table("chunks").delete_where(f"id in ({placeholders(part)})", [*part])
 
 
 def now() -> str:
@@ -155,9 +215,14 @@ def _check(chunk: NewChunk) -> None:
         raise InputError('Expected a namespace, got an empty one. Leave it out for the namespace "default".')
     if not isinstance(chunk.level, int) or not 0 <= chunk.level <= 2:
         raise InputError(f"Expected a level of 0 (system), 1 (context) or 2 (query), got {chunk.level!r}.")
-    name = chunk.name
+    _check_name(chunk.name)
+
+
+def _check_name(name: str | None) -> None:
     if name is None:
         return
+    if not isinstance(name, str):
+        raise InputError(f"Expected a name that is text, got a {type(name).__name__}. Pass a str, or leave it out.")
     _bindable(name)
     if not name.strip() or len(name) > NAME_LIMIT:
         raise InputError(
@@ -171,6 +236,60 @@ def _check(chunk: NewChunk) -> None:
         )
 
 
+def _condition(namespace: str, which: ChunkFilter) -> tuple[str, list[Any]]:
+    """The filter as SQL, written so that SQLite answers it from indexes and reads no text."""
+    # A plus keeps SQLite from walking the namespace where the names that fit lead to the few chunks wanted.
+    plus = "+" if which.name is not None else ""
+    where = f"{plus}namespace = ?"
+    arguments: list[Any] = [namespace]
+    if which.level is not None:
+        where += f" and {plus}level = ?"
+        arguments.append(which.level)
+    if which.name is not None:
+        where += " and id in (select chunk_id from names where namespace = ? and name glob ?)"
+        arguments += [namespace, _glob(which.name)]
+    for key, value in (which.metadata or {}).items():
+        kinds = _json_types(key, value)
+        where += (
+            f" and number in (select other.number from chunks as other indexed by {METADATA_INDEX} where "
+            "other.namespace = ? and other.metadata <> '{}' and exists "
+            "(select 1 from json_each(other.metadata) as each where each.key = ? and each.value is ? and "
+            f"each.type in ({placeholders(kinds)})))"
+        )
+        arguments += [namespace, _bindable(key), value, *kinds]
+    return where, arguments
+
+
+def _glob(pattern: str) -> str:
+    if not isinstance(pattern, str):
+        raise InputError(f"Expected name to be text such as 'guide*', got a {type(pattern).__name__}.")
+    return _bindable(pattern.replace("[!", "[^"))  # the shell's way to say "none of these", and SQLite's
+
+
+def _json_types(key: object, value: object) -> tuple[str, ...]:
+    """What JSON calls a value's type, as far as it can be looked for."""
+    if not isinstance(key, str):
+        raise InputError(f"Expected metadata to look for by keys that are text, got a {type(key).__name__}.")
+    match value:
+        case None:
+            return ("null",)
+        case bool():
+            return ("true",) if value else ("false",)
+        case int() | float():
+            if value != value or abs(value) >= 2**63:
+                raise InputError(
+                    f"Expected a number of 64 bits to look for in metadata, got another under {key[:80]!r}."
+                )
+            return ("integer", "real")
+        case str():
+            _bindable(value)
+            return ("text",)
+    raise InputError(
+        f"Expected text, a number, a bool or None to look for in metadata, got a {type(value).__name__} under "
+        f"{shown(key)}. Compare lists and objects in your own code."
+    )
+
+
 def _name(db: Database, namespace: str, name: str, new_id: str, *, replace: bool) -> None:
     taken = list(db.query("select number, chunk_id from names where namespace = ? and name = ?", [namespace, name]))
     if not taken:
@@ -178,23 +297,40 @@ def _name(db: Database, namespace: str, name: str, new_id: str, *, replace: bool
     elif taken[0]["chunk_id"] != new_id:
         if not replace:
             raise NameTakenError(
-                f"Expected the name {name!r} to be free in namespace {namespace!r} or to stand for this text, but it "
-                f"stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose another."
+                f"Expected the name {shown(name)} to be free in namespace {shown(namespace)} or to stand for this "
+                f"text, but it stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose "
+                "another."
             )
         db.table("names").update(taken[0]["number"], {"chunk_id": new_id})
 
 
 def _rows(
-    db: Database, where: str, arguments: list[Any], *, asked: Mapping[str, str | None] | None = None
+    db: Database,
+    where: str,
+    arguments: list[Any],
+    *,
+    asked: Mapping[str, str | None] | None = None,
+    limit: int | None = None,
+    named: str | None = None,
 ) -> list[ChunkRow]:
-    """Read chunks with their names, in the order of registration, and check each text against its id."""
-    names: dict[str, list[str]] = {}
-    order = f"select chunk_id, name from names where chunk_id in (select id from chunks where {where}) order by number"
-    for row in db.query(order, arguments):
-        names.setdefault(row["chunk_id"], []).append(row["name"])
+    """Read chunks with their names, in the order of registration, and check each text against its id.
+
+    A chunk is called by the name in `asked`, or the first that fits the pattern `named`, or its first.
+    """
     columns = "id, namespace, level, text, metadata"
+    query = f"select {columns} from chunks where {where} order by number limit ?"
+    found = list(db.query(query, [*arguments, -1 if limit is None else limit]))
+    names: dict[str, list[str]] = {}
+    fitting: dict[str, str] = {}
+    pattern = "0" if named is None else "name glob ?"
+    for part in parts([row["id"] for row in found]):
+        query = f"select chunk_id, name, {pattern} as fits from names where chunk_id in ({placeholders(part)})"
+        for row in db.query(f"{query} order by number", [*([] if named is None else [_glob(named)]), *part]):
+            names.setdefault(row["chunk_id"], []).append(row["name"])
+            if row["fits"]:
+                fitting.setdefault(row["chunk_id"], row["name"])
     rows = []
-    for row in db.query(f"select {columns} from chunks where {where} order by number", arguments):
+    for row in found:
         if chunk_id(row["namespace"], row["level"], row["text"]) != row["id"]:
             raise StoreCorruptError(
                 f"Expected chunk {row['id']} to have the text that its id is the hash of, but the index holds another. "
@@ -202,17 +338,33 @@ def _rows(
                 "entries."
             )
         own = tuple(names.get(row["id"], ()))
-        name = (asked or {}).get(row["id"]) or (own[0] if own else None)
+        name = (asked or fitting).get(row["id"]) or (own[0] if own else None)
         metadata = {} if row["metadata"] == "{}" else json.loads(row["metadata"])
         rows.append(ChunkRow(row["id"], row["namespace"], row["level"], row["text"], name, own, metadata))
     return rows
 
 
 def _metadata_json(metadata: Mapping[str, Any]) -> str:
+    if not isinstance(metadata, Mapping):
+        raise InputError(f"Expected metadata to be a mapping, got a {type(metadata).__name__}. Pass a dict.")
     try:
         return _bindable(json.dumps(dict(metadata), ensure_ascii=True, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"Expected metadata of plain JSON values, got one that isn't: {error}.") from None
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(
+            f"Expected metadata of plain JSON values, got {_not_json(metadata)}. Convert it first, for example with "
+            "str(), or leave it out."
+        ) from None
+
+
+def _not_json(metadata: Mapping[str, Any]) -> str:
+    """Name the first value that is not JSON."""
+    for key, value in metadata.items():
+        try:
+            json.dumps({key: value}, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            what = "NaN or infinity" if isinstance(value, float) else f"a {type(value).__name__}"
+            return f"{what} under {shown(key)}"
+    return "a value that isn't"
 
 
 def _bindable(text: str) -> str:

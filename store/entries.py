@@ -4,7 +4,7 @@ Each function takes the open index and runs inside the caller's transaction. Rea
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from sqlite_utils import Database
 from braidsdk.store import reasons
 from braidsdk.store.blobs import Slab
 from braidsdk.store.chunks import now, parts, placeholders
-from braidsdk.store.keys import EntryKey
+from braidsdk.store.keys import EntryKey, record_chunk_ids
 from braidsdk.store.reasons import Miss
+from braidsdk.store.schema import MODELS_INDEX
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,25 @@ class Entry:
     page_size: int
     nbytes: int
     provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class EntryGroup:
+    """How many entries of one model, dtype and level there are, and their bytes of KV.
+
+    Attributes:
+        weights: fingerprint of the model's weights.
+        dtype: what they were computed in.
+        level: of their chunks.
+        entries: how many.
+        bytes: KV of all of them.
+    """
+
+    weights: str
+    dtype: str
+    level: int
+    entries: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -99,20 +119,26 @@ def insert(db: Database, rows: Sequence[EntryRow]) -> None:
     created = now()
     fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "file", "payload_digest")
     db.table("entries").insert_all(
-        [{name: getattr(row, name) for name in fields} | {"created": created} for row in rows]
+        [{name: getattr(row, name) for name in fields} | _grouped(row) | {"created": created} for row in rows]
     )
     saw = [{"digest": row.digest, "chunk_id": chunk} for row in rows for chunk in row.chunks]
     if saw:
         db.table("entry_chunks").insert_all(saw)
 
 
-def delete_of_chunk(db: Database, chunk_id: str) -> list[str]:
-    """Delete every entry computed with sight of a chunk, its own included, and return their digests."""
-    rows = db.table("entry_chunks").rows_where("chunk_id = ?", [chunk_id], select="digest", order_by="rowid")
-    digests = [row["digest"] for row in rows]
-    for part in parts(digests):
+def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
+    """Delete every entry computed with sight of one of the chunks, and return their digests with their bytes of KV."""
+    deleted: dict[str, int] = {}
+    for part in parts(chunk_ids):
+        rows = db.query(
+            "select digest, bytes from entries where digest in "
+            f"(select digest from entry_chunks where chunk_id in ({placeholders(part)})) order by rowid",
+            [*part],
+        )
+        deleted.update((row["digest"], row["bytes"]) for row in rows)
+    for part in parts(list(deleted)):
         db.table("entries").delete_where(f"digest in ({placeholders(part)})", part)
-    return digests
+    return deleted
 
 
 def delete_damaged(db: Database, digest: str, *, file: str | None, why: str) -> bool:
@@ -131,13 +157,36 @@ def record_damage(db: Database, digest: str, *, chunks: Sequence[str], file: str
     db.table("damage").insert(row)
 
 
-def forget_damaged(db: Database, chunk_id: str) -> list[str]:
-    """Forget what was set aside of a chunk, but not that it was, and return the files' names in damaged/."""
-    condition = "exists (select 1 from json_each(damage.chunks) where value = ?)"
-    rows = list(db.table("damage").rows_where(condition, [chunk_id], select="number, file"))
-    for row in rows:
-        db.table("damage").update(row["number"], {"digest": "", "chunks": "[]", "file": None})
-    return [row["file"] for row in rows if row["file"] is not None]
+def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
+    """Forget what was set aside of chunks, but not that it was, and return the files' names in damaged/."""
+    wanted, files = set(chunk_ids), []
+    for row in list(db.table("damage").rows_where("chunks <> '[]'", select="number, chunks, file")):
+        if wanted.intersection(json.loads(row["chunks"])):
+            db.table("damage").update(row["number"], {"digest": "", "chunks": "[]", "file": None})
+            files += [row["file"]] if row["file"] is not None else []
+    return files
+
+
+def groups(db: Database) -> list[EntryGroup]:
+    """Count entries and their bytes by model, dtype and level; answered from an index alone."""
+    rows = db.query(
+        "select weights, dtype, level, count(*) as entries, sum(bytes) as bytes "
+        f"from entries indexed by {MODELS_INDEX} group by weights, dtype, level"
+    )
+    return [EntryGroup(**row) for row in rows]
+
+
+def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
+    """Return a chunk's own entries, oldest first."""
+    fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, file, payload_digest"
+    found = db.table("entries").rows_where("chunk_id = ?", [chunk_id], select=fields, order_by="rowid")
+    return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
+
+
+def _grouped(row: EntryRow) -> dict[str, Any]:
+    """What statistics group an entry by, out of its record."""
+    record = json.loads(row.record)
+    return {"weights": record["model"]["weights"], "dtype": record["model"]["dtype"], "level": record["level"]}
 
 
 def _hit(key: EntryKey, row: Mapping[str, Any], root: Path) -> Hit | Miss:

@@ -16,9 +16,13 @@ from sqlite_utils import Database
 from sqlite_utils.db import ForeignKey
 from sqlite_utils.migrations import Migrations
 
-from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
+from braidsdk.errors import StoreCorruptError, StoreError, StoreFullError, StorePathError, StoreVersionError
 
 BUSY_TIMEOUT_S = 30.0
+
+METADATA_INDEX = "idx_chunks_namespace_metadata"
+
+MODELS_INDEX = "idx_entries_model"
 
 migrations = Migrations("braidsdk-store")
 
@@ -71,6 +75,18 @@ def m001_initial(db: Database) -> None:
         not_null=["digest", "chunks", "why", "created"],
     )
     db.table("damage").create_index(["digest"])
+
+
+@migrations()
+def m002_filters_and_memory(db: Database) -> None:
+    """Indexes for lists, counts and statistics that touch no text; what processes leave for later ones to know."""
+    db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
+    db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
+    for name, kind, path in (("weights", str, "model.weights"), ("dtype", str, "model.dtype"), ("level", int, "level")):
+        db.table("entries").add_column(name, kind)  # out of `record`, for statistics
+        db.execute(f"update entries set {name} = json_extract(record, '$.{path}')")
+    db.table("entries").create_index(["weights", "dtype", "level", "bytes"], index_name=MODELS_INDEX)
+    db.table("memory").create({"key": str, "value": str}, pk="key", not_null=["value"])
 
 
 def open_index(path: Path, *, first: Callable[[Database], None]) -> Database:
@@ -167,5 +183,8 @@ def translate(error: sqlite3.Error, index: Path) -> StoreError:
             "Try again, or end that process."
         )
     if code == sqlite3.SQLITE_FULL:
-        return StoreError(f"The disk of {index} is full. Free some space; the store is as it was before.")
-    return StoreError(f"The index {index} could not be used: {error}. The store is as it was before.")
+        return StoreFullError(f"The disk of {index} is full. Free some space; the store is as it was before.")
+    return StoreError(
+        f"The index {index} could not be used: {error}. The store is as it was before: try again, and correct what the "
+        "disk reports if it stays so."
+    )

@@ -6,26 +6,31 @@ one process publishes, deletes or sets aside never meets another's half way. Kno
 
 import contextlib
 import errno
+import logging
+import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from sqlite_utils import Database
 
-from braidsdk.errors import StoreError, StorePathError, UnknownChunkError
-from braidsdk.store import blobs, chunks, entries, rebuild
+from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
+from braidsdk.store import blobs, chunks, entries, memory, rebuild
 from braidsdk.store.blobs import DamagedFile, Slab
-from braidsdk.store.chunks import ChunkRow, NewChunk
-from braidsdk.store.entries import Entry, EntryRow, Hit
+from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
+from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
 from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
+
+_log = logging.getLogger(__name__)
 
 READ_AHEAD = 2
 """Entries that are read before they are asked for."""
@@ -36,12 +41,25 @@ Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds: chunks of all namespaces, entries, their bytes of KV, files set aside so far."""
+    """What a store holds: chunks of all namespaces, entries, their bytes of KV, files set aside so far.
+
+    `groups` counts entries and bytes by model, dtype and level.
+    """
 
     chunks: int
     entries: int
     bytes: int
     damaged: int
+    groups: tuple[EntryGroup, ...] = ()
+
+
+@dataclass(frozen=True)
+class Deleted:
+    """What a deletion took: chunks, digests of entries, and the entries' bytes of KV."""
+
+    chunks: int
+    digests: tuple[str, ...]
+    bytes: int
 
 
 class ChunkStore:
@@ -118,6 +136,45 @@ class ChunkStore:
         with self._index.write() as db:
             return [chunks.add(db, chunk, replace=replace) for chunk in new]
 
+    def add_good_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow | InputError]:
+        """Register many texts in one transaction; the place of one that can't be holds what `add_chunk` would raise."""
+        results: list[ChunkRow | InputError] = []
+        with self._index.write() as db:
+            for chunk in new:
+                db.execute("savepoint one_chunk")
+                try:
+                    results.append(chunks.add(db, chunk, replace=replace))
+                except InputError as error:
+                    db.execute("rollback to one_chunk")
+                    results.append(error)
+                db.execute("release one_chunk")
+        return results
+
+    def update_chunk(
+        self,
+        namespace: str,
+        chunk_id: str,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        replace: bool = False,
+    ) -> ChunkRow:
+        """Give a chunk metadata in place of what it has, or one more name; None leaves them.
+
+        Raises:
+            UnknownChunkError: it is not registered (any more).
+            NameTakenError: the name stands for another text, and `replace` was not asked for.
+            InputError: the name or metadata can't be used.
+        """
+        with self._index.write() as db:
+            row = chunks.find_many(db, namespace, [chunk_id]).get(chunk_id)
+            if row is None:
+                raise UnknownChunkError(
+                    f"Expected chunk {chunk_id} to be registered in namespace {shown(namespace)}, but it is not, or "
+                    "was deleted meanwhile. Register it again."
+                )
+            return chunks.update(db, row, name=name, metadata=metadata, replace=replace)
+
     def find_chunk(self, namespace: str, name_or_id: str) -> ChunkRow | None:
         """Return the chunk of that name, else the one of that id, else None."""
         with self._index.read() as db:
@@ -133,10 +190,47 @@ class ChunkStore:
         with self._index.read() as db:
             return chunks.known(db, namespace, ids)
 
-    def list_chunks(self, namespace: str) -> list[ChunkRow]:
-        """Return the namespace's chunks in the order of registration."""
+    def list_chunks(
+        self,
+        namespace: str,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        level: int | None = None,
+        limit: int | None = None,
+        after: str | None = None,
+    ) -> list[ChunkRow]:
+        """Return the namespace's chunks in the order of registration.
+
+        Args:
+            namespace: where they live.
+            name, metadata, level: see `ChunkFilter`.
+            limit: at most so many.
+            after: id of a chunk; only those registered after it. Of one that was deleted nothing follows.
+
+        Raises:
+            InputError: the pattern or the metadata can't be looked for.
+        """
         with self._index.read() as db:
-            return chunks.list_all(db, namespace)
+            return chunks.select(db, namespace, ChunkFilter(name, metadata, level), limit=limit, after=after)
+
+    def chunk_ids(self, namespace: str) -> list[str]:
+        """Return the ids of the namespace's chunks in the order of registration."""
+        with self._index.read() as db:
+            rows = db.table("chunks").rows_where("namespace = ?", [namespace], select="id", order_by="number")
+            return [row["id"] for row in rows]
+
+    def count_chunks(
+        self,
+        namespace: str,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        level: int | None = None,
+    ) -> int:
+        """Return how many chunks `list_chunks` would; reads no text."""
+        with self._index.read() as db:
+            return chunks.count(db, namespace, ChunkFilter(name, metadata, level))
 
     def close_names(self, namespace: str, name: str) -> list[str]:
         """Return up to three registered names that resemble this one, for an error's message."""
@@ -149,16 +243,22 @@ class ChunkStore:
         Returns:
             The digests of the deleted entries. None for a chunk that is not there: deleting twice is harmless.
         """
+        return self.delete_chunks(namespace, [chunk_id]).digests
+
+    def delete_chunks(self, namespace: str, ids: Iterable[str]) -> Deleted:
+        """`delete_chunk` for many, in one transaction: all or none."""
         with self._index.write() as db:
-            if chunks.owner(db, chunk_id) not in (namespace, None):
-                return ()
-            digests = entries.delete_of_chunk(db, chunk_id)
-            aside = entries.forget_damaged(db, chunk_id)
-            chunks.delete(db, namespace, chunk_id)
+            owners = chunks.owners(db, ids)
+            # A chunk without a row may still have been seen by entries: a rebuilt index can know it by id alone.
+            free = [each for each, owner in owners.items() if owner in (namespace, None)]
+            gone = entries.delete_of_chunks(db, free)
+            aside = entries.forget_damaged(db, free)
+            chunks.delete(db, free)
+            known = sum(owner == namespace for owner in owners.values())
         for name in aside:
             remove(self._layout.damaged / name)
-        self._remove_entries(digests)
-        return tuple(digests)
+        self._remove_entries(list(gone))
+        return Deleted(known, tuple(gone), sum(gone.values()))
 
     # entries
 
@@ -166,6 +266,11 @@ class ChunkStore:
         """Say for each key, in order, whether the index has its entry, or why not. Opens no entry's file."""
         with self._index.read() as db:
             return entries.look_up(db, keys, self.path)
+
+    def entries_of(self, chunk_id: str) -> list[EntryRow]:
+        """Return what the index keeps of a chunk's own entries, oldest first. Opens no entry's file."""
+        with self._index.read() as db:
+            return entries.of_chunk(db, chunk_id)
 
     def load(self, keys: Sequence[EntryKey]) -> list[Entry | Miss]:
         """Read and verify the entry of each key, in order, or say why not.
@@ -198,6 +303,7 @@ class ChunkStore:
             UnknownChunkError: a chunk that an entry belongs to, or was computed after, is not registered (any more).
             StoreError: the disk is full or fails. The store is as good as before.
         """
+        started = perf_counter()
         new = {key.digest: (key, slabs, provenance) for key, slabs, provenance in publications}
         with self._index.read() as db:
             for digest in entries.known(db, new):
@@ -214,6 +320,8 @@ class ChunkStore:
                 placed = list(rows)
                 self._layout.place((written[digest], digest) for digest in placed)
                 entries.insert(db, list(rows.values()))
+            written_bytes = sum(row.bytes for row in rows.values())
+            _log.info("published %d entries, %d bytes in %.1f ms", len(rows), written_bytes, _ms_since(started))
         except BaseException as error:
             with contextlib.suppress(StoreError):  # what stays is swept by a later open
                 self._remove_entries(placed)
@@ -233,8 +341,42 @@ class ChunkStore:
     def stats(self) -> StoreStats:
         """Count what the store holds."""
         with self._index.read() as db:
-            held = next(db.query("select count(*) as entries, coalesce(sum(bytes), 0) as bytes from entries"))
-            return StoreStats(db.table("chunks").count, held["entries"], held["bytes"], db.table("damage").count)
+            groups = tuple(entries.groups(db))
+            return StoreStats(
+                chunks=db.table("chunks").count,
+                entries=sum(group.entries for group in groups),
+                bytes=sum(group.bytes for group in groups),
+                damaged=db.table("damage").count,
+                groups=groups,
+            )
+
+    @property
+    def free_bytes(self) -> int:
+        """Free space on the disk where the store lies.
+
+        Raises:
+            StoreError: the disk does not tell.
+        """
+        try:
+            return shutil.disk_usage(self.path).free
+        except OSError as error:
+            raise StoreError(
+                f"Expected to read the free space at {self.path}, got: {error.strerror}. Is the folder still there?"
+            ) from error
+
+    # what processes leave for later ones
+
+    def recall(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return what was remembered under these keys; unknown ones are left out."""
+        with self._index.read() as db:
+            return memory.recall(db, keys)
+
+    def remember(self, values: Mapping[str, str], *, add: Mapping[str, int] | None = None) -> None:
+        """Keep values for later processes, and add to counts. Moving the index aside forgets them."""
+        if values or add:
+            with self._index.write() as db:
+                memory.remember(db, values)
+                memory.count(db, add or {})
 
     def _load(self, key: EntryKey, hit: Hit | Miss) -> Entry | Miss:
         while isinstance(hit, Hit):
@@ -266,6 +408,7 @@ class ChunkStore:
                 if stamp(path) != read:
                     return None
                 moved = self._layout.set_aside(path)
+                _log.warning("set aside entry %s: %s", key.digest, why)
                 entries.delete_damaged(db, key.digest, file=moved.name if moved else None, why=why)
             found = entries.look_up(db, [key], self.path)[0]
             return found if isinstance(found, Miss) else None
@@ -329,7 +472,12 @@ class ChunkStore:
         self._remove_entries([path.stem for path in stray if not blobs.is_of_another_format(path)])
 
     def _write_error(self, error: OSError) -> StoreError:
-        return StoreError(
+        kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        return kind(
             f"Could not write an entry to the store at {self.path}: {error.strerror}. "
             "Free some space or correct what fails; nothing of the entry is left and the store is as it was before."
         )
+
+
+def _ms_since(started: float) -> float:
+    return (perf_counter() - started) * 1e3

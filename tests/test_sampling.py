@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3ForCausalLM
 
-from braidsdk import Braid, Context, generate
+from braidsdk import Braid, Context, decoding
 from braidsdk.errors import InputError, NumericsError
 from braidsdk.models.base import GenerationDefaults
 from braidsdk.sampling import Sampler, SamplingParams, candidates, penalise
@@ -268,15 +268,15 @@ def test_logits_that_are_not_finite_are_a_typed_error(
 ) -> None:
     before = context.ask("Well?", max_new_tokens=9)
     idle = free_pages(random_braid)
-    honest, calls = generate.compute_logits, []
+    honest, calls = decoding.compute_logits, []
 
     def broken(*arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
         logits = honest(*arguments)
-        return logits.index_fill(0, torch.tensor([5]), value) if len(calls) == 4 else logits
+        return logits.index_fill(-1, torch.tensor([5]), value) if len(calls) == 4 else logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "compute_logits", broken)
+        patch.setattr(decoding, "compute_logits", broken)
         with pytest.raises(NumericsError, match="token 4 of the answer"):
             context.ask("Well?", max_new_tokens=9, **options)  # type: ignore[arg-type]
     assert free_pages(random_braid) == idle

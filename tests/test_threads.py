@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from braidsdk import Braid, Context, Stream, generate
+from braidsdk import Braid, Context, Stream, decoding, generate
 from braidsdk.errors import ClosedError, PoolFullError, UnknownChunkError
 from braidsdk.fair_lock import FairLock
 
@@ -88,13 +88,13 @@ def test_threads_may_register_ask_and_delete_at_once(small: Braid) -> None:
 
 def test_streams_of_several_threads_take_turns(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = context.ask("Well?", max_new_tokens=40)
-    honest, steps = generate.compute_logits, []
+    honest, steps = decoding.compute_logits, []
 
     def noting(*arguments) -> Tensor:  # type: ignore[no-untyped-def]
         steps.append(threading.get_ident())
         return honest(*arguments)
 
-    monkeypatch.setattr(generate, "compute_logits", noting)
+    monkeypatch.setattr(decoding, "compute_logits", noting)
     texts = in_threads([lambda: "".join(context.stream("Well?", max_new_tokens=40))] * 3)
     assert texts == [whole.text] * 3
     running = [  # steps while all three ran
@@ -142,7 +142,7 @@ def test_a_stream_closed_from_another_thread_stops_after_the_step_that_runs(
 ) -> None:
     before = pages(random_braid)
     stream = context.stream("Well?", max_new_tokens=500)
-    honest, closing, steps = generate.compute_logits, threading.Event(), []
+    honest, closing, steps = decoding.compute_logits, threading.Event(), []
 
     def close() -> None:
         closing.set()
@@ -159,7 +159,7 @@ def test_a_stream_closed_from_another_thread_stops_after_the_step_that_runs(
             time.sleep(0.05)  # from the event to the inside of `close`
         return honest(*arguments)
 
-    monkeypatch.setattr(generate, "compute_logits", noting)
+    monkeypatch.setattr(decoding, "compute_logits", noting)
     monkeypatch.setattr(stream._stop, "feed", lambda piece: "")  # one piece of text may take many steps
     for _ in stream:
         pass
@@ -219,6 +219,7 @@ def test_an_error_in_the_middle_frees_its_pages(
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
+        patch.setattr(decoding, "compute_logits", failing)
         patch.setattr(generate, "compute_logits", failing)
         with pytest.raises(RuntimeError, match="out of luck"):
             list(stream)

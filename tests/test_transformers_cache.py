@@ -1,6 +1,5 @@
 """Handing a composed context to transformers: its `generate` goes on from our cache."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from transformers import DynamicCache, Qwen3ForCausalLM
 
 from braidsdk import Braid, Context
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ["Oslo is a city. " * 6, "Rome is a city too, and Bern.", "Graz is one. " * 9]
 QUESTION = "Which of them?"
 
@@ -105,12 +103,3 @@ def test_other_rotations_are_handed_over_once(
     for ours, theirs in zip(cache.layers, want.layers, strict=True):
         assert torch.allclose(ours.keys, theirs.keys, rtol=1e-4, atol=1e-4 * float(theirs.keys.abs().max()))
         assert torch.allclose(ours.values, theirs.values, rtol=1e-4, atol=1e-4 * float(theirs.values.abs().max()))
-
-
-def test_the_documented_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    snippet = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "transformers.md").read_text(), re.DOTALL)[0]
-    monkeypatch.setenv("BRAID_STORE", str(tmp_path / "store"))
-    exec(compile(snippet, "docs/transformers.md", "exec"), {})
-    ours, theirs = capsys.readouterr().out.strip().splitlines()
-    assert ours == theirs
-    assert ours

@@ -35,7 +35,7 @@ def test_four_processes_open_a_new_store_and_publish_the_same_entries(folder: Pa
             assert make.content(entry.slabs) == make.content(make.slabs(i))
         assert (store.stats().entries, store.damaged_count) == (12, 0)
         with store._index.read() as db:
-            assert db.table("_sqlite_migrations").count == 1
+            assert db.table("_sqlite_migrations").count == 2
     assert len(list(folder.rglob("*.safetensors"))) == 12
     assert list((folder / "tmp").iterdir()) == []
 

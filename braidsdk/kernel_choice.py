@@ -1,0 +1,180 @@
+"""Which kernels a model runs on: what was asked for, and what this machine can do."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, fields
+from importlib.util import find_spec
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+from platformdirs import user_cache_dir
+
+from braidsdk import kernels
+from braidsdk.errors import BraidError, InputError
+from braidsdk.kernels.paths import TORCH, Paths
+from braidsdk.kernels.selftest import Geometry, Result
+from braidsdk.models.base import Model
+
+if TYPE_CHECKING:
+    from braidsdk.kernels.launch import Path
+
+OPS = tuple(each.name for each in fields(Paths))
+
+
+class KernelsWarning(UserWarning):
+    """Something runs on torch's own kernels although a CUDA device could do better."""
+
+
+def parse_kernels(kernels: str | None) -> dict[str, str]:
+    """What is asked for, by operation: "auto", "triton" or "torch".
+
+    Args:
+        kernels: one of them for all operations, then perhaps exceptions, as in "auto,attention=torch"; None is
+            `BRAID_KERNELS`, or "auto".
+
+    Raises:
+        InputError: it is not of that form.
+    """
+    text = os.environ.get("BRAID_KERNELS") or "auto" if kernels is None else kernels
+    form = f"'auto', 'triton' or 'torch', then perhaps exceptions such as 'attention=torch' ({', '.join(OPS)})"
+    if not isinstance(text, str):
+        raise InputError(f"kernels must be {form}; got a {type(text).__name__}.")
+    first, *exceptions = (part.strip() for part in text.split(","))
+    wanted = dict.fromkeys(OPS, first)
+    for exception in exceptions:
+        op, _, path = exception.partition("=")
+        if op not in OPS:
+            raise InputError(f"kernels must be {form}; got {text[:80]!r}.")
+        wanted[op] = path
+    if not set(wanted.values()) <= {"auto", "triton", "torch"}:
+        raise InputError(f"kernels must be {form}; got {text[:80]!r}.")
+    return wanted
+
+
+def obstacle(model: Model) -> str | None:
+    """Why no Triton kernel can run this model; None if they can."""
+    device, head_dim = model.device, model.config.head_dim
+    if device.type != "cuda":
+        return f"the model is on {device}; Triton kernels need a CUDA device"
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere, compute capability 8.0"
+    if model.dtype not in (torch.float32, torch.bfloat16):
+        return f"{model.dtype} is not computed by them; use bfloat16 or float32"
+    if head_dim < 16 or head_dim & (head_dim - 1):
+        return f"the model's head_dim is {head_dim}; they need a power of two, at least 16"
+    return None
+
+
+def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
+    """The path of each operation.
+
+    "auto" takes Triton's kernels on a CUDA device, where they can run this model, and torch's elsewhere. The first
+    time on a device each kernel is tried on this model's shapes, in a process of its own; one that fails is left to
+    torch, with one warning. What was found is remembered.
+
+    Raises:
+        InputError: "triton" was asked for where it can't run.
+    """
+    reason = obstacle(model)
+    if reason and "triton" in wanted.values():
+        raise InputError(f"kernels='triton' can't run here: {reason}. Use kernels='auto'.")
+    if reason:
+        if model.device.type == "cuda" and "auto" in wanted.values():
+            warnings.warn(f"Running on torch's kernels, which are slower: {reason}.", KernelsWarning, stacklevel=4)
+        return TORCH
+    troubles = _troubles(model) if "auto" in wanted.values() else {}
+    fallen = {op: troubles[op] for op, choice in wanted.items() if choice == "auto" and op in troubles}
+    if fallen:
+        warnings.warn(
+            f"These operations run on torch's kernels, which are slower: "
+            f"{'; '.join(f'{op} ({trouble})' for op, trouble in fallen.items())}. `braid doctor` says more.",
+            KernelsWarning,
+            stacklevel=4,
+        )
+    paths: dict[str, Path] = {
+        op: "torch" if choice == "torch" or op in fallen else "triton" for op, choice in wanted.items()
+    }
+    return Paths(**paths)
+
+
+def self_test(model: Model, *, timed: bool) -> list[Result]:
+    """Try every Triton kernel on a model's shapes, in a process of its own.
+
+    Raises:
+        BraidError: that process ended before its time.
+    """
+    config = model.config
+    geometry = Geometry(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        q_heads=config.q_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    command = [sys.executable, "-P", "-m", "braidsdk.kernels.selftest", json.dumps(asdict(geometry))]
+    environment = dict(os.environ)
+    if model.device.index:
+        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[model.device.index]
+    child = subprocess.run(
+        command + ([] if timed else ["quick"]), env=environment, capture_output=True, text=True, check=False
+    )
+    results = [Result(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
+    if child.returncode:
+        raise BraidError(
+            f"The kernels' self-test ended with {child.returncode} after {len(results)} cases: "
+            f"{child.stderr.strip()[-300:]}. Use kernels='torch' meanwhile."
+        )
+    return results
+
+
+def _troubles(model: Model) -> dict[str, str]:
+    """What is wrong with which operation's kernels, remembered from the first time on."""
+    memory = FilePath(user_cache_dir("braidsdk")) / "kernels.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    key = _setting(model)
+    if key not in known:
+        try:
+            results = self_test(model, timed=False)
+            known[key] = {result.op: result.trouble for result in results if not result.ok}
+        except BraidError as error:
+            return dict.fromkeys(OPS, str(error))
+        with suppress(OSError):  # only costs the next process the same test
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            scratch = memory.with_suffix(f".{os.getpid()}")
+            scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
+            scratch.replace(memory)
+    return dict(known[key])
+
+
+def _setting(model: Model) -> str:
+    """All that decides whether the kernels work: device, versions, their source, the model's shapes."""
+    config = model.config
+    shapes = (config.hidden_size, config.intermediate_size, config.q_heads, config.kv_heads, config.head_dim)
+    source = xxhash.xxh3_64()
+    for file in sorted(FilePath(kernels.__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    parts = (
+        torch.cuda.get_device_name(model.device),
+        torch.__version__,
+        importlib.metadata.version("triton"),
+        source.hexdigest(),
+        shapes,
+        config.vocab_size,
+        model.dtype,
+    )
+    return " ".join(map(str, parts))

@@ -1,0 +1,46 @@
+"""A progress bar on stderr, driven by `Progress`."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from braidsdk.types import Progress, duration
+
+
+class ProgressBar:
+    """Shows tokens done, tokens per second and the time left, where stderr is a terminal. A context manager and an
+    `on_progress` callback; gone when it is left."""
+
+    def __init__(self, *, console: Console | None = None) -> None:
+        self._bar = Bar(
+            TextColumn("registering"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens{task.fields[rate]}{task.fields[left]}"),
+            console=console or Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", rate="", left="", visible=False)
+
+    def __call__(self, progress: Progress) -> None:
+        rate, left = progress.tokens_per_s, progress.seconds_left
+        self._bar.update(
+            self._task,
+            completed=progress.done_tokens,
+            total=progress.total_tokens,
+            visible=True,
+            rate="" if rate is None else f", {rate:,.0f} tokens/s",
+            left="" if left is None else f", {duration(left)} left",
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()

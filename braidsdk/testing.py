@@ -1,0 +1,201 @@
+"""Fakes for the tests of applications: a Braid whose model answers at once, without a checkpoint.
+
+    from braidsdk.testing import FakeBraid
+
+    def test_the_bot_answers() -> None:
+        with FakeBraid({"What is the refund period?": "30 days."}) as braid:
+            rules = braid.register_system("Answer from the documents.")
+            terms = braid.register("Refunds are made within 30 days.", anchor=rules)
+            assert braid.ask("What is the refund period?", chunks=[rules, terms]).text == "30 days."
+
+All but model and tokenizer is the real thing: registering, names, composition, paged memory, the store, usage, streams,
+errors. A token is a byte of UTF-8. The fake keeps token ids in its KV memory and reads the prompt back from there, so
+it only answers what was really composed. The store is a temporary folder that goes with `close`.
+
+Answers are the same in every run. Nothing is downloaded.
+"""
+
+import tempfile
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from braidsdk.braid import Braid
+from braidsdk.engine import Engine
+from braidsdk.errors import InputError, did_you_mean, shown
+from braidsdk.kernels.paging import PagedSegment, append
+from braidsdk.kernels.paths import TORCH
+from braidsdk.kernels.rope import RotaryTable
+from braidsdk.models.base import Batch, Model, ModelConfig
+from braidsdk.pool import Pool
+from braidsdk.store import ChunkStore
+from braidsdk.tokens import PromptLayout
+
+__all__ = ["ANSWER", "Answers", "FakeBraid", "FakeModel"]
+
+Answers = Mapping[str, str] | Callable[[str, tuple[str, ...]], str]
+"""Questions and their answers; or a function of the question and the texts of the composed chunks, in order, the system
+prompt's first."""
+
+ANSWER = "A fake answer."
+
+_SYSTEM, _USER, _CLOSE, _ASSISTANT, _END = range(256, 261)
+_VOCABULARY = 261
+_WINDOW = 100_000
+_POOL_BYTES = 64 * 2**20
+
+
+class FakeModel:
+    """A model of one layer that computes nothing: it remembers ids as keys, and looks up what to say.
+
+    It takes the place of a `Model`. Use it through `FakeBraid`.
+    """
+
+    def __init__(self, answers: Answers, *, window: int = _WINDOW) -> None:
+        """Prepare the answers.
+
+        Args:
+            answers: what it says.
+            window: how many tokens, that is bytes, a prompt and its answer may have.
+        """
+        self.config = ModelConfig(
+            layers=1,
+            q_heads=1,
+            kv_heads=1,
+            head_dim=2,
+            vocab_size=_VOCABULARY,
+            hidden_size=1,
+            intermediate_size=1,
+            window=window,
+            rope='{"rope_type":"none"}',
+            eos_ids=frozenset({_END}),
+        )
+        self.fingerprint = "fake"
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        self.paths = TORCH
+        self.rotary = RotaryTable(torch.zeros(1), 1.0, torch.float32, self.device)
+        self._answers = answers
+        self._given: dict[tuple[str, tuple[str, ...]], str] = {}
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
+        """Keep the ids, and put all weight on the next token of the answer; see `models.base.Model.forward`."""
+        keys = batch.token_ids.to(kv.dtype)[:, None, None].expand(-1, 1, kv.shape[-1])
+        append(kv[0], batch.slots, keys, keys)
+        if logit_rows is None:
+            return None
+        logits = torch.zeros(len(logit_rows), _VOCABULARY)
+        for place, row in enumerate(logit_rows.tolist()):
+            request = next(each for each in batch.requests if each.rows.start <= row < each.rows.stop)
+            *context, tail = (_ids(kv[0], segment) for segment in request.segments)
+            logits[place, self._next(context, tail[: len(tail) - (request.rows.stop - 1 - row)])] = 1e4
+        return logits
+
+    def _next(self, context: Sequence[list[int]], tail: list[int]) -> int:
+        """The id after a tail: the question and what was said of the answer."""
+        opening = len(tail) - tail[::-1].index(_USER) if _USER in tail else 0
+        closing = tail.index(_CLOSE, opening)
+        question, said = _text(tail[opening:closing]), tail[closing + 2 :]
+        documents = tuple(text for ids in context if _CLOSE not in ids and (text := _text(ids)))
+        if not said:
+            self._given[question, documents] = self._look_up(question, documents)
+        answer = [*self._given[question, documents].encode(), _END]
+        return answer[len(said)] if len(said) < len(answer) else _END
+
+    def _look_up(self, question: str, documents: tuple[str, ...]) -> str:
+        if callable(self._answers):
+            return self._answers(question, documents)
+        if question not in self._answers:
+            raise InputError(
+                f"The fake model was given no answer to {shown(question)}. Give it one, or a function that answers any."
+                f"{did_you_mean(question, self._answers)}"
+            )
+        return self._answers[question]
+
+
+class FakeLayout(PromptLayout):
+    """The layout of `FakeModel`'s prompts: bytes, and five control tokens in the places of a chat template's."""
+
+    def __init__(self) -> None:
+        self.vocab_size = _VOCABULARY
+        self.fingerprint = "fake"
+        self.header_ids = (_USER,)
+        self.turn_ids = (_END, _USER)
+        self._system_open, self._system_close, self._closing = (_SYSTEM,), (_USER,), (_CLOSE, _ASSISTANT)
+        self._encode = lru_cache(maxsize=4096)(_encode)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of ids, control tokens left out."""
+        return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+    def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
+        """Text as ids arrive, in pieces that never split a character."""
+        decoder = getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in token_ids:
+            if piece := decoder.decode(bytes([token_id])) if token_id < 256 else "":
+                yield piece
+        if rest := decoder.decode(b"", final=True):
+            yield rest
+
+
+class FakeBraid(Braid):
+    """A `Braid` with a `FakeModel` and a temporary store. See the module for an example."""
+
+    def __init__(
+        self,
+        answers: Answers | None = None,
+        *,
+        store: str | Path | None = None,
+        namespace: str = "default",
+        window: int = _WINDOW,
+        pool_bytes: int = _POOL_BYTES,
+    ) -> None:
+        """Open it.
+
+        Args:
+            answers: to questions; a question without one raises InputError. A function is called once per answer. None
+                answers every question with `ANSWER`.
+            store: a folder, for tests of what a second process finds. None is a temporary one.
+            namespace: as for `Braid`.
+            pool_bytes: as for `Braid`.
+            window: how many tokens, that is bytes, a prompt and its answer may have.
+
+        Raises:
+            StoreError: the store can't be used.
+        """
+        self._temporary = tempfile.TemporaryDirectory(prefix="braid-fake-") if store is None else None
+        opened = ChunkStore(store if store is not None else str(self._temporary and self._temporary.name))
+        # `load` is what it lacks of a Model, and nobody loads it.
+        model = cast("Model", FakeModel(_any_answer if answers is None else answers, window=window))
+        pool = Pool.for_model(model, pool_bytes)
+        self._adopt(Engine(model, FakeLayout(), opened, pool, namespace), "fake", is_tiny=False)
+
+    def close(self) -> None:
+        """As `Braid.close`; a temporary store is removed. Safe to call twice."""
+        super().close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+
+def _any_answer(question: str, documents: tuple[str, ...]) -> str:  # noqa: ARG001 - the same to all
+    return ANSWER
+
+
+def _encode(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+def _text(ids: Sequence[int]) -> str:
+    return bytes(i for i in ids if i < 256).decode(errors="replace").removesuffix("\n")
+
+
+def _ids(memory: Tensor, segment: PagedSegment) -> list[int]:
+    """The ids of a segment, read back from the keys of the one layer."""
+    keys = memory[0, segment.pages, 0, :, 0].flatten()[segment.start : segment.stop]
+    return [int(key) for key in keys.tolist()]

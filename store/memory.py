@@ -1,0 +1,35 @@
+"""What processes leave in the index for later ones to know: counts, measured rates, names of models.
+
+Each function takes the open index and runs inside the caller's transaction. Nothing here is needed for a right answer,
+and a rebuilt index starts without it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from sqlite_utils import Database
+
+from braidsdk.store.chunks import parts, placeholders
+
+
+def recall(db: Database, keys: Iterable[str]) -> dict[str, str]:
+    """Return the values of these keys; unknown ones are left out."""
+    found: dict[str, str] = {}
+    for part in parts(list(keys)):
+        rows = db.table("memory").rows_where(f"key in ({placeholders(part)})", [*part])
+        found.update((row["key"], row["value"]) for row in rows)
+    return found
+
+
+def remember(db: Database, values: Mapping[str, str]) -> None:
+    """Keep values, in place of what their keys had."""
+    db.table("memory").upsert_all([{"key": key, "value": value} for key, value in values.items()], pk="key")
+
+
+def count(db: Database, counts: Mapping[str, int]) -> None:
+    """Add to the counts of these keys, from 0."""
+    for key, more in counts.items():
+        db.execute(
+            "insert into memory (key, value) values (?, ?) "
+            "on conflict (key) do update set value = cast(value as integer) + excluded.value",
+            [key, more],
+        )

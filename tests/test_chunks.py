@@ -1,0 +1,107 @@
+"""`braid.chunks`: lists by page and filter, counts, changes, deletions of one and of many."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from braidsdk import Braid, chunks
+from braidsdk.errors import InputError, NameTakenError, UnknownChunkError
+from braidsdk.testing import FakeBraid
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeBraid]:
+    with FakeBraid() as braid:
+        braid.register_system("Answer.", name="rules")
+        braid.register_many(
+            [f"Page {n}." for n in range(7)],
+            names=[f"guide/{n}" for n in range(7)],
+            metadata=[{"odd": bool(n % 2), "page": n} for n in range(7)],
+            progress=False,
+        )
+        yield braid
+
+
+def names(found: list[Any]) -> list[str]:
+    return [chunk.name for chunk in found]
+
+
+def test_lists_are_filtered_and_paged(fake: FakeBraid) -> None:
+    assert names(fake.chunks.list(name="guide/[0-2]")) == ["guide/0", "guide/1", "guide/2"]
+    assert names(fake.chunks.list(level=0)) == ["rules"]
+    assert names(fake.chunks.list(metadata={"odd": True}, limit=2)) == ["guide/1", "guide/3"]
+    page, seen = fake.chunks.list(name="guide*", limit=3), []
+    while page:
+        seen += names(page)
+        page = fake.chunks.list(name="guide*", limit=3, after=page[-1])
+    assert seen == [f"guide/{n}" for n in range(7)]
+    assert names(fake.chunks.list(after="guide/5")) == ["guide/6"]
+
+
+def test_counts_and_length(fake: FakeBraid) -> None:
+    assert len(fake.chunks) == fake.chunks.count() == 8
+    assert fake.chunks.count(name="guide*", metadata={"odd": False}) == 4
+    with FakeBraid() as empty:
+        assert len(empty.chunks) == 0
+        assert empty.chunks, "it is there, empty or not"
+
+
+def test_iterating_gives_all_by_pages(fake: FakeBraid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "PAGE", 3)
+    assert list(fake.chunks) == fake.chunks.list()
+    for chunk in fake.chunks:  # each page's last chunk may be deleted while it is walked
+        if chunk.name == "guide/0":
+            fake.chunks.delete("guide/0")
+    assert len(fake.chunks) == 7
+
+
+def test_a_chunk_gets_other_metadata_and_names(fake: FakeBraid) -> None:
+    before = fake.chunks.get("guide/1")
+    changed = fake.chunks.update("guide/1", metadata={"v": 2}, name="first")
+    assert changed == before
+    assert (changed.name, changed.metadata) == ("first", {"v": 2})
+    assert fake.chunks.get("guide/1").metadata == {"v": 2}
+    assert fake.chunks.update(before).metadata == {"v": 2}, "what is not given stays"
+    with pytest.raises(NameTakenError):
+        fake.chunks.update(before, name="guide/2")
+    assert fake.chunks.update(before, name="guide/2", replace=True).name == "guide/2"
+    with pytest.raises(UnknownChunkError, match=r"Did you mean 'guide/1'"):
+        fake.chunks.update("guide/11", metadata={})
+    with pytest.raises(InputError, match="JSON"):
+        fake.chunks.update(before, metadata={"x": object()})
+
+
+def test_many_are_deleted_at_once_or_none(random_braid: Braid) -> None:
+    rules = random_braid.register_system("Answer.")
+    made = random_braid.register_many(["a.", "b.", "c.", "d."], anchor=rules, names=list("abcd"), progress=False)
+    random_braid.compose([rules, *made], mode="exact").prepare()
+    with pytest.raises(UnknownChunkError):
+        random_braid.chunks.delete_many(["a", "nobody"])
+    assert random_braid.chunks.count() == 5
+    assert random_braid.chunks.delete_many(random_braid.chunks.list(name="[ab]")) == 2
+    assert random_braid.chunks.list() == [rules, *made[2:]]
+    pool = random_braid._engine.pool
+    gone = {made[0].id, made[1].id}
+    assert not [e for e in pool._entries.values() if gone & {e.key.chunk_id, *e.key.after}]
+    assert random_braid.chunks.delete_many([]) == 0
+    with pytest.raises(InputError, match="must be a list"):
+        random_braid.chunks.delete_many("c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"name": 5}, "name must be a pattern"),
+        ({"metadata": "x"}, "metadata must be a mapping"),
+        ({"metadata": {"x": [1]}}, "Compare lists and objects"),
+        ({"level": 2}, "level must be 0"),
+        ({"limit": -1}, "limit must be"),
+        ({"limit": True}, "limit must be"),
+        ({"after": "nobody"}, "No chunk 'nobody'"),
+    ],
+    ids=str,
+)
+def test_what_a_list_refuses(fake: FakeBraid, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        fake.chunks.list(**arguments)
