@@ -24,7 +24,7 @@ def test_add_list_and_ask(tmp_path: Path) -> None:
     (tmp_path / "rules.txt").write_text("You answer questions from the documents.")
     run("add", "--system", "--name", "rules", str(tmp_path / "rules.txt"), *store)
     added = json.loads(run("add", "--anchor", "rules", str(tmp_path / "aistonia.txt"), *store, "--json").stdout)
-    assert [row["name"] for row in added] == ["aistonia.txt"]
+    assert [row["name"] for row in added["chunks"]] == ["aistonia.txt"]
     piped = run("add", "-", "--name", "belmora", *store, stdin="The capital of Belmora is Plonk.").stdout
     assert "belmora" in piped
 
@@ -46,10 +46,10 @@ def test_add_list_and_ask(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["ask", "Who?", "-c", "nobody"], 1, "braid: No chunk 'nobody'"),
-        (["add", "missing.txt"], 1, "braid: missing.txt can't be read"),
-        (["ask", "Who?", "--model", "nowhere"], 1, "braid: No checkpoint at 'nowhere'"),
-        (["add", "a", "b", "--name", "c"], 1, "--name names one chunk"),
+        (["ask", "Who?", "-c", "nobody"], 3, "braid: No chunk 'nobody'"),
+        (["add", "missing.txt"], 3, "braid: missing.txt can't be read"),
+        (["ask", "Who?", "--model", "nowhere"], 3, "braid: No checkpoint at 'nowhere'"),
+        (["add", "a", "b", "--name", "c"], 2, "--name names one text"),
         (["fly"], 2, "No such command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -73,14 +73,14 @@ def load_samples() -> Samples:
     )
 
 
-def run_demo(store: Path | None, *, device: str, model: str, as_json: bool) -> bool:
+def run_demo(store: Path | None, *, device: str, model: str, as_json: bool, quiet: bool = False) -> bool:
     """Register here, answer in a second process, print. True if every single-document question was answered right.
 
     Raises:
         BraidError: the second process failed.
     """
-    folder, console = store_folder(store), Console(stderr=True)
-    computed = _register(folder, device, model)
+    folder, console = store_folder(store), Console(stderr=True, quiet=quiet)
+    computed = _register(folder, device, model, progress=not quiet)
     console.print(f"{computed} tokens computed into {folder}. Answering in a second process ...", soft_wrap=True)
     child = [sys.executable, "-P", "-m", "braidsdk.cli.demo", "--store", str(folder), "--device", device]
     done = subprocess.run([*child, "--model", model], stdout=subprocess.PIPE, text=True, check=False)
@@ -97,14 +97,15 @@ def run_demo(store: Path | None, *, device: str, model: str, as_json: bool) -> b
     return bool(report["reloaded"]) and all(result.ok for result in results if result.question in single)
 
 
-def _register(folder: Path, device: str, model: str) -> int:
+def _register(folder: Path, device: str, model: str, *, progress: bool) -> int:
     """Register the samples and compute what the questions need; returns the tokens computed."""
     from braidsdk import Braid
 
     samples = load_samples()
     with Braid(model, store=folder, device=device, namespace=NAMESPACE) as braid:
         rules = braid.register_system(samples.system, name="rules", replace=True)
-        braid.register_many(list(samples.documents.values()), names=list(samples.documents), anchor=rules, replace=True)
+        texts, names = list(samples.documents.values()), list(samples.documents)
+        braid.register_many(texts, names=names, anchor=rules, replace=True, progress=progress)
         return sum(
             braid.compose([rules, *question.documents], mode=mode, keep=True).prepare()
             for question in samples.questions

@@ -1,0 +1,81 @@
+"""`braid ask`: one question over registered chunks."""
+
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from braidsdk.cli import options as opt
+from braidsdk.cli.opening import open_braid
+from braidsdk.cli.output import Output
+from braidsdk.cli.select import choose
+from braidsdk.cli.sources import STDIN
+
+if TYPE_CHECKING:
+    from braidsdk import Answer, Context
+    from braidsdk.sampling import SamplingOptions
+
+
+def ask(
+    out: Output,
+    question: Annotated[str, typer.Argument(help="The question, or - to read it from stdin.")],
+    chunk: opt.ChunksOption = None,
+    mode: opt.ModeOption = None,
+    thinking: opt.ThinkingOption = False,
+    stream: Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it arrives.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what comes from the cache, expected before and real after.")
+    ] = False,
+    max_new_tokens: opt.MaxNewTokensOption = None,
+    temperature: opt.TemperatureOption = None,
+    top_p: opt.TopPOption = None,
+    top_k: opt.TopKOption = None,
+    min_p: opt.MinPOption = None,
+    repetition_penalty: opt.PenaltyOption = None,
+    seed: opt.SeedOption = None,
+    stop: opt.StopOption = None,
+    model: opt.ModelOption = opt.TINY,
+    store: opt.StoreOption = None,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    namespace: opt.NamespaceOption = "default",
+) -> None:
+    """Answer a question over registered chunks.
+
+    With --json the answer comes with its token ids, counts and times; with --stream --json as JSON lines: one per
+    piece, and the last one holds the whole answer.
+    """
+    if question == STDIN:
+        question = sys.stdin.read()
+    sampling = opt.sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop)
+    with open_braid(
+        out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
+    ) as braid:
+        chunks = choose(braid, chunk)
+        if not chunks:
+            out.warn(f"no chunks in namespace {namespace!r}: the model answers from nothing. `braid add` adds some.")
+        context = braid.compose(chunks, mode=mode)
+        explanation = context.explain() if explain else None
+        if explanation and not out.json:
+            out.say(str(explanation))
+        answer = _stream(out, context, question, sampling) if stream else context.ask(question, **sampling)
+    document = {**asdict(answer), **({"explanation": asdict(explanation)} if explanation else {})}
+    if out.json:
+        (out.json_line if stream else out.document)({"answer": document} if stream else document)
+    elif not stream:
+        out.text(answer.text)
+    if explanation and not out.json:
+        out.say(explanation.beside(answer))
+
+
+def _stream(out: Output, context: "Context", question: str, sampling: "SamplingOptions") -> "Answer":
+    with context.stream(question, **sampling) as pieces:
+        for piece in pieces:
+            if out.json:
+                out.json_line({"piece": piece})
+            else:
+                out.piece(piece)
+        if not out.json:
+            out.text("")
+        return pieces.answer

@@ -1,0 +1,154 @@
+"""`braid ls`, `show` and `rm`: the registered chunks. None of them loads a model."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from braidsdk.cli.opening import model_names, open_store
+from braidsdk.cli.options import NamespaceOption, StoreOption
+from braidsdk.cli.output import Output, ask_yes_no, counted, one_line
+from braidsdk.cli.select import is_glob, reading_order, select
+from braidsdk.errors import InputError
+from braidsdk.store import ChunkRow, ChunkStore
+from braidsdk.types import size
+
+_WORDS = "Names, ids or globs such as 'guide*'."
+_START = 200  # characters of a text that one row shows at most
+
+
+def ls(
+    out: Output,
+    pattern: Annotated[str | None, typer.Argument(help="Only names that fit this glob, such as 'guide*'.")] = None,
+    level: Annotated[int | None, typer.Option("--level", min=0, max=1, help="0: system prompts, 1: context.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-l", min=1, help="At most so many.")] = None,
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """List registered chunks.
+
+    Columns: name, level, start of the id, start of the text. Piped, they are separated by tabs, and the id is whole.
+    """
+    wanted = pattern if pattern is None or is_glob(pattern) else f"{pattern}*"
+    with open_store(store) as opened:
+        rows = opened.list_chunks(namespace, name=wanted, level=level, limit=limit)
+        more = limit is not None and opened.count_chunks(namespace, name=wanted, level=level) - len(rows)
+    rows = reading_order(rows)
+    if out.json:
+        out.document([_described(row) for row in rows])
+        return
+    shown = 8 if sys.stdout.isatty() else 32
+    cells = [(row.name or "", str(row.level), row.id[:shown], one_line(row.text[:_START])) for row in rows]
+    out.table(("name", "level", "id", "text"), cells, fill=3)
+    if not rows:
+        out.note(f"No chunks {'fit' if pattern else 'are'} there, in namespace {namespace!r}.")
+    if more:
+        out.note(f"... and {more:,} more.")
+
+
+def show(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(help=_WORDS)],
+    text: Annotated[bool, typer.Option("--text", help="Print the text alone.")] = False,
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """Show chunks: text, names, metadata, and which models' KV entries are stored."""
+    with open_store(store) as opened:
+        rows = select(opened, namespace, names)
+        entries = [_entries(opened, row) for row in rows]
+    if out.json:
+        out.document([{**_described(row), "entries": its} for row, its in zip(rows, entries, strict=True)])
+        return
+    for number, (row, its) in enumerate(zip(rows, entries, strict=True)):
+        if number and not text:
+            out.text("")
+        if not text:
+            _print_head(out, row, its)
+        out.text(row.text)
+
+
+def rm(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(help=_WORDS)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """Delete chunks, with every KV entry that was computed with sight of them.
+
+    Asks first; where there is no terminal to ask on, it needs --yes.
+    """
+    with open_store(store) as opened:
+        rows = select(opened, namespace, names)
+        if not yes:
+            _confirm(rows)
+        gone = opened.delete_chunks(namespace, [row.id for row in rows])
+    if out.json:
+        deleted = [{"id": row.id, "name": row.name} for row in rows]
+        out.document({"deleted": deleted, "entries": len(gone.digests), "bytes": gone.bytes})
+        return
+    for row in rows:
+        out.text(f"{row.id}\t{one_line(row.name or '')}")
+    entries = counted(len(gone.digests), "KV entry", "KV entries")
+    out.note(f"{counted(gone.chunks, 'chunk')} deleted, with {entries} of {size(gone.bytes)}.")
+
+
+def _confirm(rows: Sequence[ChunkRow]) -> None:
+    if not sys.stdin.isatty():
+        raise InputError(f"Deleting {counted(len(rows), 'chunk')} needs --yes where there is no terminal to ask on.")
+    some = ", ".join(one_line(row.name or row.id[:8]) for row in rows[:5])
+    more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+    if not ask_yes_no(f"Delete {some}{more}, and every KV entry computed with sight of them?"):
+        raise typer.Exit(1)
+
+
+def _described(row: ChunkRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "names": list(row.names),
+        "namespace": row.namespace,
+        "level": row.level,
+        "metadata": row.metadata,
+        "text": row.text,
+    }
+
+
+def _entries(store: ChunkStore, row: ChunkRow) -> list[dict[str, Any]]:
+    """The chunk's stored entries; and a miss for each model of the store that has none of it."""
+    records = [(entry, json.loads(entry.record)) for entry in store.entries_of(row.id)]
+    models = dict.fromkeys((group.weights, group.dtype) for group in store.stats().groups)
+    names = model_names(store, [weights for weights, _ in models])
+    before = store.find_chunks(row.namespace, [each for _, record in records for each in record["after"] if each])
+    found: list[dict[str, Any]] = []
+    for entry, record in records:
+        model = (record["model"]["weights"], record["model"]["dtype"])
+        models.pop(model, None)
+        after = [before[each].name or each[:8] if each in before else each for each in record["after"]]
+        head = {"hit": True, "model": names[model[0]], "dtype": model[1]}
+        found.append({**head, "after": after, "tokens": entry.tokens, "bytes": entry.bytes})
+    return found + [{"hit": False, "model": names[weights], "dtype": dtype} for weights, dtype in models]
+
+
+def _print_head(out: Output, row: ChunkRow, entries: Sequence[Mapping[str, Any]]) -> None:
+    facts = [
+        ("name", ", ".join(map(one_line, row.names)) or "-"),
+        ("id", row.id),
+        ("level", "0 (system)" if row.level == 0 else f"{row.level} (context)"),
+        ("metadata", json.dumps(row.metadata, ensure_ascii=False) if row.metadata else "-"),
+    ]
+    facts += [("KV entry", _entry_words(entry)) for entry in entries] or [("KV entry", "none stored")]
+    for name, value in facts:
+        out.text(f"{name + ':':<10} {value}")
+    out.text("")
+
+
+def _entry_words(entry: Mapping[str, Any]) -> str:
+    model = f"{entry['model']} {entry['dtype']}"
+    if not entry["hit"]:
+        return f"miss, {model}"
+    after = ", ".join("the bare header" if each is None else each for each in entry["after"])
+    return f"hit,  {model}, {entry['tokens']:,} tokens, {size(entry['bytes'])}{f', after {after}' if after else ''}"

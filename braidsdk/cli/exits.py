@@ -1,0 +1,85 @@
+"""How the command line ends: exit codes, and errors as a line on stderr."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from braidsdk import errors
+from braidsdk.cli.output import Output
+from braidsdk.errors import BraidError, InputError
+
+FAILED, USAGE, NOT_FOUND, INCOMPATIBLE, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 130, 141
+
+MEANINGS = {
+    0: "fine",
+    FAILED: "failed",
+    USAGE: "used wrongly: an option or argument can't be used",
+    NOT_FOUND: "not found: no such chunk, model, file or store",
+    INCOMPATIBLE: "incompatible or corrupt: the store or the model",
+    INTERRUPTED: "interrupted (Ctrl-C)",
+}
+"""Exit codes, as `braid --help` shows them. 141, without a word, is a reader of the output that went away."""
+
+
+class NotFoundError(InputError):
+    """A file, folder or store that was named is not there."""
+
+
+_CODES: tuple[tuple[type[BraidError], int], ...] = (
+    (NotFoundError, NOT_FOUND),
+    (errors.UnknownChunkError, NOT_FOUND),
+    (errors.ModelNotFoundError, NOT_FOUND),
+    (errors.StoreVersionError, INCOMPATIBLE),
+    (errors.StoreCorruptError, INCOMPATIBLE),
+    (errors.UnsupportedModelError, INCOMPATIBLE),
+    (errors.WeightsError, INCOMPATIBLE),
+    (errors.WindowExceededError, FAILED),
+    (errors.NameTakenError, FAILED),
+    (InputError, USAGE),
+)
+"""The first class that fits decides; an error that fits none has failed."""
+
+
+def code_of(error: Exception) -> int:
+    """The exit code that an error ends in."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
+
+
+@contextmanager
+def ending_well(out: Output) -> Iterator[None]:
+    """Turn what a command raises into a line on stderr and an exit code; a traceback only with `--debug`.
+
+    Raises:
+        typer.Exit: with the code.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: out.warn(str(message))
+            yield
+        sys.stdout.flush()  # now, while a reader that went away can still be met with grace
+    except (typer.Exit, typer.Abort, typer.BadParameter):
+        raise
+    except KeyboardInterrupt:
+        out.error("interrupted.")
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+    except Exception as error:  # whatever it is, a user gets a sentence
+        report(out, error)
+        raise typer.Exit(code_of(error)) from None
+
+
+def report(out: Output, error: Exception) -> None:
+    """Say what went wrong; where it did, only with `--debug`."""
+    if out.debug:
+        traceback.print_exception(error)
+    if isinstance(error, BraidError):
+        out.error(str(error))
+    else:
+        out.error(f"{type(error).__name__}: {error}\nThis was not foreseen. --debug shows where it happened.")

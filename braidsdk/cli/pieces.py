@@ -1,0 +1,108 @@
+"""From sources to named pieces, and what a store holds of their files that is not in them any more.
+
+A chunk made by `braid add` remembers its file in its metadata. So a second run knows which names it may move to new
+text, and which chunks were left behind. Knows nothing of models.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from braidsdk.cli.select import file_of
+from braidsdk.cli.sources import Source
+from braidsdk.errors import NameTakenError
+from braidsdk.store import ChunkRow, chunk_id
+
+SOURCE, PIECE, PIECES = "source", "piece", "pieces"
+"""Keys of a chunk's metadata: its file's path, which piece of it this is, from 1, and how many there are."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A text to register.
+
+    Attributes:
+        id: the chunk's id.
+        name: the file's name, with `#` and the piece's number if there are several; None for unnamed stdin.
+        text: NFC-normalised, without white space around it.
+        metadata: where it comes from; None for stdin.
+        source: the source it is a piece of.
+    """
+
+    id: str
+    name: str | None
+    text: str
+    metadata: dict[str, Any] | None
+    source: Source
+
+
+def cut(sources: Iterable[Source], split: Callable[[str], Sequence[str]], *, namespace: str, level: int) -> list[Piece]:
+    """Cut sources into pieces and name them."""
+    pieces = []
+    for source in sources:
+        texts = split(unicodedata.normalize("NFC", source.text).strip())
+        for number, text in enumerate(texts, 1):
+            origin = {SOURCE: str(source.path), PIECE: number, PIECES: len(texts)} if source.path else None
+            name = f"{source.name}#{number}" if source.name and len(texts) > 1 else source.name
+            pieces.append(Piece(chunk_id(namespace, level, text), name, text, origin, source))
+    return pieces
+
+
+def check_names(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> None:
+    """Refuse to move a name away from a text that did not come from the same file.
+
+    Raises:
+        NameTakenError: a piece's name stands for such a text.
+    """
+    holders = {name: row for row in held for name in row.names}
+    for piece in pieces:
+        row = holders.get(piece.name or "")
+        if row and row.id != piece.id and not _is_from(row, piece.source):
+            origin = row.metadata.get(SOURCE)
+            raise NameTakenError(
+                f"The name {piece.name!r} stands for another text, {f'from {origin}' if origin else row.id}. "
+                "--replace moves the name to the new text, --name gives another one, --namespace keeps them apart."
+            )
+
+
+def merged_metadata(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> list[dict[str, Any] | None]:
+    """Each piece's metadata, over what its chunk has already."""
+    known: Mapping[str, dict[str, Any]] = {row.id: row.metadata for row in held}
+    return [None if piece.metadata is None else {**known.get(piece.id, {}), **piece.metadata} for piece in pieces]
+
+
+def left_behind(
+    pieces: Sequence[Piece], held: Sequence[ChunkRow], folders: Sequence[Path], *, replaced: bool
+) -> list[ChunkRow]:
+    """Chunks of these sources that are no piece of them any more, and of files that are gone from the folders.
+
+    Args:
+        pieces: all pieces of the sources.
+        held: the namespace's chunks before these were registered.
+        folders: where files may be gone.
+        replaced: whether a source's names count as its own wherever their texts came from.
+    """
+    now = {piece.id for piece in pieces}
+    names = {str(piece.source.path): piece.source.name for piece in pieces if piece.source.path}
+    bases = {piece.source.name for piece in pieces}
+    gone = []
+    for row in held:
+        if row.id in now:
+            continue
+        own = set(map(file_of, row.names))
+        origin = row.metadata.get(SOURCE)
+        if isinstance(origin, str) and origin in names:
+            mine = own <= {names[origin]}
+        elif isinstance(origin, str) and any(Path(origin).is_relative_to(folder) for folder in folders):
+            mine = len(own) <= 1 and not Path(origin).exists()
+        else:
+            mine = replaced and bool(own) and own <= bases
+        if mine:
+            gone.append(row)
+    return gone
+
+
+def _is_from(row: ChunkRow, source: Source) -> bool:
+    return source.path is not None and row.metadata.get(SOURCE) == str(source.path)

@@ -1,0 +1,55 @@
+"""`braid stats`: what a store holds, and how it served. Loads no model."""
+
+from dataclasses import asdict
+
+from braidsdk.cli.opening import HITS, MISSES, model_names, open_store
+from braidsdk.cli.options import StoreOption
+from braidsdk.cli.output import Output
+from braidsdk.types import size
+
+
+def stats(out: Output, store: StoreOption = None) -> None:
+    """Show what the store holds, by model and level, and how often it had what was asked for.
+
+    A hit is a KV entry that a question found; a miss is one that it had to compute.
+    """
+    with open_store(store) as opened:
+        held = opened.stats()
+        names = model_names(opened, [group.weights for group in held.groups])
+        counts = opened.recall([HITS, MISSES])
+        path, free = str(opened.path), opened.free_bytes
+    hits, misses = int(counts.get(HITS, 0)), int(counts.get(MISSES, 0))
+    groups = [{"model": names[group.weights], **asdict(group)} for group in held.groups]
+    if out.json:
+        out.document(
+            {
+                "store": path,
+                "chunks": held.chunks,
+                "entries": held.entries,
+                "bytes": held.bytes,
+                "damaged": held.damaged,
+                "free_disk_bytes": free,
+                "hits": hits,
+                "misses": misses,
+                "groups": groups,
+            }
+        )
+        return
+    share = f" ({hits / (hits + misses):.0%} hits)" if hits + misses else ""
+    facts = [
+        ("store", path),
+        ("chunks", f"{held.chunks:,}"),
+        ("KV entries", f"{held.entries:,} of {size(held.bytes)}"),
+        ("damaged", f"{held.damaged:,} files set aside"),
+        ("disk", f"{size(free)} free"),
+        ("served", f"{hits:,} hits, {misses:,} misses{share}"),
+    ]
+    for name, value in facts:
+        out.text(f"{name + ':':<11} {value}")
+    if held.groups:
+        out.text("")
+        rows = [
+            (names[group.weights], group.dtype, str(group.level), f"{group.entries:,}", size(group.bytes))
+            for group in held.groups
+        ]
+        out.table(("model", "dtype", "level", "entries", "size"), rows)
