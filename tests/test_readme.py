@@ -1,5 +1,6 @@
 """The README's snippets run, and its commands are the ones that CI runs."""
 
+import os
 import re
 import subprocess
 import sys
@@ -36,21 +37,39 @@ def test_python_snippets_run_twice_and_the_second_run_computes_only_the_question
     assert second[1].endswith("0 to compute")
 
 
-def test_shell_snippet_runs_with_nothing_but_the_virtual_environment(tmp_path: Path) -> None:
+def test_shell_snippet_answers_about_a_folder_with_nothing_but_the_virtual_environment(
+    tmp_path: Path, tiny_checkpoint: Path
+) -> None:
     (snippet,) = [block for block in blocks("bash") if "braid add" in block]
     (tmp_path / ".venv").symlink_to(Path(sys.executable).parent.parent)
-    done = subprocess.run(["bash", "-euc", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
+    folder = tmp_path / "path" / "to" / "my-texts"
+    folder.mkdir(parents=True)
+    (folder / "aistonia.txt").write_text("The capital of Aistonia is Flubarg.\n", encoding="utf-8")
+    (tmp_path / "path" / "to" / "Qwen3-0.6B").symlink_to(tiny_checkpoint)
+    assert snippet.count("How long is the refund period?") == snippet.count("braid chat\n") == 1
+    script = snippet.replace("How long is the refund period?", "What is the capital of Aistonia?").replace(
+        "braid chat\n", "echo 'What is the capital of Aistonia?' | braid chat\n"
+    )
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        cwd=tmp_path,
+        env={**os.environ, "BRAID_STORE": str(tmp_path / "store")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "Flubarg."
+    assert done.stdout.splitlines()[-2:] == ["Flubarg.", "Flubarg."]
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "CONTRIBUTING.md", "docs/concepts.md", "docs/models.md", "docs/design.md"]
+    "document",
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
-def test_links_and_named_files_exist(document: str) -> None:
-    path = ROOT / document
-    text = path.read_text(encoding="utf-8")
+def test_links_and_named_files_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
-    assert all((path.parent / link).exists() for link in links), links
+    assert all((document.parent / link).exists() for link in links), links
     named = re.findall(r"`((?:braidsdk|kernels|store|models|tests|docs|examples)/[\w./]*)`", text)
     assert all((ROOT / name).exists() for name in named), named

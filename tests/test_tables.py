@@ -1,7 +1,6 @@
-"""The README's table is the one that the committed results give."""
+"""Tables are those that the committed results give."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,10 @@ tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    report = json.loads((ROOT / "benchmarks" / "results" / "ttft.json").read_text(encoding="utf-8"))
-    assert tables.fill(readme, "ttft", tables.ttft_table(report)) == readme, "run python benchmarks/tables.py"
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_pages_show_the_committed_results(name: str) -> None:
+    page, text = tables.filled(name)
+    assert text == page.read_text(encoding="utf-8"), "run python benchmarks/tables.py"
 
 
 def test_missing_marks_are_an_error() -> None:
