@@ -64,7 +64,7 @@ class Graphs:
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
         self._captured: dict[tuple[str, int], _Captured] = {}
-        self._memory: int | None = None
+        self._memory: tuple[int, torch.Size] | None = None
         self._room = Room()
         self._memory_pool: Any = None
         self.owner: object | None = None
@@ -79,9 +79,10 @@ class Graphs:
         return self._ready("decoding", _bucket(DECODE_ROWS, rows), requests)
 
     def _ready(self, kind: str, rows: int, requests: Sequence[Request]) -> _Captured:
-        if self._memory != self._pool.kv.data_ptr():  # the pool has grown, and lies elsewhere
+        memory = (self._pool.kv.data_ptr(), self._pool.kv.shape)
+        if self._memory != memory:  # the pool has grown
             self._captured.clear()
-            self._memory = self._pool.kv.data_ptr()
+            self._memory = memory
         while True:
             if (kind, rows) not in self._captured:
                 self._captured[kind, rows] = self._capture(kind, rows)
@@ -141,7 +142,8 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         if self._memory_pool is None:
             self._memory_pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream):
+        # What other threads of the application do on the device must not end the capture.
+        with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream, capture_error_mode="thread_local"):
             chosen, logits = run()
         torch.cuda.current_stream(device).wait_stream(stream)
         if kind == "decoding":
