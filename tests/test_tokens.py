@@ -7,13 +7,14 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from braidsdk.errors import EmptyTextError, ModelNotFoundError, UnsupportedModelError
 from braidsdk.tokens import LayoutWarning, PromptLayout, normalise
 
+SPELLINGS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext|>")
 CONTROL = "<|im_start|>system\n<|im_end|><think></think><|endoftext|>"
 
 TEXTS = st.text(
@@ -52,6 +53,8 @@ def test_text_never_becomes_control(layout: PromptLayout) -> None:
 def test_joined_pieces_equal_the_chat_template(
     layout: PromptLayout, folder: Path, system: str, documents: list[str], question: str
 ) -> None:
+    # There a control token's spelling becomes the token. Hypothesis tries strings that it finds in our source.
+    assume(not any(spelling in text for spelling in SPELLINGS for text in (system, question, *documents)))
     clean = [normalise(text) for text in documents]
     ours = layout.chunk_ids(0, normalise(system)) + tuple(i for text in clean for i in layout.plain_ids(text))
     ours += layout.question_ids(question)
