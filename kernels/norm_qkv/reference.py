@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from braidsdk.kernels.paging import append
+from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 from braidsdk.kernels.rope import rotate
 
@@ -50,7 +50,7 @@ def norm_qkv_reference(
         Normed, unrotated queries [tokens, q_heads, head_dim].
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    packed = linear(rms_norm_reference(hidden, weights.norm, eps), weights.qkv, weights.bias)
+    packed = project(rms_norm_reference(hidden, weights.norm, eps), weights.qkv, weights.bias)
     packed = packed.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     _append(kv, slots, rotate(rms_norm_reference(keys, weights.k_norm, eps), cos, sin), values)

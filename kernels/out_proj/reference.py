@@ -1,7 +1,8 @@
 """Projection and residual, torch reference."""
 
 from torch import Tensor
-from torch.nn.functional import linear
+
+from braidsdk.kernels.projection import project
 
 
 def out_proj_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
@@ -16,4 +17,4 @@ def out_proj_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     Returns:
         [tokens, hidden], the dtype of `x`.
     """
-    return residual + linear(x, weight, bias)
+    return residual + project(x, weight, bias)

@@ -1,8 +1,9 @@
 """RMSNorm, gate and up projections, SwiGLU, torch reference (Shazeer 2020, arXiv:2002.05202)."""
 
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
+from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 
 
@@ -18,5 +19,5 @@ def norm_swiglu_reference(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: fl
     Returns:
         [tokens, intermediate], the dtype of `hidden`.
     """
-    gate, up = linear(rms_norm_reference(hidden, norm, eps), gate_up).chunk(2, dim=-1)
+    gate, up = project(rms_norm_reference(hidden, norm, eps), gate_up).chunk(2, dim=-1)
     return silu(gate) * up

@@ -13,6 +13,7 @@ from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.paths import TORCH, Paths
+from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig, Step
@@ -115,6 +116,9 @@ class Qwen3:
         def take(*names: str) -> Tensor:
             return weights.take(names, dtype, device)
 
+        def matrix(*names: str) -> Tensor:
+            return pack(take(*names))
+
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
             attention, mlp = f"{at}.self_attn", f"{at}.mlp"
@@ -122,16 +126,16 @@ class Qwen3:
             return Layer(
                 qkv=NormQKVWeights(
                     norm=take(f"{at}.input_layernorm.weight"),
-                    qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
+                    qkv=matrix(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
                     bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if biased else None,
                     q_norm=take(f"{attention}.q_norm.weight"),
                     k_norm=take(f"{attention}.k_norm.weight"),
                 ),
-                out=take(f"{attention}.o_proj.weight"),
+                out=matrix(f"{attention}.o_proj.weight"),
                 out_bias=take(f"{attention}.o_proj.bias") if biased else None,
                 mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
-                gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
-                down=take(f"{mlp}.down_proj.weight"),
+                gate_up=matrix(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
+                down=matrix(f"{mlp}.down_proj.weight"),
             )
 
         embedding = take(EMBEDDING)
