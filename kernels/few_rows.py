@@ -1,6 +1,6 @@
 """Device code that the linear operations share: a few rows of `x` times a weight matrix that is read once.
 
-`gemv` multiplies and adds in registers, for 1, 2 or 4 rows; `gemm` uses matrix instructions, from there on. A program
+`gemv` multiplies and adds in registers, for one or two rows; `gemm` uses matrix instructions, from there on. A program
 owns whole rows of the weight, in one or more `sets` of row numbers (gate and up, say), and gets a product per set. It
 first asks for weights (`load_ahead`, `prefetch`), then waits for the kernel before it (`wait_for_inputs`), so that
 programmatic dependent launch hides the way from memory.

@@ -1,6 +1,6 @@
 """Which implementation each operation of a model takes."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Self
 
 from braidsdk.kernels.launch import Path
@@ -19,10 +19,6 @@ class Paths:
     @classmethod
     def all(cls, path: Path) -> Self:
         return cls(**{each.name: path for each in fields(cls)})
-
-    def with_(self, path: Path, ops: set[str]) -> Self:
-        """With another path for these operations."""
-        return replace(self, **dict.fromkeys(ops, path))
 
     @property
     def triton(self) -> bool:
