@@ -38,14 +38,14 @@ def ask_many(engine: Engine, requests: Sequence[tuple[Context, str]], options: S
                     context, question = requests[waiting[0]]
                     stream = context.open_stream(question, options, started=perf_counter(), decoder=decoder)
                     try:
-                        next(stream, None)
+                        stream.step()
                     except PoolFullError:
                         if not running:
                             raise
                         break  # one that ends makes room
                     running[waiting.popleft()] = stream
                 for index, stream in list(running.items()):
-                    if next(stream, None) is None:
+                    if stream.step() is None:
                         answers[index] = running.pop(index).answer
         finally:
             for stream in running.values():

@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Protocol, get_args
 
 from braidsdk.errors import UnknownModeError, WindowExceededError, did_you_mean, shown
@@ -89,7 +90,12 @@ class Composition:
     @cached_property
     def input_ids(self) -> tuple[int, ...]:
         """All token ids of the prompt, in order."""
-        return tuple(i for segment in self.segments for i in segment.token_ids) + self.tail
+        return (*chain.from_iterable(segment.token_ids for segment in self.segments), *self.tail)
+
+    @property
+    def tokens(self) -> int:
+        """How many token ids the prompt has."""
+        return self.tail_origin + len(self.tail)
 
     def with_tail(self, token_ids: Sequence[int]) -> "Composition":
         return replace(self, tail=tuple(token_ids))

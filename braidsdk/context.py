@@ -214,7 +214,7 @@ class Context:
     ) -> Stream:
         """The answer of a call that began at `started` and queues, or of one that takes turns (None)."""
         composition, keys = self._prompt(question, history)
-        params = resolve(options, self._engine.config, len(composition.input_ids))
+        params = resolve(options, self._engine.config, composition.tokens)
         return Stream(
             self._engine, composition, keys, params, queued=started is not None, started=started, decoder=decoder
         )
@@ -229,7 +229,7 @@ class Context:
             composition = composition.with_turn(turn)
         composition = composition.with_tail(past.opening + layout.question_ids(question))
         check_window(
-            len(composition.input_ids),
+            composition.tokens,
             self._engine.config.window,
             "The context with this question" if not past.turns else "The context with this history and question",
             "Compose fewer chunks, or shorten the question.",

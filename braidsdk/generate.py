@@ -62,7 +62,8 @@ def generate(
     """
     if started is None:
         started = perf_counter()
-    sampler = Sampler(params, composition.input_ids)
+    said = composition.input_ids if params.repetition_penalty != 1.0 else ()
+    sampler = Sampler(params, said)
     lease, prepared = _admit(engine, composition, keys, params.max_new_tokens, queued)
     row = Row(
         sampler,
@@ -121,8 +122,8 @@ def usage_of(composition: Composition, prepared: Prepared, completion_tokens: in
     """Counts of one call."""
     computed = prepared.computed_tokens + len(composition.tail)
     return Usage(
-        prompt_tokens=len(composition.input_ids),
-        cached_tokens=len(composition.input_ids) - computed,
+        prompt_tokens=composition.tokens,
+        cached_tokens=composition.tokens - computed,
         computed_tokens=computed,
         repaired_tokens=0,
         completion_tokens=completion_tokens,

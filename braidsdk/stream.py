@@ -81,17 +81,27 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        with self._lock:
-            while not self._ended and not self._ids.closed:
-                piece = next(self._pieces, None)
-                shown = self._stop.flush() if piece is None else self._stop.feed(piece)
-                self._text += shown
-                if piece is None or self._stop.found:
-                    self._ended = True
-                    self._remember()
-                if shown:
-                    return shown
+        while (shown := self.step()) is not None:
+            if shown:
+                return shown
         raise StopIteration
+
+    def step(self) -> str | None:
+        """Compute one more token.
+
+        Returns:
+            The text that can be shown since then, "" if there is none; None once there are no more tokens.
+        """
+        with self._lock:
+            if self._ended or self._ids.closed:
+                return None
+            piece = next(self._pieces, None)
+            shown = self._stop.flush() if piece is None else self._stop.feed(piece)
+            self._text += shown
+            if piece is None or self._stop.found:
+                self._ended = True
+                self._remember()
+            return shown
 
     def _remember(self) -> None:
         """End generation if a stop string did, and keep the ids of the text for the conversation's next turn."""

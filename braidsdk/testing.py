@@ -135,11 +135,10 @@ class FakeLayout(PromptLayout):
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """Text as ids arrive, in pieces that never split a character."""
+        """Text as ids arrive, a piece for each, "" where none can be shown yet."""
         decoder = getincrementaldecoder("utf-8")(errors="replace")
         for token_id in token_ids:
-            if piece := decoder.decode(bytes([token_id])) if token_id < 256 else "":
-                yield piece
+            yield decoder.decode(bytes([token_id])) if token_id < 256 else ""
         if rest := decoder.decode(b"", final=True):
             yield rest
 

@@ -160,15 +160,16 @@ class PromptLayout:
         return str(self._with_control.decode(list(token_ids), skip_special_tokens=True))
 
     def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """Text as ids arrive, in pieces that never split a character; joined they equal `decode` of all ids."""
+        """Text as ids arrive, a piece for each, "" where none can be shown yet: characters are never split. Joined they
+        equal `decode` of all ids."""
         stream = DecodeStream(skip_special_tokens=True)
         seen: list[int] = []
         given = ""
         for token_id in token_ids:
             seen.append(token_id)
-            if piece := stream.step(self._with_control, token_id):
-                given += piece
-                yield piece
+            piece = stream.step(self._with_control, token_id) or ""
+            given += piece
+            yield piece
         if rest := self.decode(seen)[len(given) :]:
             yield rest
 

@@ -37,6 +37,20 @@ def test_answers_end_by_themselves(random_braid: Braid, contexts: list[Context])
     assert len({len(each.token_ids) for each in together}) > 1
 
 
+def test_requests_go_on_together_whatever_text_their_tokens_have(
+    random_braid: Braid, contexts: list[Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, model = random_braid._engine.layout, random_braid._engine.model
+    monkeypatch.setattr(layout, "decode_stream", lambda ids: ("" for _ in ids))
+    for context in contexts:
+        context.prepare()
+    passes = []
+    forward = type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *args: passes.append(1) or forward(*args))
+    random_braid.ask_many([(context, "Well?") for context in contexts], max_new_tokens=12)
+    assert len(passes) == len(contexts) + 11
+
+
 def test_sampled_answers_depend_on_their_seed_alone(random_braid: Braid, contexts: list[Context]) -> None:
     options = {"max_new_tokens": 12, "temperature": 0.8, "seed": 5}
     alone = [context.ask("Well?", **options).token_ids for context in contexts]
