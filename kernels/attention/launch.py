@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.attention.lse import merged_lse
 from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
 from braidsdk.kernels.launch import check_triton, counters, launch_options
 from braidsdk.kernels.paging import Request
@@ -104,15 +105,16 @@ def plan_for_triton(
     page_size: int,
     group: int,
     kv_heads: int,
+    by_segment: bool = False,
 ) -> TritonPlan:
     """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
     cos, sin = rotary.table(limit)
     device, rows = cos.device, len(positions)
-    direct = rows >= MANY_ROWS
+    direct = rows >= MANY_ROWS and not by_segment
     if direct:
         tables = direct_tables(requests, rows, page_size, block_rows(group, rows))
     else:
-        tables = _split(requests, rows, page_size, group, kv_heads, device)
+        tables = _split(requests, rows, page_size, group, kv_heads, device, by_segment)
     large = 0 if direct else int(tables.counts[1])
     launch = Launch(
         block_m=block_m(group, tables.most_rows),
@@ -228,14 +230,21 @@ class StaticPlan:
         if room != self._room:
             return room
         moved = tables.to(static.counts.device)
-        for name in ("items", "spans", "rows", "frames", "pages", "counts", "merges"):
-            new = getattr(moved, name)
-            getattr(static, name)[: len(new)] = new
+        names = ("items", "spans", "rows", "frames", "pages", "counts", "merges")
+        sources = [getattr(moved, name) for name in names]
+        targets = [getattr(static, name)[: len(new)] for name, new in zip(names, sources, strict=True)]
+        torch._foreach_copy_(targets, sources)  # in one launch
         return None
 
 
 def _split(
-    requests: Sequence[Request], rows: int, page_size: int, group: int, kv_heads: int, device: torch.device
+    requests: Sequence[Request],
+    rows: int,
+    page_size: int,
+    group: int,
+    kv_heads: int,
+    device: torch.device,
+    by_segment: bool = False,
 ) -> Tables:
     size = block_m(group, rows)
     return split_tables(
@@ -247,6 +256,7 @@ def _split(
         large_items=work_items(device, kv_heads, size),
         small_items=work_items(device, kv_heads, SMALL_M),
         long_item=CONFIGS[size].long_item,
+        by_segment=by_segment,
     )
 
 
@@ -268,8 +278,22 @@ def work_items(device: torch.device, kv_heads: int, size: int) -> int:
     return max(1, processors * CONFIGS[size].items // kv_heads)
 
 
-def cascade_attention_triton(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float) -> Tensor:
-    """What `reference.cascade_attention_reference` computes; `queries` and `kv` as there."""
+def cascade_attention_lse_triton(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """What `reference.cascade_attention_lse_reference` computes; the plan made `by_segment`."""
+    if plan.tables.by_segment is None:
+        raise ValueError("cascade_attention_lse: expected a plan made with by_segment=True; plan it anew.")
+    lses = queries.new_full((plan.launch.partials + 1, queries.shape[1]), float("-inf"), dtype=torch.float32)
+    out = cascade_attention_triton(queries, plan, kv, scale, lses=lses[:-1])
+    return out, merged_lse(lses, plan.tables.by_segment)
+
+
+def cascade_attention_triton(
+    queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses: Tensor | None = None
+) -> Tensor:
+    """What `reference.cascade_attention_reference` computes; `queries` and `kv` as there.
+
+    `lses` takes the partial results' log-sum-exps, to base 2: float32 [partials, q_heads].
+    """
     from braidsdk.kernels.attention import kernel
 
     tables, launch = plan.tables, plan.launch
@@ -280,7 +304,8 @@ def cascade_attention_triton(queries: Tensor, plan: TritonPlan, kv: Tensor, scal
         raise ValueError(f"cascade_attention: expected a head_dim that is a power of two, at least 16; got {head_dim}.")
     out = torch.empty_like(queries) if tables.complete else torch.zeros_like(queries)
     partials = torch.empty(launch.partials, q_heads, head_dim, dtype=torch.float32, device=kv.device)
-    lses = torch.empty(launch.partials, q_heads, dtype=torch.float32, device=kv.device)
+    if lses is None:
+        lses = torch.empty(launch.partials, q_heads, dtype=torch.float32, device=kv.device)
     options = launch_options(kv.device)
     group = q_heads // kv_heads
     parts = [(0, 2, launch.block_m, launch.programs)]

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.cpu import CpuPlan, cascade_attention_cpu, plan_for_cpu
-from braidsdk.kernels.attention.launch import TritonPlan, cascade_attention_triton, plan_for_triton
+from braidsdk.kernels.attention.launch import (
+    TritonPlan,
+    cascade_attention_lse_triton,
+    cascade_attention_triton,
+    plan_for_triton,
+)
 from braidsdk.kernels.attention.plan import RequestPlan, plan_request
-from braidsdk.kernels.attention.reference import cascade_attention_reference
+from braidsdk.kernels.attention.reference import cascade_attention_lse_reference, cascade_attention_reference
 from braidsdk.kernels.launch import Path
+from braidsdk.kernels.measure import measured
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
@@ -30,6 +36,7 @@ def plan_attention(
     kv_heads: int,
     dtype: torch.dtype,
     path: Path = "torch",
+    by_segment: bool = False,
 ) -> AttentionPlans:
     """Work out what all layers of a forward pass share.
 
@@ -43,21 +50,43 @@ def plan_attention(
         kv_heads: KV heads.
         dtype: of the queries.
         path: "triton" takes the GPU's kernel, "torch" what torch has.
+        by_segment: plan for `cascade_attention_lse`; `cascade_attention` takes such plans too, and is slower on them.
 
     Returns:
         One plan for the GPU's kernel; else a plan per request that has rows and sees at least one token.
     """
     if path == "triton":
         whole = plan_for_triton(
-            positions, requests, rotary, limit=limit, page_size=page_size, group=group, kv_heads=kv_heads
+            positions,
+            requests,
+            rotary,
+            limit=limit,
+            page_size=page_size,
+            group=group,
+            kv_heads=kv_heads,
+            by_segment=by_segment,
         )
         return (whole,)
     plans = [plan for request in requests if (plan := plan_request(positions, request, rotary, limit, page_size))]
-    if positions.device.type == "cpu" and dtype in _FLASH_DTYPES:
+    if positions.device.type == "cpu" and dtype in _FLASH_DTYPES and not by_segment:
         return tuple(plan_for_cpu(plan, dtype, page_size, group) for plan in plans)
     return tuple(plans)
 
 
+def _path(plans: AttentionPlans, **_: object) -> str:
+    return "triton" if plans and isinstance(plans[0], TritonPlan) else "torch"
+
+
+def _read_bytes(plans: AttentionPlans, kv: Tensor, **_: object) -> int:
+    """The pages of all segments: once for each request, or once for all of them where the GPU's kernel reads so."""
+    pages = 0
+    for plan in plans:
+        base = plan.base if isinstance(plan, CpuPlan) else plan
+        pages += len(base.tables.pages if isinstance(base, TritonPlan) else base.pages)
+    return pages * 2 * kv[0, 0].numel() * kv.element_size()
+
+
+@measured("attention", kv_bytes=_read_bytes, path=_path)
 def cascade_attention(queries: Tensor, plans: AttentionPlans, kv: Tensor, scale: float) -> Tensor:
     """Attention of all requests; arguments and result as `reference.cascade_attention_reference` says.
 
@@ -69,3 +98,20 @@ def cascade_attention(queries: Tensor, plans: AttentionPlans, kv: Tensor, scale:
     if cpu_plans := [plan for plan in plans if isinstance(plan, CpuPlan)]:
         return cascade_attention_cpu(queries, cpu_plans, kv, scale)
     return cascade_attention_reference(queries, [plan for plan in plans if isinstance(plan, RequestPlan)], kv, scale)
+
+
+def cascade_attention_lse(queries: Tensor, plans: AttentionPlans, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention, and the log-sum-exp of each segment's scores, to base e: what attribution to segments is made of.
+
+    Arguments and results as `reference.cascade_attention_lse_reference` says. A plan for the GPU goes through its
+    kernel, everything else through the reference.
+
+    Raises:
+        ValueError: the plans were not made with `by_segment=True`.
+    """
+    if plans and isinstance(plans[0], TritonPlan):
+        return cascade_attention_lse_triton(queries, plans[0], kv, scale)
+    if any(isinstance(plan, CpuPlan) for plan in plans):
+        raise ValueError("cascade_attention_lse: expected plans made with by_segment=True; plan the pass anew.")
+    plain = [plan for plan in plans if isinstance(plan, RequestPlan)]
+    return cascade_attention_lse_reference(queries, plain, kv, scale)

@@ -16,7 +16,9 @@ class RequestPlan:
     Attributes:
         rows: the request's place among the batch's tokens.
         pages: pages of all segments, int64 [pages].
-        spans: tokens that each segment takes once its pages are laid out, whole pages each.
+        spans: tokens that each segment takes once its pages are laid out, whole pages each; empty ones are left out.
+        places: which of the request's segments each of these is.
+        segments: how many the request has, the empty ones counted.
         cos, sin: rotation of each row's query in each segment's frame, [rows, segments, head_dim / 2].
         hidden: what a row must not see: keys after it, keys outside their segment's slice, padding;
             bool [rows, pages * page_size].
@@ -25,6 +27,8 @@ class RequestPlan:
     rows: slice
     pages: Tensor
     spans: tuple[int, ...]
+    places: tuple[int, ...]
+    segments: int
     cos: Tensor
     sin: Tensor
     hidden: Tensor
@@ -34,7 +38,8 @@ def plan_request(
     positions: Tensor, request: Request, rotary: RotaryTable, limit: int, page_size: int
 ) -> RequestPlan | None:
     """Lay out one request; None if it has no rows or sees no token. Arguments as in `op.plan_attention`."""
-    segments = [segment for segment in request.segments if segment.stop > segment.start]
+    places = tuple(at for at, segment in enumerate(request.segments) if segment.stop > segment.start)
+    segments = [request.segments[at] for at in places]
     if not segments or request.rows.stop <= request.rows.start:
         return None
     rows = positions[request.rows]
@@ -54,4 +59,13 @@ def plan_request(
     # A row before a segment's frame sees none of its keys, so any rotation will do.
     cos, sin = rotary.at((rows[:, None] - origins).clamp(min=0), limit)
     hidden = torch.cat(keys_at) > rows[:, None]
-    return RequestPlan(request.rows, torch.cat(pages).to(rows.device), tuple(spans), cos, sin, hidden)
+    return RequestPlan(
+        request.rows,
+        torch.cat(pages).to(rows.device),
+        tuple(spans),
+        places,
+        len(request.segments),
+        cos,
+        sin,
+        hidden,
+    )

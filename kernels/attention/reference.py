@@ -1,4 +1,4 @@
-"""Grouped-query attention over segments, torch reference."""
+"""Grouped-query attention over segments, torch reference; also with the log-sum-exp of each segment's scores."""
 
 from collections.abc import Sequence
 
@@ -30,6 +30,31 @@ def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], k
     Returns:
         [tokens, q_heads, head_dim], the dtype of `queries`. A row that sees no key is zero.
     """
+    return _attention(queries, plans, kv, scale, None)
+
+
+def cascade_attention_lse_reference(
+    queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same, and the logarithm of the sum of the exponentials of each segment's visible scores, to base e.
+
+    `exp(lse[..., i] - logsumexp(lse, -1))` is the share of a row's weights that fell on segment i of its request.
+
+    Args:
+        queries, plans, kv, scale: as in `cascade_attention_reference`.
+
+    Returns:
+        What that gives, and [tokens, q_heads, segments], float32 (float64 for such queries), segments as many as the
+        request with most of them has; -inf where a row sees none of a segment's keys, or there is no such segment.
+    """
+    wide = torch.promote_types(queries.dtype, torch.float32)
+    most = max((plan.segments for plan in plans), default=0)
+    lse = queries.new_full((*queries.shape[:2], most), float("-inf"), dtype=wide)
+    return _attention(queries, plans, kv, scale, lse), lse
+
+
+def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float, lse: Tensor | None) -> Tensor:
+    """A block of rows at a time; `lse` is filled in place."""
     out = torch.zeros_like(queries)
     wide = torch.promote_types(queries.dtype, torch.float32)
     for plan in plans:
@@ -41,21 +66,25 @@ def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], k
             stop = min(start + step, len(plan.hidden))
             rows = slice(plan.rows.start + start, plan.rows.start + stop)
             block = slice(start, stop)
-            out[rows] = _attend(queries[rows], plan, block, keys, values, scale)
+            scores = _scores(queries[rows], plan, block, keys, scale)
+            out[rows] = _mixed(scores, plan.hidden[block], values).to(queries.dtype)
+            if lse is not None:
+                by_segment = [part.logsumexp(-1).flatten(0, 1).t() for part in scores.split(list(plan.spans), -1)]
+                lse[rows, :, list(plan.places)] = torch.stack(by_segment, -1)
     return out
 
 
-def _attend(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, values: Tensor, scale: float) -> Tensor:
-    """Attention of one block of a request's rows.
+def _scores(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, scale: float) -> Tensor:
+    """Scores of one block of a request's rows, -inf where hidden: [kv_heads, group, rows, tokens].
 
     Args:
         queries: [rows, q_heads, head_dim].
         plan: the request's plan.
         block: which of its rows these are.
-        keys, values: all its segments in order, [kv_heads, tokens, head_dim], float32 or float64.
+        keys: of all its segments in order, [kv_heads, tokens, head_dim], float32 or float64.
         scale: factor on the scores.
     """
-    rows, q_heads, head_dim = queries.shape
+    rows, _, head_dim = queries.shape
     kv_heads = keys.shape[0]
     segments = len(plan.spans)
     cos, sin = plan.cos[block].flatten(0, 1), plan.sin[block].flatten(0, 1)
@@ -69,11 +98,15 @@ def _attend(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, valu
         ],
         -1,
     )
-    scores = scores.view(kv_heads, -1, rows, keys.shape[1]).mul_(scale).masked_fill_(plan.hidden[block], float("-inf"))
+    return scores.view(kv_heads, -1, rows, keys.shape[1]).mul_(scale).masked_fill_(plan.hidden[block], float("-inf"))
+
+
+def _mixed(scores: Tensor, hidden: Tensor, values: Tensor) -> Tensor:
+    """Values by their weights, [rows, q_heads, head_dim], from `_scores` and values like its keys."""
+    kv_heads, _, rows, _ = scores.shape
     weights = torch.softmax(scores, dim=-1)
-    blind = plan.hidden[block].all(-1)
+    blind = hidden.all(-1)
     if blind.any():
         weights[:, :, blind] = 0.0
     mixed = weights.flatten(1, 2) @ values
-    mixed = mixed.view(kv_heads, -1, rows, head_dim).permute(2, 0, 1, 3).reshape(rows, q_heads, head_dim)
-    return mixed.to(queries.dtype)
+    return mixed.view(kv_heads, -1, rows, values.shape[-1]).permute(2, 0, 1, 3).flatten(1, 2)

@@ -4,14 +4,17 @@ Made once per composition on the host. Lengths that grow from token to token are
 positions, and a segment may end where its reserved pages do.
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.attention.lse import partials_by_segment
 from braidsdk.kernels.paging import PagedSegment, Request
 
 _FIELDS = ("items", "spans", "rows", "frames", "pages", "hidden", "counts", "merges")
@@ -39,6 +42,8 @@ class Tables:
         lone: every item holds one row.
         complete: every row of the batch is in some item.
         most_rows: rows of the largest item.
+        by_segment: which partial results are of which segment, from `lse.partials_by_segment`; int64 [rows, segments,
+            partials of one]. None unless asked for.
     """
 
     items: Tensor
@@ -53,6 +58,7 @@ class Tables:
     lone: bool
     complete: bool
     most_rows: int
+    by_segment: Tensor | None = None
 
     @property
     def partials(self) -> int:
@@ -61,48 +67,80 @@ class Tables:
     def to(self, device: torch.device) -> "Tables":
         """Moved in one copy."""
         parts = [getattr(self, name) for name in _FIELDS]
-        joined = torch.cat([part.flatten() for part in parts])
-        if device.type == "cuda":
-            joined = joined.pin_memory()
+        joined = torch.empty(sum(map(torch.numel, parts)), dtype=torch.int32, pin_memory=device.type == "cuda")
+        torch.cat([part.view(-1) for part in parts], out=joined)
         moved = torch.split(joined.to(device, non_blocking=True), [part.numel() for part in parts])
         placed: dict[str, Any] = {
             name: new.view(part.shape) for name, new, part in zip(_FIELDS, moved, parts, strict=True)
         }
+        if self.by_segment is not None:
+            placed["by_segment"] = self.by_segment.to(device)
         return replace(self, **placed)
 
 
-_Entry = tuple[int, int]
-"""First page and number of pages: they name an entry, since a page belongs to one."""
+@dataclass(eq=False)
+class _Entry:
+    """Pages that belong together, and who uses them once; used again by the same request, they are another entry.
 
+    Attributes:
+        pages: their ids.
+        users: indexes of the requests, in order.
+        segments: what each of them sees of it.
+        places: which of the request's segments that is.
+    """
 
-@dataclass(frozen=True)
-class _Use:
-    """A segment of a request: which of the entry's tokens its rows may see, and where; and the entry's pages."""
-
-    rows: range
-    segment: PagedSegment
     pages: list[int]
+    users: list[int] = field(default_factory=list)
+    segments: list[PagedSegment] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
-    @cached_property
-    def entry(self) -> _Entry:
-        return self.pages[0], len(self.pages)
+    def shown(self, page_size: int) -> range:
+        """Indexes of the pages that some user sees."""
+        first = min([segment.start for segment in self.segments]) // page_size
+        return range(first, -(-max([segment.stop for segment in self.segments]) // page_size))
+
+
+def _entries(requests: Sequence[Request]) -> list[_Entry]:
+    """What the requests that have rows see."""
+    found: dict[tuple[int, int, int], _Entry] = {}
+    listed: dict[int, list[int]] = {}  # most requests share the tensors of their pages
+    for index, request in enumerate(requests):
+        if request.rows.stop <= request.rows.start:
+            continue
+        times: dict[tuple[int, int], int] = {}
+        for place, segment in enumerate(request.segments):
+            if segment.stop <= segment.start:
+                continue
+            pages = listed.get(id(segment.pages))
+            if pages is None:
+                pages = listed[id(segment.pages)] = segment.pages.tolist()
+            name = (pages[0], len(pages))  # a page belongs to one entry
+            times[name] = again = times.get(name, -1) + 1
+            entry = found.get((*name, again))
+            if entry is None:
+                entry = found[(*name, again)] = _Entry(pages)
+            entry.users.append(index)
+            entry.segments.append(segment)
+            entry.places.append(place)
+    return list(found.values())
 
 
 def direct_tables(requests: Sequence[Request], rows: int, page_size: int, block_rows: int) -> Tables:
     """For many rows: every item holds up to `block_rows` rows of one request and all that they see. Arguments as in
     `split_tables`."""
     builder = _Builder(page_size)
+    covered = 0
     for request in requests:
-        uses = _uses(request)
-        if not uses:
+        first_span = builder.spans
+        for entry in _entries([request]):
+            segment = entry.segments[0]
+            builder.span(entry, segment.start, segment.stop, builder.frames([(segment, 1)]), shared=True)
+        if builder.spans == first_span:
             continue
-        first_span = len(builder.spans)
-        for use in uses:
-            builder.span(use.segment.start, use.segment.stop, [use], len(use.rows))
         for start in range(request.rows.start, request.rows.stop, block_rows):
-            builder.items.append((start, min(block_rows, request.rows.stop - start), first_span, len(builder.spans)))
-    builder.ends += [len(builder.items)] * 2
-    covered = sum(item[1] for item in builder.items)
+            builder.item(start, min(block_rows, request.rows.stop - start), first_span)
+        covered += request.rows.stop - request.rows.start
+    builder.ends += [builder.items] * 2
     nothing = torch.zeros(1, dtype=torch.int64)
     return builder.finish(nothing[:0].view(0, 2), nothing, complete=covered == rows)
 
@@ -117,6 +155,7 @@ def split_tables(
     large_items: int,
     small_items: int,
     long_item: int,
+    by_segment: bool = False,
 ) -> Tables:
     """For few rows: pages that several requests use are read for them all, and work is cut for the whole machine.
 
@@ -131,171 +170,191 @@ def split_tables(
         large_items, small_items: how many keep the machine busy: the work is cut into about as many, more if it is in
             small pieces.
         long_item: pages of an item from which on there are twice as many.
+        by_segment: whether every partial result shall be of one segment alone.
     """
-    tiles = list(_tiles(requests, page_size, block_rows))
-    large = [tile for tile in tiles if len(tile.rows) > small_rows]
-    small = [tile for tile in tiles if len(tile.rows) <= small_rows]
-    builder = _Builder(page_size)
-    item_rows: list[Tensor] = []
-    members = 0
-    for some, items in ((large, large_items), (small, small_items)):
-        pages = sum(tile.pages for tile in some)
+    tiles = list(_tiles(requests, page_size, block_rows, by_segment))
+    cut: list[tuple[_Tile, int]] = []  # in the order of the items, each tile with the number of its items
+    ends = [0]
+    for few, items in ((False, large_items), (True, small_items)):
+        some = [tile for tile in tiles if (len(tile.rows) <= small_rows) == few]
+        pages = sum([tile.pages for tile in some])
         per_item = max(1, -(-pages // items))
         if per_item >= long_item:
             per_item = -(-pages // (2 * items))
-        for tile in some:
-            tile_rows = torch.tensor(tile.rows)
-            for cut in tile.cuts(-(-tile.pages // per_item)):
-                first_span = len(builder.spans)
-                for shown, uses in cut:
-                    builder.span(shown.start * page_size, shown.stop * page_size, uses, len(tile_rows))
-                builder.items.append((members, len(tile_rows), first_span, len(builder.spans)))
-                item_rows.append(tile_rows)
-                members += len(tile_rows)
-        builder.ends.append(len(builder.items))
-    members_rows = torch.cat(item_rows) if item_rows else torch.zeros(0, dtype=torch.int64)
-    counts = torch.bincount(members_rows, minlength=rows)
-    places = torch.empty_like(members_rows)
-    places[members_rows.argsort(stable=True)] = torch.arange(members)  # a row's partial results stand together
-    return builder.finish(
-        torch.stack((members_rows, places), 1),
-        torch.cat((torch.zeros(1, dtype=torch.int64), counts.cumsum(0))),
-        complete=bool((counts > 0).all()),
-    )
+        cut += [(tile, -(-tile.pages // per_item)) for tile in some]
+        ends.append(sum([count for _, count in cut]))
+    partials = [0] * rows
+    for tile, count in cut:
+        for row in tile.rows:
+            partials[row] += count
+    merges = list(accumulate(partials, initial=0))
+    free = merges[:-1]  # a row's partial results stand together, in the order of the items
+    steps = torch.zeros(max([count for _, count in cut], default=0), 1, 2, dtype=torch.int32)
+    steps[:, 0, 1] = torch.arange(len(steps))
+    builder = _Builder(page_size)
+    members = [torch.zeros(0, 2, dtype=torch.int32)]
+    for tile, count in cut:
+        builder.tile(tile, count)
+        first = array("i", [value for row in tile.rows for value in (row, free[row])])
+        members.append((_tensor(first).view(1, -1, 2) + steps[:count]).view(-1, 2))
+        for row in tile.rows:
+            free[row] += count
+    builder.ends += ends[1:]
+    tables = builder.finish(torch.cat(members), torch.tensor(merges), complete=all(partials))
+    if not by_segment:
+        return tables
+    seen = [entry for tile, _ in cut for entry, _ in tile.entries]
+    places = [
+        tile.entries[0][0].places[part.user] for tile, count in cut for _ in range(count) for part in tile.parts
+        for _ in part.rows
+    ]  # fmt: skip
+    most = max([len(requests[user].segments) for entry in seen for user in entry.users], default=0)
+    members_rows, partial = tables.rows.long().unbind(1)
+    groups = partials_by_segment(members_rows, torch.tensor(places, dtype=torch.int64), partial, rows, most)
+    return replace(tables, by_segment=groups)
 
 
-def _uses(request: Request) -> list[_Use]:
-    """A request's segments that are not empty; none if it has no rows."""
-    rows = range(request.rows.start, request.rows.stop)
-    return [_Use(rows, each, each.pages.tolist()) for each in request.segments if rows and each.stop > each.start]
+class _Part(NamedTuple):
+    """Rows of one user of a tile's entries: which of their users it is."""
+
+    user: int
+    rows: range
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows that are computed together, and the entries that all of them use: the uses of each, and the indexes of its
-    pages that some of them see."""
+    """Rows that are computed together, by user, and the entries that all of them use, with the indexes of the pages."""
 
-    rows: list[int]
-    entries: list[tuple[list[_Use], range]]
+    parts: list[_Part]
+    entries: list[tuple[_Entry, range]]
+
+    @cached_property
+    def rows(self) -> list[int]:
+        return [row for part in self.parts for row in part.rows]
 
     @cached_property
     def pages(self) -> int:
-        return sum(len(shown) for _, shown in self.entries)
-
-    def cuts(self, count: int) -> Iterator[list[tuple[range, list[_Use]]]]:
-        """Its pages in `count` equal parts; of each part, by entry: the pages' indexes, and who uses them."""
-        ends = iter([(cut + 1) * self.pages // count for cut in range(count)])
-        end, at = next(ends), 0
-        found: list[tuple[range, list[_Use]]] = []
-        for uses, shown in self.entries:
-            while shown:
-                taken, shown = shown[: end - at], shown[end - at :]
-                found.append((taken, uses))
-                at += len(taken)
-                if at == end:
-                    yield found
-                    found, end = [], next(ends, self.pages)
+        return sum([len(shown) for _, shown in self.entries])
 
 
-def _tiles(requests: Sequence[Request], page_size: int, block_rows: int) -> Iterator[_Tile]:
-    """Rows with the same entries, `block_rows` at a time."""
-    users: dict[tuple[_Entry, int], list[_Use]] = {}
-    for request in requests:
-        times: dict[_Entry, int] = {}
-        for use in _uses(request):
-            times[use.entry] = again = times.get(use.entry, -1) + 1
-            users.setdefault((use.entry, again), []).append(use)
-    by_users: dict[tuple[int, ...], list[list[_Use]]] = {}
-    for uses in users.values():
-        by_users.setdefault(tuple(use.rows.start for use in uses), []).append(uses)
+def _tiles(requests: Sequence[Request], page_size: int, block_rows: int, by_segment: bool) -> Iterator[_Tile]:
+    """Rows with the same entries, `block_rows` at a time; `by_segment`: one entry, once, a tile."""
+    by_users: dict[tuple[int, ...], list[_Entry]] = {}
+    for entry in _entries(requests):
+        apart = (len(by_users),) if by_segment else ()
+        by_users.setdefault((*entry.users, *apart), []).append(entry)
     for entries in by_users.values():
-        rows = [row for use in entries[0] for row in use.rows]
-        for start in range(0, len(rows), block_rows):
-            stop = start + block_rows
-            cut = entries if len(rows) <= block_rows else [_cut(uses, start, stop) for uses in entries]
-            shown = [(uses, _pages_of(uses, page_size)) for uses in cut]
-            yield _Tile(rows[start : start + block_rows], shown)
-
-
-def _cut(uses: Sequence[_Use], start: int, stop: int) -> list[_Use]:
-    """The uses by rows [start, stop) of all their rows."""
-    cut, at = [], 0
-    for use in uses:
-        if rows := use.rows[max(start - at, 0) : max(stop - at, 0)]:
-            cut.append(_Use(rows, use.segment, use.pages))
-        at += len(use.rows)
-    return cut
-
-
-def _pages_of(uses: Sequence[_Use], page_size: int) -> range:
-    """Indexes of an entry's pages that some user sees."""
-    first = min(use.segment.start for use in uses) // page_size
-    return range(first, -(-max(use.segment.stop for use in uses) // page_size))
+        shown = [(entry, entry.shown(page_size)) for entry in entries]
+        parts, room = [], block_rows
+        for user, index in enumerate(entries[0].users):
+            rows = range(requests[index].rows.start, requests[index].rows.stop)
+            while rows:
+                parts.append(_Part(user, rows[:room]))
+                rows, room = rows[room:], room - len(parts[-1].rows)
+                if not room:
+                    yield _Tile(parts, shown)
+                    parts, room = [], block_rows
+        if parts:
+            yield _Tile(parts, shown)
 
 
 class _Builder:
-    """Tables as they grow."""
+    """Tables as they grow: flat, as many integers an entry as `Tables` says."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.items: list[tuple[int, int, int, int]] = []
-        self.spans: list[tuple[int, int, int, int]] = []
         self.ends = [0]
-        self._frames: list[tuple[int, int, int, int]] = []
-        self._pages: list[int] = []
-        self._pages_at: dict[_Entry, int] = {}
+        self.most_rows = 0
+        self.shared = True
+        self._items = array("i")
+        self._spans = array("i")
+        self._frames = array("i")
+        self._pages = array("i")
+        self._pages_at: dict[int, int] = {}
         self._hidden: list[Tensor] = []
         self._hidden_at: dict[int, int] = {}
         self._words = 0
+        self._members = 0
 
-    def span(self, start: int, stop: int, uses: Sequence[_Use], members: int) -> None:
-        """The pages that hold the tokens [start, stop) of an entry; a frame for each of an item's `members` rows, or
-        one frame if all are of the same user."""
+    @property
+    def items(self) -> int:
+        return len(self._items) // 4
+
+    @property
+    def spans(self) -> int:
+        return len(self._spans) // 4
+
+    def tile(self, tile: _Tile, count: int) -> None:
+        """A tile's pages in `count` equal parts, an item each."""
+        alone, rows = len(tile.parts) == 1, len(tile.rows)
+        at, cut, first_span = 0, 1, self.spans
+        for entry, shown in tile.entries:
+            frames = self.frames([(entry.segments[user], 1 if alone else len(rows)) for user, rows in tile.parts])
+            page, last = shown.start, shown.stop
+            while page < last:
+                end = cut * tile.pages // count
+                taken = min(last - page, end - at)
+                self.span(entry, page * self.page_size, (page + taken) * self.page_size, frames, shared=alone)
+                page, at = page + taken, at + taken
+                if at == end:
+                    self.item(self._members, rows, first_span)
+                    self._members += rows
+                    cut, first_span = cut + 1, self.spans
+
+    def item(self, first_row: int, rows: int, first_span: int) -> None:
+        """An item over the spans from `first_span` on."""
+        self._items.extend((first_row, rows, first_span, self.spans))
+        self.most_rows = max(self.most_rows, rows)
+
+    def frames(self, of: Sequence[tuple[PagedSegment, int]]) -> int:
+        """A frame for each of these segments, so many times; where they start."""
+        at = len(self._frames) // 4
+        for segment, times in of:
+            bits = -1 if segment.hidden is None else self._bits(segment)
+            self._frames.extend((segment.origin, segment.start, segment.stop, bits) * times)
+        return at
+
+    def span(self, entry: _Entry, start: int, stop: int, frames: int, *, shared: bool) -> None:
+        """The pages that hold the tokens [start, stop) of an entry; a frame for each of an item's rows, or one that
+        they share."""
         first = start // self.page_size
-        at = len(self._frames)
-        alone = len(uses[0].rows) == members
-        pages_at = self._page_list(uses[0])
-        self.spans.append((pages_at + first, first * self.page_size, stop, -1 - at if alone else at))
-        for use in uses:
-            each = use.segment
-            self._frames += [(each.origin, each.start, each.stop, self._bits(each))] * (1 if alone else len(use.rows))
+        pages_at = self._pages_at.get(entry.pages[0])
+        if pages_at is None:
+            pages_at = self._pages_at[entry.pages[0]] = len(self._pages)
+            self._pages.extend(entry.pages)
+        self._spans.extend((pages_at + first, first * self.page_size, stop, -1 - frames if shared else frames))
+        self.shared &= shared
 
     def finish(self, rows: Tensor, merges: Tensor, *, complete: bool) -> Tables:
-        def table(values: Sequence[object], width: int) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).view(-1, width)
-
-        most = max((item[1] for item in self.items), default=0)
         return Tables(
-            items=table(self.items, 4),
-            spans=table(self.spans, 4),
+            items=_tensor(self._items).view(-1, 4),
+            spans=_tensor(self._spans).view(-1, 4),
             rows=rows.to(torch.int32),
-            frames=table(self._frames, 4),
-            pages=torch.tensor(self._pages, dtype=torch.int32),
+            frames=_tensor(self._frames).view(-1, 4),
+            pages=_tensor(self._pages),
             hidden=torch.cat(self._hidden) if self._hidden else torch.zeros(0, dtype=torch.int32),
             counts=torch.tensor(self.ends, dtype=torch.int32),
             merges=merges.to(torch.int32),
-            shared=all(span[3] < 0 for span in self.spans),
-            lone=most <= 1,
+            shared=self.shared,
+            lone=self.most_rows <= 1,
             complete=complete,
-            most_rows=most,
+            most_rows=self.most_rows,
         )
 
-    def _page_list(self, use: _Use) -> int:
-        """Where an entry's pages start in the table."""
-        if use.entry not in self._pages_at:
-            self._pages_at[use.entry] = len(self._pages)
-            self._pages += use.pages
-        return self._pages_at[use.entry]
-
     def _bits(self, segment: PagedSegment) -> int:
-        """Where a segment's bitmap starts in the table, or -1."""
-        if segment.hidden is None:
+        """Where a segment's bitmap starts in the table."""
+        hidden = segment.hidden
+        if hidden is None:
             return -1
-        if id(segment.hidden) not in self._hidden_at:
+        if id(hidden) not in self._hidden_at:
             bits = torch.zeros(-(-len(segment.pages) * self.page_size // 32), 32, dtype=torch.int64)
-            bits.view(-1)[: len(segment.hidden)] = segment.hidden.to(torch.int64)
+            bits.view(-1)[: len(hidden)] = hidden.to(torch.int64)
             words = (bits << torch.arange(32)).sum(1)
             self._hidden.append(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32))
-            self._hidden_at[id(segment.hidden)] = self._words
+            self._hidden_at[id(hidden)] = self._words
             self._words += len(words)
-        return self._hidden_at[id(segment.hidden)]
+        return self._hidden_at[id(hidden)]
+
+
+def _tensor(values: "array[int]") -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int32) if values else torch.zeros(0, dtype=torch.int32)

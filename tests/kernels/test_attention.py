@@ -1,5 +1,6 @@
 """The attention kernel against the float64 reference: in the interpreter, or on a GPU where there is one."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -160,3 +161,54 @@ def test_small_requests_share_an_item(case) -> None:
         segments.append(PagedSegment(made.entry(own), 0, own, 384))
         made.ask(segments, [384 + own - 1])
     made.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("requests", "segments"), [(1, 100), (7, 30), (64, 9)])
+def test_random_batches(case, requests, segments, dtype) -> None:
+    """Any subsets in any order, slices, gaps and hidden keys; a few rows each."""
+    made = case(4, 2, 128, dtype, pages=1200)
+    state = random.Random(torch.initial_seed())
+    entries = [(made.entry(n), n) for n in (1, 15, 17, 63, 65, 500, 4097) for _ in range(3)]
+    for _ in range(requests):
+        chosen, origin = [], state.randint(0, 1000)
+        for pages, tokens in state.choices(entries, k=segments):
+            start = state.choice((0, 0, state.randrange(tokens)))
+            hidden = torch.rand(tokens) < 0.3 if state.random() < 0.1 else None
+            chosen.append(PagedSegment(pages, start, tokens, origin - start, hidden))
+            origin += tokens - start + state.choice((0, 0, 11))
+        rows = state.randint(1, 3)
+        chosen.append(PagedSegment(made.entry(70), 0, 70, origin))
+        made.ask(chosen, list(range(origin + 30, origin + 30 + rows)))
+    made.check(limit=131_072 * 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 32, 300])
+def test_memory_past_two_billion_elements(case, rows) -> None:
+    """High page ids give the bits that low ones do."""
+    made = case(8, 2, 128, torch.bfloat16, pages=16)
+    entry, tail = made.entry(500), made.entry(rows)
+    low = made.kv.to(DEVICE)
+    pages = 2**31 // (8 * PAGE * 128)  # keys alone are 2**31 elements
+    high = torch.empty(2, pages, 8, PAGE, 128, dtype=torch.bfloat16, device=DEVICE)
+    high[:, -16:] = low
+    queries = torch.randn(rows, 16, 128, dtype=torch.bfloat16, device=DEVICE)
+    positions = torch.arange(500, 500 + rows)
+    found = []
+    for memory, shift in ((low, 0), (high, pages - 16)):
+        segments = (PagedSegment(entry + shift, 0, 500, 0), PagedSegment(tail + shift, 0, rows, 500))
+        plan = plan_for_triton(
+            positions,
+            [Request(slice(0, rows), segments)],
+            made.tables[torch.float32],
+            limit=1024,
+            page_size=PAGE,
+            group=2,
+            kv_heads=8,
+        )
+        found.append(cascade_attention_triton(queries, plan, memory, made.scale))
+    assert high.numel() > 2**32 - 2**20
+    assert torch.equal(*found)
+    assert torch.isfinite(found[0]).all()
