@@ -1,13 +1,12 @@
-"""Device code that the linear operations share: a few rows of `x` times a weight matrix that is read once.
+"""Device code that the linear operations share: one or two rows of `x` times a weight matrix that is read once.
 
-`gemv` multiplies and adds in registers, for one or two rows; `gemm` uses matrix instructions, from there on. A program
-owns whole rows of the weight, in one or more `sets` of row numbers (gate and up, say), and gets a product per set. It
-first asks for weights (`load_ahead`, `prefetch`), then waits for the kernel before it (`wait_for_inputs`), so that
-programmatic dependent launch hides the way from memory.
+A program owns whole rows of the weight, in one or more `sets` of row numbers (gate and up, say), and gets a product per
+set. It first asks for weights (`load_ahead`), then waits for the kernel before it (`wait_for_inputs`), so that
+programmatic dependent launch hides the way from memory. It multiplies and adds in registers; for more rows there is
+`products`, which uses matrix instructions.
 
 `gemv` can apply an RMSNorm to `x` on the way: `x` is multiplied by the norm's weight, and the products by 1 / rms at
-the end. That rounds less often than the reference does, and nothing waits for the mean square. Before `gemm` a norm is
-a kernel of its own: with more rows, doing it again in every program costs more than a launch.
+the end. That rounds less often than the reference does, and nothing waits for the mean square.
 """
 
 import triton
@@ -23,6 +22,13 @@ def wait_for_inputs(USE_PDL: tl.constexpr):
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def let_next_begin(USE_PDL: tl.constexpr):
+    """Let the next kernel begin: for one that is busy for long before it waits."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -54,12 +60,15 @@ def own_rows(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _load_rows(w_ptr, numbers, column, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CHECK_K: tl.constexpr):
-    """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: [WARPS, ., BLOCK_K]."""
+    """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: [WARPS, ., BLOCK_K].
+
+    Nothing reads them a second time before all other weights have been read: they are the first to leave the L2 cache.
+    """
     k = column + tl.arange(0, BLOCK_K)[None, None, :]
     at = w_ptr + numbers.to(tl.int64)[:, :, None] * K + k
     if CHECK_K:
-        return tl.load(at, (numbers < N)[:, :, None] & (k < K), other=0.0)
-    return tl.load(at, (numbers < N)[:, :, None], other=0.0)
+        return tl.load(at, (numbers < N)[:, :, None] & (k < K), other=0.0, eviction_policy="evict_first")
+    return tl.load(at, (numbers < N)[:, :, None], other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
@@ -161,86 +170,4 @@ def gemv(
             if norm_ptr is not None:
                 total *= tl.rsqrt(tl.sum(squares[m], 2) / K + eps)
             products = products + (total,)
-    return products
-
-
-@triton.jit
-def _prefetch(w_ptr, numbers, first, N: tl.constexpr, K: tl.constexpr, SPAN: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Ask for columns [first, first + SPAN) of these rows in the L2 cache; wait for nothing (compute capability 9)."""
-    PIECES: tl.constexpr = 4
-    BYTES: tl.constexpr = SPAN // PIECES * w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    columns = first + tl.arange(0, PIECES)[None, :] * (SPAN // PIECES)
-    starts = w_ptr + tl.minimum(numbers, N - 1).to(tl.int64)[:, None] * K + tl.minimum(columns, K - SPAN // PIECES)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; // dummy $0",
-        "=r,l,r",
-        [starts.to(tl.int64, bitcast=True), tl.full([BLOCK_N, PIECES], BYTES, tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch(
-    w_ptr,
-    sets,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """Ask for what `gemm` will read of the weight; to be called before `wait_for_inputs`, and useless without it."""
-    SPAN: tl.constexpr = min(((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K, K)
-    if USE_PDL and K % 32 == 0:
-        for s in tl.static_range(len(sets)):
-            _prefetch(w_ptr, sets[s], tl.program_id(2) * SPAN, N, K, SPAN, BLOCK_N)
-
-
-@triton.jit
-def gemm(
-    x_ptr,
-    w_ptr,
-    sets,
-    row0,
-    rows,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
-    """As `gemv`, with matrix instructions and without a norm; `sets` holds row numbers, int32 [BLOCK_N] each.
-
-    With SPLITS > 1 the program's third index says which part of the columns it takes.
-
-    Returns:
-        A tuple of float32 [ROWS, BLOCK_N], one per set.
-    """
-    SPAN: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
-    CHECK_K: tl.constexpr = SPAN * SPLITS != K
-    first = tl.program_id(2) * SPAN
-    row = row0 + tl.arange(0, ROWS)
-    x_rows = x_ptr + row.to(tl.int64)[:, None] * K
-    products = ()
-    for _ in tl.static_range(len(sets)):
-        products = products + (tl.zeros([ROWS, BLOCK_N], tl.float32),)
-    for column in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
-        k = first + column + tl.arange(0, BLOCK_K)
-        x_real, k_real = (row < rows)[:, None], k[:, None] < K
-        if CHECK_K:
-            x_real &= k[None, :] < K
-        x = tl.load(x_rows + k[None, :], x_real, other=0.0)
-        added = ()
-        for s in tl.static_range(len(sets)):
-            w_real = (sets[s] < N)[None, :]
-            if CHECK_K:
-                w_real &= k_real
-            w = tl.load(w_ptr + sets[s].to(tl.int64)[None, :] * K + k[:, None], w_real, other=0.0)
-            added = added + (tl.dot(x, w, products[s], input_precision="ieee"),)
-        products = added
     return products

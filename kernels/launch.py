@@ -24,14 +24,12 @@ class Tile:
         block_k: columns that one load takes, for 16-bit numbers; half as many for float32.
         warps: per program.
         stages: how many such loads are in flight.
-        splits: parts that the columns are cut into at most, a program each; `out_proj`, with matrix instructions.
     """
 
     block_n: int
     block_k: int
     warps: int
     stages: int
-    splits: int = 1
 
     def columns(self, x: Tensor) -> int:
         """`block_k` for `x` [rows, size]: no wider than its rows need."""
@@ -42,11 +40,19 @@ class Tile:
 MATRIX_ROWS = 16
 """From so many rows a program on, products take matrix instructions."""
 
+Tiles = dict[int, dict[int, Tile]]
+"""By the weight's columns, then by the rows that one program takes."""
 
-def tile_for(tiles: dict[int, Tile], rows: int) -> tuple[int, Tile]:
-    """From a table by rows a program: the smallest entry that holds `rows`, else the largest (several programs)."""
-    block_rows = min((size for size in tiles if size >= rows), default=max(tiles))
-    return block_rows, tiles[block_rows]
+
+def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
+    """The rows that one program takes, and its shape.
+
+    Of the table's columns the fewest that are not fewer than these, else the most; the same for rows, where several
+    programs share what is beyond the most.
+    """
+    by_rows = tiles[min((size for size in tiles if size >= columns), default=max(tiles))]
+    block_rows = min((size for size in by_rows if size >= rows), default=max(by_rows))
+    return block_rows, by_rows[block_rows]
 
 
 def interpreted() -> bool:

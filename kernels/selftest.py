@@ -25,6 +25,7 @@ from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.rope import RotaryTable
+from braidsdk.kernels.sample import Choices, sample
 from braidsdk.kernels.swiglu import norm_swiglu
 
 PAGE = 64
@@ -109,7 +110,7 @@ def check(geometry: Geometry, device: torch.device, *, timed: bool = True) -> It
                     result = replace(result, us=us, bandwidth=case.moved / us * 1e6 / ceiling)
             except Exception as problem:  # whatever it is, the answer is that this kernel does not run here
                 last = traceback.format_exception_only(problem)[-1].strip()
-                result = Result(make.__name__.removeprefix("_"), f"{rows} rows", None, limit, trouble=last[:300])
+                result = Result(make.__name__.removeprefix("_"), _counted(rows, "row"), None, limit, trouble=last[:300])
             yield result
 
 
@@ -120,6 +121,10 @@ def _distance(got: Tensor, truth: Tensor) -> float:
 
 def _copies(moved: int) -> int:
     return max(2, min(64, int(COLD_BYTES / max(moved, 1)) + 1))
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -142,11 +147,12 @@ def _norm_qkv(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: i
     ]
     hidden = _random(rows, shape.hidden, dtype=dtype, device=device)
     angles = torch.rand(rows, shape.head_dim // 2, device=device) * 6
+    cos, sin = angles.cos(), angles.sin()
     kv = torch.zeros(2, -(-rows // PAGE), shape.kv_heads, PAGE, shape.head_dim, dtype=dtype, device=device)
     slots = torch.arange(rows, device=device)
 
     def run(copy: int) -> Tensor:
-        queries = norm_qkv(hidden, weights[copy], EPS, angles.cos(), angles.sin(), kv, slots, path="triton")
+        queries = norm_qkv(hidden, weights[copy], EPS, cos, sin, kv, slots, path="triton")
         return queries if copy else torch.cat((queries.flatten(), kv.flatten()))
 
     def truth() -> Tensor:
@@ -156,7 +162,7 @@ def _norm_qkv(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: i
         queries = norm_qkv(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
         return torch.cat((queries.flatten(), memory.flatten()))
 
-    return _Case("norm_qkv", f"{rows} rows", run, truth, moved, copies)
+    return _Case("norm_qkv", _counted(rows, "row"), run, truth, moved, copies)
 
 
 def _attention(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int) -> _Case:
@@ -199,7 +205,7 @@ def _attention(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: 
         plans = [made for each in requests if (made := plan_request(at_rows.to(device), each, wide, limit, PAGE))]
         return cascade_attention_reference(queries.double(), plans, kv[0].double(), scale)
 
-    name = f"{rows} rows of {users} requests over {sum(lengths):,} keys"
+    name = f"{_counted(rows, 'row')} of {_counted(users, 'request')} over {sum(lengths):,} keys"
     return _Case(
         "attention",
         name,
@@ -218,7 +224,7 @@ def _out_proj(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: i
     x, residual = (_random(rows, n, dtype=dtype, device=device) for n in (size, shape.hidden))
     return _Case(
         "out_proj",
-        f"{rows} rows",
+        _counted(rows, "row"),
         lambda copy: out_proj(x, weights[copy], None, residual, path="triton"),
         lambda: out_proj(x.double(), weights[0].double(), None, residual.double()),
         moved,
@@ -235,7 +241,7 @@ def _swiglu(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int
     norm, hidden = (_random(*n, shape.hidden, dtype=dtype, device=device) for n in ((), (rows,)))
     return _Case(
         "swiglu",
-        f"{rows} rows",
+        _counted(rows, "row"),
         lambda copy: norm_swiglu(hidden, norm, weights[copy], EPS, path="triton"),
         lambda: norm_swiglu(hidden.double(), norm.double(), weights[0].double(), EPS),
         moved,
@@ -246,19 +252,34 @@ def _swiglu(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int
 def _head(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int) -> _Case:
     rows = min(rows, 64)  # only last rows are asked for
     moved = shape.vocab * shape.hidden * dtype.itemsize
-    head = _random(shape.vocab, shape.hidden, dtype=dtype, device=device, scale=shape.hidden**-0.5)
+    copies = _copies(moved)
+    heads = _random(copies, shape.vocab, shape.hidden, dtype=dtype, device=device, scale=shape.hidden**-0.5)
     norm, hidden = (_random(*n, shape.hidden, dtype=dtype, device=device) for n in ((), (rows,)))
 
     def run(copy: int) -> Tensor:
-        logits = norm_head(hidden, norm, head, EPS, path="triton")
-        ids, finite = greedy(logits, path="triton")
-        if not copy and not (torch.equal(ids, greedy(logits)[0]) and finite.all()):
-            raise ValueError("the likeliest token is not that of torch")
+        logits = norm_head(hidden, norm, heads[copy], EPS, path="triton")
+        if not copy:
+            ids, finite = greedy(logits, path="triton")
+            drawn, _ = sample(logits, _likeliest(rows, shape.vocab, device), path="triton")
+            if not (torch.equal(ids, greedy(logits)[0]) and torch.equal(ids, drawn) and finite.all()):
+                raise ValueError("the likeliest token is not that of torch")
         return logits
 
     return _Case(
-        "head", f"{rows} rows", run, lambda: norm_head(hidden.double(), norm.double(), head.double(), EPS), moved, 2
+        "head",
+        _counted(rows, "row"),
+        run,
+        lambda: norm_head(hidden.double(), norm.double(), heads[0].double(), EPS),
+        moved,
+        copies,
     )
+
+
+def _likeliest(rows: int, vocab: int, device: torch.device) -> Choices:
+    """Draw among one token."""
+    choices = Choices.greedy(torch.zeros(rows, vocab, dtype=torch.bool, device=device))
+    choices.shape[0] = choices.draws[0] = 1
+    return choices
 
 
 def _time(case: _Case) -> float:

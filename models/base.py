@@ -104,6 +104,28 @@ class Step:
     plans: AttentionPlans
 
 
+def only_rows(batch: Batch, rows: Tensor) -> Batch:
+    """The same pass for some of its tokens, with all that these see.
+
+    Args:
+        batch: the pass.
+        rows: which of its tokens, int64 [rows], on the CPU, ascending.
+    """
+    requests, start = [], 0
+    for request in batch.requests:
+        count = int(((rows >= request.rows.start) & (rows < request.rows.stop)).sum())
+        requests.append(Request(slice(start, start + count), request.segments))
+        start += count
+    return Batch(
+        token_ids=batch.token_ids[rows],
+        positions=batch.positions[rows],
+        frame_positions=batch.frame_positions[rows],
+        slots=batch.slots[rows],
+        requests=tuple(requests),
+        limit=batch.limit,
+    )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """One of a checkpoint's JSON files.
 
@@ -161,6 +183,20 @@ class Model(Protocol):
 
         Returns:
             Logits [rows, vocab_size], float32 (float64 for a float64 model); None if `logit_rows` is None.
+        """
+        ...
+
+    def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
+        """One layer by itself: what `forward` does between two layers. For measuring, layer by layer.
+
+        Args:
+            index: which layer.
+            hidden: its input, [tokens, hidden].
+            batch: the tokens that these are.
+            memory: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
+
+        Returns:
+            Its output, [tokens, hidden].
         """
         ...
 

@@ -176,14 +176,12 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
 @contextmanager
 def tiles(modules: Iterable[ModuleType], rows: int, tile: Tile | None) -> Iterator[None]:
     """Within, this shape serves so many rows in these modules; None leaves what is there."""
-    tables = [table for module in modules for table in (module.TILES, getattr(module, "LONG_TILES", None)) if table]
-    kept = [dict(table) for table in tables]
-    for table in tables:
-        if tile:
-            table[tile_for(table, rows)[0]] = tile
+    kept = [(by_rows, dict(by_rows)) for module in modules for by_rows in module.TILES.values()]
+    for by_rows, before in kept if tile else ():
+        by_rows[tile_for({0: before}, rows, 0)[0]] = tile
     yield
-    for table, before in zip(tables, kept, strict=True):
-        table.update(before)
+    for by_rows, before in kept:
+        by_rows.update(before)
 
 
 def judge(work: Work) -> Callable[[], float]:
@@ -283,12 +281,10 @@ def candidates(name: str, rows: int) -> list[Tile]:
                 found.append(Tile(block_n, block_k, warps, stages))
     else:
         height = next((size for size in (16, 32) if size >= rows), 64)
-        splits = (1, 2, 4) if name in ("out_proj", "down") else (1,)
-        shapes = product((16, 32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4, 6), splits)
-        for block_n, block_k, warps, stages, parts in shapes:
-            shared = (sets * block_n + height) * block_k * 2 * stages
-            if 48_000 <= shared <= 200_000 and block_n * height <= 64 * 128 and sets * block_n <= 128:
-                found.append(Tile(block_n, block_k, warps, stages, parts))
+        for block_n, block_k, warps, stages in product((64, 128), (64, 128, 256, 512), (4, 8), (1, 2, 3, 4, 6)):
+            shared = (block_n + height) * block_k * 2 * stages
+            if 24_000 <= shared <= 200_000 and block_n * height // (warps * 32) <= 64:
+                found.append(Tile(block_n, block_k, warps, stages))
     return found
 
 

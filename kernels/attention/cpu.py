@@ -4,17 +4,27 @@ Few rows (a question, a decoded token) read pages where they lie, each page an i
 first lay a segment's pages out in a row. Partial results are merged by their natural-log LSE.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.plan import RequestPlan
 
-_FEW_ROWS = 64
+_FEW_ROWS = 256
 _ROW_BLOCK = 512
+
+_ROW_STEP = 32
+"""Rows that flash attention takes at once; by measurement a block that is not full costs more than a full one."""
+
+_KEY_STEP = 64
+"""Keys that it takes at once, likewise."""
+
+_TURNED_AT_ONCE = 1 << 17
+"""Elements of queries that are rotated together, in float32: they stay in a core's cache."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -23,16 +33,20 @@ class _Run:
     """Pages that follow one another in memory.
 
     Attributes:
-        span: their place among the request's pages.
         first: page id of the first.
-        mask: added to their scores, [pages, 1, group * rows, page_size]; None where every row sees every key.
-        blind: rows that see no key of a page, [pages, 1, group * rows]; None with `mask`, or where there are none.
+        pages: how many.
+        keys: of each page, from its first token on.
+        queries: which segments' frames the queries are in: one for all pages, or one per page.
+        mask: added to the scores, [1, 1, padded rows, keys]; None where every row sees every key.
+        blind: rows that see no key, [padded rows]; None with `mask`, or where there are none.
     """
 
-    span: slice
     first: int
-    mask: Tensor | None
-    blind: Tensor | None
+    pages: int
+    keys: int
+    queries: slice
+    mask: Tensor | None = None
+    blind: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,38 +74,104 @@ class CpuPlan:
 
     Attributes:
         base: the request's plan.
-        turn: rotation of each row's query in each segment's frame, complex, [segments, 1, rows, head_dim / 2].
-        segment_of_page: int64 [pages].
-        runs: all pages, in order.
+        few: whether its rows are few.
+        cos: of each row's rotation in each segment's frame, twice, [segments, 1, 1, rows, head_dim]; with few rows the
+            segments are in the order of their first pages.
+        sin: likewise, the first half negated.
+        padded: rows of the queries of one KV head, made up to what flash attention takes well.
+        runs: pages that some row sees.
         tiles: ordered by rows; those that see nothing are left out.
+        blind: with few rows those that see nothing at all, [padded]; None where there are none.
     """
 
     base: RequestPlan
-    turn: Tensor
-    segment_of_page: Tensor
-    runs: tuple[_Run, ...]
-    tiles: tuple[_Tile, ...]
+    few: bool
+    cos: Tensor
+    sin: Tensor
+    padded: int
+    runs: tuple[_Run, ...] = ()
+    tiles: tuple[_Tile, ...] = ()
+    blind: Tensor | None = None
 
 
 def plan_for_cpu(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> CpuPlan:
     """Cut a request's plan for queries of `dtype`, `group` query heads for each KV head."""
-    pages_per_segment = torch.tensor([span // page_size for span in base.spans])
-    owner = torch.repeat_interleave(torch.arange(len(base.spans)), pages_per_segment)
-    few = len(base.hidden) <= _FEW_ROWS
+    if len(base.hidden) > _FEW_ROWS:
+        cos, sin = _doubled(base.cos.transpose(0, 1), base.sin.transpose(0, 1))
+        return CpuPlan(base, False, cos, sin, len(base.hidden), tiles=_tiles(base, dtype))
+    firsts = accumulate((span // page_size for span in base.spans[:-1]), initial=0)
+    order = base.pages[list(firsts)].argsort()  # pages of neighbouring segments then are one run where they can be
+    cos, sin = _doubled(base.cos.transpose(0, 1)[order], base.sin.transpose(0, 1)[order])
+    rows = group * len(base.hidden)
+    padded = rows if rows <= _ROW_STEP else -(-rows // _ROW_STEP) * _ROW_STEP
+    blind = _for_group(base.hidden.all(-1), group, padded)
     return CpuPlan(
         base,
-        torch.complex(base.cos, base.sin).transpose(0, 1)[:, None].contiguous(),
-        owner,
-        runs=_runs(base, dtype, page_size, group) if few else (),
-        tiles=() if few else _tiles(base, dtype),
+        True,
+        cos,
+        sin,
+        padded,
+        runs=_runs(base, order.tolist(), dtype, page_size, group, padded),
+        blind=blind if blind.any() else None,
     )
 
 
-def _runs(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> tuple[_Run, ...]:
-    pages = base.pages.tolist()
-    hidden = base.hidden.repeat(group, 1).view(-1, len(pages), page_size).transpose(0, 1)[:, None]
-    cuts = [0, *(i for i in range(1, len(pages)) if pages[i] != pages[i - 1] + 1), len(pages)]
-    return tuple(_Run(slice(a, b), pages[a], *_mask(hidden[a:b], dtype)) for a, b in pairwise(cuts))
+def _doubled(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """For whole heads: dimension i and i + head_dim / 2 turn together, one by the negative sine."""
+    return torch.cat((cos, cos), -1)[:, None, None], torch.cat((-sin, sin), -1)[:, None, None]
+
+
+def _for_group(rows: Tensor, group: int, padded: int) -> Tensor:
+    """What is known of each row, bool [rows, ...], for the queries of one KV head; of made-up rows all is False."""
+    repeated = rows.repeat(group, *(1 for _ in rows.shape[1:]))
+    return torch.cat((repeated, repeated.new_zeros(padded - len(repeated), *rows.shape[1:])))
+
+
+def _runs(
+    base: RequestPlan, order: Sequence[int], dtype: torch.dtype, page_size: int, group: int, padded: int
+) -> tuple[_Run, ...]:
+    """The pages of all segments in this order, as few runs as can be."""
+    runs: list[_Run] = []
+    for page in _pages(base, order, dtype, page_size, group, padded):
+        if runs and (joined := _joined(runs[-1], page, page_size)):
+            runs[-1] = joined
+        else:
+            runs.append(page)
+    return tuple(runs)
+
+
+def _pages(
+    base: RequestPlan, order: Sequence[int], dtype: torch.dtype, page_size: int, group: int, padded: int
+) -> Iterator[_Run]:
+    """Each page that some row sees, by itself."""
+    hidden = base.hidden.view(len(base.hidden), -1, page_size)
+    last = torch.where(hidden.all(0), 0, torch.arange(1, page_size + 1)).amax(-1)
+    seen_by_all = (~hidden).all(0).sum(-1)
+    stops = (-(-last // _KEY_STEP) * _KEY_STEP).clamp(max=page_size)
+    ids, keys, plain = base.pages.tolist(), stops.tolist(), (seen_by_all == stops).tolist()
+    ends = list(accumulate(span // page_size for span in base.spans))
+    for place, segment in enumerate(order):
+        for at in range(ends[segment] - base.spans[segment] // page_size, ends[segment]):
+            if not keys[at]:
+                continue
+            page = _Run(ids[at], 1, keys[at], slice(place, place + 1))
+            if not plain[at]:
+                mask, blind = _mask(_for_group(hidden[:, at, : keys[at]], group, padded), dtype)
+                page = replace(page, mask=None if mask is None else mask[None, None], blind=blind)
+            yield page
+
+
+def _joined(run: _Run, page: _Run, page_size: int) -> _Run | None:
+    """A run and the page after it as one, where they can be."""
+    alike = run.keys == page.keys == page_size and run.mask is None and page.mask is None
+    if not alike or page.first != run.first + run.pages:
+        return None
+    if page.queries == run.queries:
+        return replace(run, pages=run.pages + 1)
+    stepping = run.queries.stop - run.queries.start == run.pages and page.queries.start == run.queries.stop
+    if not stepping:
+        return None
+    return replace(run, pages=run.pages + 1, queries=slice(run.queries.start, page.queries.stop))
 
 
 def _tiles(base: RequestPlan, dtype: torch.dtype) -> tuple[_Tile, ...]:
@@ -119,55 +199,66 @@ def cascade_attention_cpu(queries: Tensor, plans: Sequence[CpuPlan], kv: Tensor,
     """What `cascade_attention_reference` computes, for float32 and bfloat16 on the CPU; arguments as there."""
     out = torch.zeros_like(queries)
     for plan in plans:
-        attend = _over_pages if plan.runs else _over_tiles
-        mixed = attend(_turned(queries[plan.base.rows], plan), plan, kv, scale)
-        out[plan.base.rows] = mixed.transpose(0, 1).to(queries.dtype)
+        rows = queries[plan.base.rows].transpose(0, 1).unflatten(0, (kv.shape[2], -1))
+        attend = _over_pages if plan.few else _over_tiles
+        mixed = attend(rows, plan, kv, scale)
+        out[plan.base.rows].unflatten(1, mixed.shape[:2]).copy_(mixed.permute(2, 0, 1, 3))
     return out
 
 
-def _turned(queries: Tensor, plan: CpuPlan) -> Tensor:
-    """Each row's query in each segment's frame, [segments, q_heads, rows, head_dim], rounded once.
+def _turn(queries: Tensor, plan: CpuPlan, out: Tensor) -> None:
+    """Write each row's query in each segment's frame, rotated in float32 and rounded once.
 
-    Dimension i and i + head_dim / 2 turn together: they are one complex number, and its rotation one product.
+    Args:
+        queries: [kv_heads, group, rows, head_dim].
+        plan: the request's plan.
+        out: [segments, kv_heads, group, rows, head_dim].
     """
-    real, imaginary = queries.transpose(0, 1).float().chunk(2, dim=-1)
-    turned = torch.complex(real, imaginary) * plan.turn
-    out = torch.empty(*turned.shape[:-1], queries.shape[-1], dtype=queries.dtype)
-    first, second = out.chunk(2, dim=-1)
-    first.copy_(turned.real)
-    second.copy_(turned.imag)
-    return out
+    wide = queries.float().contiguous()
+    swapped = torch.cat(wide.chunk(2, dim=-1)[::-1], dim=-1)
+    step = max(1, _TURNED_AT_ONCE // wide.numel())
+    space = wide.new_empty(min(step, len(out)), *wide.shape)
+    for start in range(0, len(out), step):
+        part = slice(start, min(start + step, len(out)))
+        turned = torch.mul(wide, plan.cos[part], out=space[: part.stop - start])
+        out[part].copy_(turned.addcmul_(swapped, plan.sin[part]))
 
 
-def _over_pages(turned: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
-    """Few rows: every page by itself, then one merge. Returns [q_heads, rows, head_dim], float32."""
-    segments, q_heads, rows, head_dim = turned.shape
+def _over_pages(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
+    """Few rows: every page by itself, then one merge. Returns [kv_heads, group, rows, head_dim], float32."""
+    kv_heads, group, rows, head_dim = queries.shape
+    if not plan.runs:
+        return torch.zeros(queries.shape)
     # The query heads of one KV head become rows of one product: a page's keys are packed once for all of them.
-    per_page = turned.reshape(segments, kv.shape[2], -1, head_dim)[plan.segment_of_page]
+    turned = queries.new_empty(len(plan.cos), kv_heads, plan.padded, head_dim)
+    turned[:, :, group * rows :] = 0
+    _turn(queries, plan, turned[:, :, : group * rows].unflatten(2, (group, rows)))
     outs, lses = [], []
     for run in plan.runs:
-        keys, values = kv[:, run.first : run.first + run.span.stop - run.span.start]
-        out, lse = _flash(per_page[run.span], keys, values, 0.0, False, attn_mask=run.mask, scale=scale)
-        outs.append(out)
+        keys, values = kv[:, run.first : run.first + run.pages, :, : run.keys]
+        query = turned[run.queries].expand(run.pages, -1, -1, -1)
+        out, lse = _flash(query, keys, values, 0.0, False, attn_mask=run.mask, scale=scale)
+        outs += out.unbind()
         lses.append(lse if run.blind is None else lse.masked_fill(run.blind, float("-inf")))
-    out, lse = torch.cat(outs), torch.cat(lses)
-    top = lse.amax(0)
-    # Rows that see nothing anywhere have -inf everywhere: any finite top leaves their weights zero.
-    weights = torch.exp(lse - top.masked_fill(top == float("-inf"), 0.0))
-    total = weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
-    weights = (weights / total)[..., None]
-    merged = out[0] * weights[0]
-    for part, weight in zip(out[1:], weights[1:], strict=True):  # a sum that stays in the processor's cache
+    weights = torch.softmax(torch.cat(lses), dim=0)[..., None]
+    if plan.blind is not None:
+        weights = weights.masked_fill(plan.blind[:, None], 0.0)
+    merged: Tensor = outs[0] * weights[0]
+    for part, weight in zip(outs[1:], weights[1:], strict=True):  # a sum that stays in the processor's cache
         merged.addcmul_(part, weight)
-    return merged.view(q_heads, rows, head_dim)
+    return merged[:, : group * rows].unflatten(1, (group, rows))
 
 
-def _over_tiles(turned: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
-    """Many rows: a segment at a time, merged as it comes. Returns [q_heads, rows, head_dim], float32."""
-    _, q_heads, count, head_dim = turned.shape
+def _over_tiles(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
+    """Many rows: a segment at a time, merged as it comes. Returns [kv_heads, group, rows, head_dim], float32."""
+    kv_heads, group, count, head_dim = queries.shape
+    q_heads = kv_heads * group
+    turned = queries.new_empty(len(plan.cos), *queries.shape)
+    _turn(queries, plan, turned)
+    turned = turned.flatten(1, 2)
     tiles = kv.index_select(1, plan.base.pages).transpose(1, 2).flatten(2, 3)
     by_segment = torch.split(tiles, list(plan.base.spans), dim=2)
-    merged = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
+    merged: Tensor = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
     total = torch.full((q_heads, count, 1), float("-inf"))
     for tile in plan.tiles:
         keys, values = by_segment[tile.segment][:, None, :, : tile.keys]
@@ -180,4 +271,4 @@ def _over_tiles(turned: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tens
         merged[:, tile.rows] *= torch.exp(before - safe)
         merged[:, tile.rows] += torch.exp(lse[..., None] - safe) * out[0]
         total[:, tile.rows] = both
-    return merged
+    return merged.unflatten(0, (kv_heads, group))

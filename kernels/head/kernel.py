@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from braidsdk.kernels.few_rows import arrive_last, gemm, gemv, load_ahead, own_rows, prefetch, wait_for_inputs
+from braidsdk.kernels.few_rows import arrive_last, gemv, load_ahead, own_rows, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -20,33 +20,20 @@ def norm_head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    MATRIX: tl.constexpr,
     WARPS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """ROWS rows of hidden [rows, HIDDEN], BLOCK_N of the head [VOCAB, HIDDEN]; logits: float32 [rows, VOCAB].
-
-    With MATRIX, the hidden states have been normed already, and `norm` is None.
-    """
+    """ROWS rows of hidden [rows, HIDDEN], BLOCK_N of the head [VOCAB, HIDDEN]; logits: float32 [rows, VOCAB]."""
     row0 = tl.program_id(1) * ROWS
-    if MATRIX:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        prefetch(w_ptr, (n,), VOCAB, HIDDEN, BLOCK_N, BLOCK_K, 1, USE_PDL)
-        wait_for_inputs(USE_PDL)
-        (product,) = gemm(hidden_ptr, w_ptr, (n,), row0, rows, VOCAB, HIDDEN, ROWS, BLOCK_N, BLOCK_K, STAGES, 1)
-        m = row0 + tl.arange(0, ROWS)
-        real = (m < rows)[:, None] & (n < VOCAB)[None, :]
-        tl.store(logits_ptr + m.to(tl.int64)[:, None] * VOCAB + n[None, :], product, real)
-    else:
-        n = own_rows(BLOCK_N, WARPS)
-        weights = load_ahead(w_ptr, (n,), VOCAB, HIDDEN, BLOCK_K, STAGES)
-        wait_for_inputs(USE_PDL)
-        products = gemv(
-            hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, VOCAB, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
-        )
-        for m in tl.static_range(ROWS):
-            at = logits_ptr + (row0 + m).to(tl.int64) * VOCAB + n
-            tl.store(at, products[m], (row0 + m < rows) & (n < VOCAB))
+    n = own_rows(BLOCK_N, WARPS)
+    weights = load_ahead(w_ptr, (n,), VOCAB, HIDDEN, BLOCK_K, STAGES)
+    wait_for_inputs(USE_PDL)
+    products = gemv(
+        hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, VOCAB, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
+    )
+    for m in tl.static_range(ROWS):
+        at = logits_ptr + (row0 + m).to(tl.int64) * VOCAB + n
+        tl.store(at, products[m], (row0 + m < rows) & (n < VOCAB))
 
 
 @triton.jit

@@ -8,26 +8,32 @@ from braidsdk.kernels.launch import (
     MATRIX_ROWS,
     Path,
     Tile,
+    Tiles,
     check_shape,
     check_triton,
     counters,
     launch_options,
     tile_for,
 )
+from braidsdk.kernels.measure import measured
+from braidsdk.kernels.products import products
 from braidsdk.kernels.rms_norm import rms_norm
 
-TILES = {
-    1: Tile(block_n=16, block_k=256, warps=4, stages=4),
-    2: Tile(block_n=8, block_k=256, warps=4, stages=4),
-    16: Tile(block_n=128, block_k=64, warps=4, stages=4),
-    32: Tile(block_n=128, block_k=64, warps=4, stages=4),
-    64: Tile(block_n=128, block_k=64, warps=4, stages=4),
+TILES: Tiles = {
+    4096: {
+        1: Tile(block_n=16, block_k=256, warps=4, stages=2),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=4),
+        16: Tile(block_n=64, block_k=128, warps=4, stages=3),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=3),
+        64: Tile(block_n=128, block_k=64, warps=4, stages=3),
+    },
 }
-"""By the rows that one program takes: the kernel's shape."""
+"""The kernels' shapes."""
 
 _GREEDY_BLOCK = 4096
 
 
+@measured("head")
 def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, path: Path = "torch") -> Tensor:
     """Logits of hidden states; in Triton's path summed in float32 and never rounded to a narrower dtype.
 
@@ -52,18 +58,17 @@ def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, path: P
     check_triton(op, hidden, norm, head)
     check_shape(op, "norm", norm, size)
     check_shape(op, "head", head, vocab, size)
+    block_rows, tile = tile_for(TILES, rows, size)
+    if block_rows >= MATRIX_ROWS:
+        parts = products(rms_norm(hidden, norm, eps, path="triton"), head, block_rows, tile)
+        return parts[0] if len(parts) == 1 else parts.sum(0)
     logits = torch.empty(rows, vocab, dtype=torch.float32, device=hidden.device)
     if rows:
         from braidsdk.kernels.head.kernel import norm_head_kernel
 
-        block_rows, tile = tile_for(TILES, rows)
-        matrix = block_rows >= MATRIX_ROWS
-        fused: Tensor | None = norm
-        if matrix:
-            hidden, fused = rms_norm(hidden, norm, eps, path="triton"), None
         norm_head_kernel[(-(-vocab // tile.block_n), -(-rows // block_rows))](
             hidden,
-            fused,
+            norm,
             head,
             logits,
             rows,
@@ -74,10 +79,9 @@ def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, path: P
             tile.block_n,
             tile.columns(hidden),
             tile.stages,
-            matrix,
             tile.warps,
             num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_stages=1,
             **launch_options(hidden.device),
         )
     return logits

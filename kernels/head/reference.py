@@ -2,8 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 
 
@@ -20,7 +20,7 @@ def norm_head_reference(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) 
         [rows, vocab_size], float32 (float64 for float64 inputs).
     """
     normed = rms_norm_reference(hidden, norm, eps)
-    return linear(normed, head).to(torch.promote_types(hidden.dtype, torch.float32))
+    return project(normed, head).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def greedy_reference(logits: Tensor) -> tuple[Tensor, Tensor]:

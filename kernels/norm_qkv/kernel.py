@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from braidsdk.kernels.few_rows import arrive_last, gemm, gemv, load_ahead, own_rows, prefetch, scaled, wait_for_inputs
+from braidsdk.kernels.few_rows import arrive_last, gemv, load_ahead, own_rows, wait_for_inputs
+from braidsdk.kernels.products.kernel import sum_parts
 
 
 @triton.jit(do_not_specialize=["rows", "pages"])
@@ -33,13 +34,10 @@ def norm_qkv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    MATRIX: tl.constexpr,
     WARPS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """All of it, for ROWS rows and BLOCK_N rows of the weight a program; BLOCK_N divides HEAD_DIM.
-
-    With MATRIX, the hidden states have been normed already, and `norm` is None.
 
     A head is more weight than one multiprocessor should read alone, so HEAD_DIM / BLOCK_N programs share it: each
     leaves its products in `packed`, float32 [rows, heads * HEAD_DIM], and the last to arrive finishes the head.
@@ -49,47 +47,34 @@ def norm_qkv_kernel(
     N: tl.constexpr = HEADS * HEAD_DIM
     head, row0 = tl.program_id(0) // PARTS, tl.program_id(1) * ROWS
     d = tl.arange(0, HEAD_DIM // 2)
-    if MATRIX:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        prefetch(w_ptr, (n,), N, HIDDEN, BLOCK_N, BLOCK_K, 1, USE_PDL)
-        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d[None, :], Q_HEADS, HEAD_DIM)
-        wait_for_inputs(USE_PDL)
-        (product,) = gemm(hidden_ptr, w_ptr, (n,), row0, rows, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, STAGES, 1)
+    n = own_rows(BLOCK_N, WARPS)
+    weights = load_ahead(w_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
+    head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
+    wait_for_inputs(USE_PDL)
+    products = gemv(
+        hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
+    )
+    for m in tl.static_range(ROWS):
+        product = products[m]
         if bias_ptr is not None:
-            product += tl.load(bias_ptr + n).to(tl.float32)[None, :]
-        m = row0 + tl.arange(0, ROWS)
-        tl.store(packed_ptr + m.to(tl.int64)[:, None] * N + n[None, :], product, (m < rows)[:, None])
-    else:
-        n = own_rows(BLOCK_N, WARPS)
-        weights = load_ahead(w_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
-        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
-        wait_for_inputs(USE_PDL)
-        products = gemv(
-            hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
-        )
-        for m in tl.static_range(ROWS):
-            product = products[m]
-            if bias_ptr is not None:
-                product += tl.load(bias_ptr + n).to(tl.float32)
-            tl.store(packed_ptr + (row0 + m).to(tl.int64) * N + n, product, row0 + m < rows)
+            product += tl.load(bias_ptr + n).to(tl.float32)
+        tl.store(packed_ptr + (row0 + m).to(tl.int64) * N + n, product, row0 + m < rows)
     if arrive_last(counters_ptr + tl.program_id(1) * HEADS + head, PARTS):
-        if MATRIX:
-            row = row0 + tl.arange(0, ROWS)[:, None]
+        for m in tl.static_range(ROWS):
+            at = (row0 + m).to(tl.int64) * N + head * HEAD_DIM + d
+            real = row0 + m < rows
+            first = tl.load(packed_ptr + at, real, other=0.0, cache_modifier=".cg")
+            second = tl.load(packed_ptr + at + HEAD_DIM // 2, real, other=0.0, cache_modifier=".cg")
             _finish_head(
-                packed_ptr, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
-                head, row, d[None, :], rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 1,
+                first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
+                head, row0 + m, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 0,
             )  # fmt: skip
-        else:
-            for m in tl.static_range(ROWS):
-                _finish_head(
-                    packed_ptr, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
-                    head, row0 + m, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 0,
-                )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "pages"])
 def finish_heads_kernel(
-    packed_ptr,
+    parts_ptr,
+    bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
     cos_ptr,
@@ -104,17 +89,30 @@ def finish_heads_kernel(
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """What follows the projection: QK-norm, RoPE and append, for ROWS rows of one head a program."""
+    """What follows the products: QK-norm, RoPE and append, for ROWS rows of one head a program.
+
+    parts: [SPLITS, rows, heads * HEAD_DIM], to which the bias is still to be added.
+    """
+    N: tl.constexpr = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
+    HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
     d = tl.arange(0, HEAD_DIM // 2)[None, :]
     head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
     wait_for_inputs(USE_PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    column, real = head * HEAD_DIM + d, row < rows
+    at = row.to(tl.int64) * N + column
+    first = sum_parts(parts_ptr, at, real, rows, N, SPLITS)
+    second = sum_parts(parts_ptr, at + HALF, real, rows, N, SPLITS)
+    if bias_ptr is not None:
+        first += tl.load(bias_ptr + column).to(tl.float32)
+        second += tl.load(bias_ptr + column + HALF).to(tl.float32)
     _finish_head(
-        packed_ptr, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
+        first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
         head, row, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 1,
     )  # fmt: skip
 
@@ -132,7 +130,8 @@ def _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS: tl.constexpr, HEAD
 
 @triton.jit
 def _finish_head(
-    packed_ptr,
+    first,
+    second,
     head_norm,
     cos_ptr,
     sin_ptr,
@@ -151,7 +150,7 @@ def _finish_head(
     PAGE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
-    """One head of `packed` [rows, heads * HEAD_DIM]: a query is normed, a key normed and rotated, a value copied.
+    """Both halves of one head's products: a query is normed, a key normed and rotated, a value copied.
 
     `row` and `d` say which rows, and which dimensions of half a head: a number and a vector, or [ROWS, 1] and
     [1, HEAD_DIM / 2]. AXIS is that of the dimensions.
@@ -159,14 +158,11 @@ def _finish_head(
     HALF: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
     real = row < rows
-    at = packed_ptr + row.to(tl.int64) * ((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM) + head * HEAD_DIM + d
-    first = tl.load(at, real, other=0.0, cache_modifier=".cg").to(tl.float32)
-    second = tl.load(at + HALF, real, other=0.0, cache_modifier=".cg").to(tl.float32)
     if head < Q_HEADS + KV_HEADS:
         squares = tl.sum(first * first + second * second, AXIS, keep_dims=True)
         inverse_rms = tl.rsqrt(squares / HEAD_DIM + eps)
-        first = scaled(first, inverse_rms, head_norm[0], dtype).to(tl.float32)
-        second = scaled(second, inverse_rms, head_norm[1], dtype).to(tl.float32)
+        first *= inverse_rms * head_norm[0].to(tl.float32)  # rounded once, at the end: less often than the reference
+        second *= inverse_rms * head_norm[1].to(tl.float32)
     if head < Q_HEADS:
         out = queries_ptr + row.to(tl.int64) * (Q_HEADS * HEAD_DIM) + head * HEAD_DIM + d
         tl.store(out, first.to(dtype), real)

@@ -8,30 +8,55 @@ from braidsdk.kernels.launch import (
     MATRIX_ROWS,
     Path,
     Tile,
+    Tiles,
     check_shape,
     check_triton,
     counters,
     launch_options,
     tile_for,
 )
+from braidsdk.kernels.measure import measured
 from braidsdk.kernels.norm_qkv.reference import NormQKVWeights, norm_qkv_reference
+from braidsdk.kernels.products import products
 from braidsdk.kernels.rms_norm import rms_norm
 
-TILES = {
-    1: Tile(block_n=16, block_k=256, warps=4, stages=4),
-    2: Tile(block_n=8, block_k=256, warps=4, stages=4),
-    16: Tile(block_n=32, block_k=256, warps=4, stages=4),
-    32: Tile(block_n=32, block_k=256, warps=4, stages=4),
-    64: Tile(block_n=32, block_k=128, warps=4, stages=6),
+TILES: Tiles = {
+    1024: {
+        1: Tile(block_n=16, block_k=512, warps=4, stages=2),
+        2: Tile(block_n=32, block_k=256, warps=8, stages=4),
+        16: Tile(block_n=64, block_k=128, warps=4, stages=4),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=4),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
+    2048: {
+        1: Tile(block_n=16, block_k=256, warps=4, stages=8),
+        2: Tile(block_n=16, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=128, block_k=256, warps=8, stages=2),
+        32: Tile(block_n=128, block_k=256, warps=8, stages=2),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
+    4096: {
+        1: Tile(block_n=8, block_k=512, warps=2, stages=1),
+        2: Tile(block_n=16, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=64, block_k=256, warps=4, stages=4),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=6),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
 }
-"""By the rows that one program takes: the fused kernel's shape."""
+"""The kernels' shapes."""
 
 FEW_ROWS = 64
-"""Up to here one fused kernel is faster; above, the library's matrix product between a prologue and an epilogue."""
+"""Up to here our products are faster; above, the library's. Either stands between a norm and a kernel that finishes."""
 
-_FINISH_ROWS = 16
+_FINISH_ROWS, _FINISH_FEW_ROWS = 16, 8
+"""Rows of a head that one program finishes: of many rows, and of few, where more programs share the work."""
 
 
+def _appended_bytes(hidden: Tensor, kv: Tensor, **_: object) -> int:
+    return 2 * len(hidden) * kv.shape[2] * kv.shape[4] * kv.element_size()
+
+
+@measured("norm_qkv", kv_bytes=_appended_bytes)
 def norm_qkv(
     hidden: Tensor,
     weights: NormQKVWeights,
@@ -77,10 +102,18 @@ def norm_qkv(
 
     options = launch_options(hidden.device)
     geometry = (q_heads, kv_heads, head_dim, page_size)
-    if rows > FEW_ROWS:
-        packed = linear(rms_norm(hidden, weights.norm, eps, path="triton"), weights.qkv, weights.bias)
-        finish_heads_kernel[(heads, -(-rows // _FINISH_ROWS))](
-            packed,
+    block_rows, tile = tile_for(TILES, rows, hidden.shape[1])
+    if block_rows >= MATRIX_ROWS:
+        normed = rms_norm(hidden, weights.norm, eps, path="triton")
+        bias = weights.bias
+        if rows > FEW_ROWS:
+            parts, bias = linear(normed, weights.qkv, bias)[None], None
+        else:
+            parts = products(normed, weights.qkv, block_rows, tile)
+        finish_rows = _FINISH_ROWS if rows > FEW_ROWS else _FINISH_FEW_ROWS
+        finish_heads_kernel[(heads, -(-rows // finish_rows))](
+            parts,
+            bias,
             weights.q_norm,
             weights.k_norm,
             cos,
@@ -92,22 +125,18 @@ def norm_qkv(
             pages,
             eps,
             *geometry,
-            _FINISH_ROWS,
+            len(parts),
+            finish_rows,
             num_warps=4,
             **options,
         )
         return queries
-    block_rows, tile = tile_for(TILES, rows)
-    matrix = block_rows >= MATRIX_ROWS
-    norm: Tensor | None = weights.norm
-    if matrix:
-        hidden, norm = rms_norm(hidden, weights.norm, eps, path="triton"), None
     blocks = -(-rows // block_rows)
     block_n = min(tile.block_n, head_dim)
     packed = torch.empty(rows, heads * head_dim, dtype=torch.float32, device=hidden.device)
     norm_qkv_kernel[(heads * head_dim // block_n, blocks)](
         hidden,
-        norm,
+        weights.norm,
         weights.qkv,
         weights.bias,
         weights.q_norm,
@@ -128,10 +157,9 @@ def norm_qkv(
         block_n,
         tile.columns(hidden),
         tile.stages,
-        matrix,
         tile.warps,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=1,
         **options,
     )
     return queries

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.blocks import in_blocks
 from braidsdk.kernels.paging import append
 from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
@@ -50,11 +51,16 @@ def norm_qkv_reference(
         Normed, unrotated queries [tokens, q_heads, head_dim].
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    packed = project(rms_norm_reference(hidden, weights.norm, eps), weights.qkv, weights.bias)
+    normed = in_blocks(lambda block: rms_norm_reference(block, weights.norm, eps), hidden)
+    packed = project(normed, weights.qkv, weights.bias)
     packed = packed.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
-    _append(kv, slots, rotate(rms_norm_reference(keys, weights.k_norm, eps), cos, sin), values)
-    return rms_norm_reference(queries, weights.q_norm, eps)
+
+    def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(rms_norm_reference(keys, weights.k_norm, eps), cos, sin)
+
+    _append(kv, slots, in_blocks(turned, keys, cos, sin), values)
+    return in_blocks(lambda block: rms_norm_reference(block, weights.q_norm, eps), queries)
 
 
 def _append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from braidsdk.kernels.few_rows import arrive_last, gemm, gemv, load_ahead, own_rows, prefetch, wait_for_inputs
+from braidsdk.kernels.few_rows import gemv, load_ahead, own_rows, wait_for_inputs
+from braidsdk.kernels.products.kernel import sum_parts
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -12,8 +13,6 @@ def out_proj_kernel(
     w_ptr,
     bias_ptr,
     residual_ptr,
-    parts_ptr,
-    counters_ptr,
     out_ptr,
     rows,
     N: tl.constexpr,
@@ -22,47 +21,44 @@ def out_proj_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    MATRIX: tl.constexpr,
     WARPS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """ROWS rows of x [rows, K], residual and out [rows, N], BLOCK_N rows of w [N, K]; rounded once.
-
-    With SPLITS > 1, as many programs share the columns: each leaves its products in `parts`, float32
-    [SPLITS, rows, N], and the last to arrive adds them up, in their order.
-    """
+    """All of it, for ROWS rows of x [rows, K], residual and out [rows, N], BLOCK_N rows of w [N, K]; rounded once."""
     row0 = tl.program_id(1) * ROWS
-    if MATRIX:
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        prefetch(w_ptr, (n,), N, K, BLOCK_N, BLOCK_K, SPLITS, USE_PDL)
-        wait_for_inputs(USE_PDL)
-        (product,) = gemm(x_ptr, w_ptr, (n,), row0, rows, N, K, ROWS, BLOCK_N, BLOCK_K, STAGES, SPLITS)
-        m = row0 + tl.arange(0, ROWS)
-        at = m.to(tl.int64)[:, None] * N + n[None, :]
-        real = (m < rows)[:, None] & (n < N)[None, :]
-        if SPLITS > 1:
-            part = rows.to(tl.int64) * N
-            tl.store(parts_ptr + tl.program_id(2) * part + at, product, real)
-            if not arrive_last(counters_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), SPLITS):
-                return
-            product = tl.zeros([ROWS, BLOCK_N], tl.float32)
-            for split in tl.static_range(SPLITS):
-                product += tl.load(parts_ptr + split * part + at, real, other=0.0, cache_modifier=".cg")
-        residual = tl.load(residual_ptr + at, real, other=0.0)
-        _finish(product, residual, at, n[None, :], real, bias_ptr, out_ptr, N)
-    else:
-        n = own_rows(BLOCK_N, WARPS)
-        weights = load_ahead(w_ptr, (n,), N, K, BLOCK_K, STAGES)
-        wait_for_inputs(USE_PDL)
-        residuals = ()
-        for m in tl.static_range(ROWS):
-            at = residual_ptr + (row0 + m).to(tl.int64) * N + n
-            residuals = residuals + (tl.load(at, (row0 + m < rows) & (n < N), other=0.0),)
-        products = gemv(x_ptr, None, w_ptr, weights, (n,), row0, rows, 0.0, N, K, ROWS, BLOCK_N, BLOCK_K, WARPS)
-        for m in tl.static_range(ROWS):
-            at = (row0 + m).to(tl.int64) * N + n
-            _finish(products[m], residuals[m], at, n, (row0 + m < rows) & (n < N), bias_ptr, out_ptr, N)
+    n = own_rows(BLOCK_N, WARPS)
+    weights = load_ahead(w_ptr, (n,), N, K, BLOCK_K, STAGES)
+    wait_for_inputs(USE_PDL)
+    residuals = ()
+    for m in tl.static_range(ROWS):
+        at = residual_ptr + (row0 + m).to(tl.int64) * N + n
+        residuals = residuals + (tl.load(at, (row0 + m < rows) & (n < N), other=0.0),)
+    products = gemv(x_ptr, None, w_ptr, weights, (n,), row0, rows, 0.0, N, K, ROWS, BLOCK_N, BLOCK_K, WARPS)
+    for m in tl.static_range(ROWS):
+        at = (row0 + m).to(tl.int64) * N + n
+        _finish(products[m], residuals[m], at, n, (row0 + m < rows) & (n < N), bias_ptr, out_ptr, N)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def add_residual_kernel(
+    parts_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """What follows the products, parts [SPLITS, rows, N]: BLOCK columns of a row a program."""
+    wait_for_inputs(USE_PDL)
+    row = tl.program_id(1)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = row.to(tl.int64) * N + n
+    product = sum_parts(parts_ptr, at, n < N, rows, N, SPLITS)
+    residual = tl.load(residual_ptr + at, n < N, other=0.0)
+    _finish(product, residual, at, n, n < N, bias_ptr, out_ptr, N)
 
 
 @triton.jit

@@ -8,35 +8,67 @@ from braidsdk.kernels.launch import (
     MATRIX_ROWS,
     Path,
     Tile,
+    Tiles,
     check_shape,
     check_triton,
-    counters,
     launch_options,
     tile_for,
 )
+from braidsdk.kernels.measure import measured
 from braidsdk.kernels.out_proj.reference import out_proj_reference
+from braidsdk.kernels.products import products
 
-TILES = {
-    1: Tile(block_n=8, block_k=1024, warps=4, stages=2),
-    2: Tile(block_n=4, block_k=256, warps=4, stages=8),
-    16: Tile(block_n=32, block_k=256, warps=4, stages=3, splits=4),
-    32: Tile(block_n=32, block_k=256, warps=4, stages=3, splits=4),
-    64: Tile(block_n=32, block_k=256, warps=4, stages=3, splits=4),
+_LONG = {
+    2: Tile(block_n=16, block_k=512, warps=4, stages=1),
+    16: Tile(block_n=64, block_k=128, warps=4, stages=6),
+    32: Tile(block_n=64, block_k=128, warps=4, stages=6),
+    64: Tile(block_n=64, block_k=128, warps=4, stages=4),
 }
-"""By the rows that one program takes: the kernel's shape."""
 
-LONG_TILES = {**TILES, 1: Tile(block_n=8, block_k=256, warps=4, stages=16)}
-"""The same where a row of `x` is longer than `LONG`: one that is all in flight before the wait counts for more."""
-
-LONG = 2048
-
-_PROGRAMS = 160
-"""Columns are split as long as this many programs suffice: about as many as there are multiprocessors."""
+TILES: Tiles = {
+    2048: {
+        1: Tile(block_n=8, block_k=512, warps=4, stages=4),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=16),
+        16: Tile(block_n=64, block_k=128, warps=4, stages=4),
+        32: Tile(block_n=64, block_k=256, warps=4, stages=3),
+        64: Tile(block_n=64, block_k=256, warps=4, stages=2),
+    },
+    3072: {
+        1: Tile(block_n=4, block_k=256, warps=4, stages=16),
+        2: Tile(block_n=4, block_k=512, warps=4, stages=8),
+        16: Tile(block_n=64, block_k=128, warps=4, stages=3),
+        32: Tile(block_n=64, block_k=256, warps=4, stages=2),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
+    4096: {
+        1: Tile(block_n=4, block_k=256, warps=2, stages=8),
+        2: Tile(block_n=16, block_k=512, warps=4, stages=1),
+        16: Tile(block_n=64, block_k=128, warps=4, stages=6),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=4),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
+    6144: {
+        1: Tile(block_n=4, block_k=256, warps=2, stages=8),
+        **_LONG,
+    },
+    9728: {
+        1: Tile(block_n=4, block_k=512, warps=2, stages=4),
+        **_LONG,
+    },
+    12288: {
+        1: Tile(block_n=4, block_k=256, warps=2, stages=8),
+        **_LONG,
+    },
+}
+"""The kernels' shapes."""
 
 FEW_ROWS = 64
-"""Up to here our kernel is faster; above, the library's matrix product."""
+"""Up to here our kernels are faster; above, the library's matrix product."""
+
+_FINISH_BLOCK = 512
 
 
+@measured("out_proj")
 def out_proj(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, path: Path = "torch") -> Tensor:
     """`residual + x @ weight.T + bias`; in Triton's path summed in float32 and rounded once.
 
@@ -66,34 +98,35 @@ def out_proj(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *
     if rows > FEW_ROWS:
         return torch.addmm(residual, x, weight.t()) if bias is None else residual + linear(x, weight, bias)
     out = torch.empty_like(residual)
-    if rows:
-        from braidsdk.kernels.out_proj.kernel import out_proj_kernel
+    if not rows:
+        return out
 
-        block_rows, tile = tile_for(LONG_TILES if size > LONG else TILES, rows)
-        matrix = block_rows >= MATRIX_ROWS
-        columns, blocks = -(-hidden // tile.block_n), -(-rows // block_rows)
-        splits = max(1, min(tile.splits, _PROGRAMS // (columns * blocks))) if matrix else 1
-        parts = x.new_empty(splits * rows, hidden, dtype=torch.float32) if splits > 1 else None
-        out_proj_kernel[(columns, blocks, splits)](
-            x,
-            weight,
-            bias,
-            residual,
-            parts,
-            counters(op, x.device, columns * blocks) if splits > 1 else None,
-            out,
-            rows,
-            hidden,
-            size,
-            block_rows,
-            tile.block_n,
-            tile.columns(x),
-            tile.stages,
-            splits,
-            matrix,
-            tile.warps,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            **launch_options(x.device),
+    from braidsdk.kernels.out_proj.kernel import add_residual_kernel, out_proj_kernel
+
+    options = launch_options(x.device)
+    block_rows, tile = tile_for(TILES, rows, size)
+    if block_rows >= MATRIX_ROWS:
+        parts = products(x, weight, block_rows, tile)
+        add_residual_kernel[(-(-hidden // _FINISH_BLOCK), rows)](
+            parts, bias, residual, out, rows, hidden, len(parts), _FINISH_BLOCK, num_warps=4, **options
         )
+        return out
+    out_proj_kernel[(-(-hidden // tile.block_n), -(-rows // block_rows))](
+        x,
+        weight,
+        bias,
+        residual,
+        out,
+        rows,
+        hidden,
+        size,
+        block_rows,
+        tile.block_n,
+        tile.columns(x),
+        tile.stages,
+        tile.warps,
+        num_warps=tile.warps,
+        num_stages=1,
+        **options,
+    )
     return out

@@ -17,4 +17,4 @@ def out_proj_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual:
     Returns:
         [tokens, hidden], the dtype of `x`.
     """
-    return residual + project(x, weight, bias)
+    return project(x, weight, bias, residual)

@@ -7,29 +7,56 @@ from braidsdk.kernels.launch import (
     MATRIX_ROWS,
     Path,
     Tile,
+    Tiles,
     check_shape,
     check_triton,
     launch_options,
     tile_for,
 )
+from braidsdk.kernels.measure import measured
+from braidsdk.kernels.products import products
 from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
 
-TILES = {
-    1: Tile(block_n=16, block_k=256, warps=8, stages=4),
-    2: Tile(block_n=8, block_k=256, warps=4, stages=4),
-    16: Tile(block_n=32, block_k=256, warps=4, stages=4),
-    32: Tile(block_n=32, block_k=256, warps=4, stages=4),
-    64: Tile(block_n=32, block_k=128, warps=4, stages=6),
+TILES: Tiles = {
+    1024: {
+        1: Tile(block_n=4, block_k=256, warps=2, stages=2),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=128, block_k=256, warps=8, stages=2),
+        32: Tile(block_n=128, block_k=256, warps=8, stages=2),
+        64: Tile(block_n=64, block_k=128, warps=4, stages=4),
+    },
+    2048: {
+        1: Tile(block_n=8, block_k=256, warps=2, stages=1),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=128, block_k=64, warps=4, stages=6),
+        32: Tile(block_n=128, block_k=64, warps=4, stages=6),
+        64: Tile(block_n=128, block_k=64, warps=8, stages=6),
+    },
+    2560: {
+        1: Tile(block_n=4, block_k=256, warps=2, stages=2),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=128, block_k=64, warps=4, stages=4),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=3),
+        64: Tile(block_n=64, block_k=64, warps=4, stages=4),
+    },
+    4096: {
+        1: Tile(block_n=8, block_k=256, warps=2, stages=1),
+        2: Tile(block_n=8, block_k=256, warps=4, stages=2),
+        16: Tile(block_n=128, block_k=64, warps=4, stages=4),
+        32: Tile(block_n=64, block_k=128, warps=4, stages=3),
+        64: Tile(block_n=64, block_k=64, warps=4, stages=4),
+    },
 }
-"""By the rows that one program takes: the fused kernel's shape. `block_n` counts rows of the gate, and of up again."""
+"""The kernels' shapes. `block_n` counts rows of the gate, and of up again; with matrix instructions, of both."""
 
 FEW_ROWS = 64
-"""Up to here one fused kernel is faster; above, the library's matrix product between a prologue and an epilogue."""
+"""Up to here our products are faster; above, the library's. Either stands between a norm and a kernel that finishes."""
 
 _FINISH_BLOCK = 1024
 
 
+@measured("swiglu")
 def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, path: Path = "torch") -> Tensor:
     """`silu(gate(x)) * up(x)` with `x` the normed hidden states.
 
@@ -61,18 +88,17 @@ def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, pa
     from braidsdk.kernels.swiglu.kernel import norm_swiglu_kernel, swiglu_kernel
 
     options = launch_options(hidden.device)
-    if rows > FEW_ROWS:
-        products = linear(rms_norm(hidden, norm, eps, path="triton"), gate_up)
-        swiglu_kernel[(-(-inner // _FINISH_BLOCK), rows)](products, out, inner, _FINISH_BLOCK, num_warps=4, **options)
+    block_rows, tile = tile_for(TILES, rows, size)
+    if block_rows >= MATRIX_ROWS:
+        normed = rms_norm(hidden, norm, eps, path="triton")
+        parts = linear(normed, gate_up)[None] if rows > FEW_ROWS else products(normed, gate_up, block_rows, tile)
+        swiglu_kernel[(-(-inner // _FINISH_BLOCK), rows)](
+            parts, out, rows, inner, len(parts), _FINISH_BLOCK, num_warps=4, **options
+        )
         return out
-    block_rows, tile = tile_for(TILES, rows)
-    matrix = block_rows >= MATRIX_ROWS
-    fused: Tensor | None = norm
-    if matrix:
-        hidden, fused = rms_norm(hidden, norm, eps, path="triton"), None
     norm_swiglu_kernel[(-(-inner // tile.block_n), -(-rows // block_rows))](
         hidden,
-        fused,
+        norm,
         gate_up,
         out,
         rows,
@@ -83,10 +109,9 @@ def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, pa
         tile.block_n,
         tile.columns(hidden),
         tile.stages,
-        matrix,
         tile.warps,
         num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=1,
         **options,
     )
     return out

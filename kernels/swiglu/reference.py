@@ -3,6 +3,7 @@
 from torch import Tensor
 from torch.nn.functional import silu
 
+from braidsdk.kernels.blocks import in_blocks
 from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 
@@ -19,5 +20,10 @@ def norm_swiglu_reference(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: fl
     Returns:
         [tokens, intermediate], the dtype of `hidden`.
     """
-    gate, up = project(rms_norm_reference(hidden, norm, eps), gate_up).chunk(2, dim=-1)
-    return silu(gate) * up
+
+    def swiglu(products: Tensor) -> Tensor:
+        gate, up = products.chunk(2, dim=-1)
+        return silu(gate) * up
+
+    normed = in_blocks(lambda block: rms_norm_reference(block, norm, eps), hidden)
+    return in_blocks(swiglu, project(normed, gate_up))

@@ -16,7 +16,7 @@ from braidsdk.kernels.paths import TORCH, Paths
 from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
-from braidsdk.models.base import Batch, ModelConfig, Step
+from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
 from braidsdk.models.qwen3.config import (
     EMBEDDING,
     HEAD,
@@ -156,11 +156,20 @@ class Qwen3:
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens over paged memory; see `models.base.Model.forward`."""
         step = self.plan(batch, kv.shape[4])
-        return self.compute(batch.token_ids, batch.slots, step, kv, logit_rows)
+        last = None
+        if logit_rows is not None and self.device.type == "cpu" and len(logit_rows) < len(batch.token_ids):
+            last = self.plan(only_rows(batch, logit_rows), kv.shape[4])
+        return self.compute(batch.token_ids, batch.slots, step, kv, logit_rows, last)
 
     @torch.inference_mode()
     def compute(
-        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
+        self,
+        token_ids: Tensor,
+        slots: Tensor,
+        step: Step,
+        kv: Tensor,
+        logit_rows: Tensor | None,
+        last: Step | None = None,
     ) -> Tensor | None:
         """`forward`, planned; see `models.base.Model.compute`."""
         hidden = self._embedding[token_ids]
@@ -168,8 +177,11 @@ class Qwen3:
             queries = self._qkv(layer, hidden, slots, step, memory)
             if layer is self._layers[-1] and logit_rows is None:
                 return None  # the last layer's keys and values were all that was wanted
+            if layer is self._layers[-1] and last:
+                hidden, queries, step = hidden[logit_rows], queries[logit_rows], last
             hidden = self._finish_layer(layer, hidden, queries, step, memory)
-        return norm_head(hidden[logit_rows], self._norm, self._head, self._eps, path=self.paths.head)
+        wanted = hidden if last else hidden[logit_rows]
+        return norm_head(wanted, self._norm, self._head, self._eps, path=self.paths.head)
 
     @torch.inference_mode()
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv, op
+from braidsdk.kernels.products import op as products_op
 
 EPS = 1e-6
 PAGE = 16
@@ -124,12 +125,16 @@ def test_nothing_is_read_past_the_ends(rows, hidden, dtype, device, seed, poison
     )
 
 
+@pytest.mark.parametrize("programs", [1, 1000], ids=["", "columns split"])
 @pytest.mark.parametrize("rows", [2, 16, 64])
-def test_rows_of_a_program_change_rounding_only(rows, device, monkeypatch, seed, poisoned, assert_near) -> None:
+def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
+    rows, programs, device, monkeypatch, seed, poisoned, assert_near
+) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
     monkeypatch.setattr(op, "FEW_ROWS", 128)
-    monkeypatch.setattr(op, "TILES", {rows: op.TILES[rows]})
-    check(make(rows + 5, SMALL, torch.float32, device), torch.float32, assert_near)
+    monkeypatch.setattr(op, "TILES", {size: {rows: tiles[rows]} for size, tiles in op.TILES.items()})
+    monkeypatch.setattr(products_op, "PROGRAMS", programs)
+    check(make(rows + 5, replace(SMALL, hidden=336), torch.float32, device), torch.float32, assert_near)
 
 
 @pytest.mark.parametrize("path", ["torch", "triton"])

@@ -1,12 +1,10 @@
 """Projection and residual against the float64 reference, in Triton's interpreter where there is no GPU."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from braidsdk.kernels.launch import MATRIX_ROWS
 from braidsdk.kernels.out_proj import op, out_proj
+from braidsdk.kernels.products import op as products_op
 
 SIZES = (2048, 1024) if torch.cuda.is_available() else (256, 64)
 """Columns and rows of the weight, for statistics: Qwen3-0.6B's, or what the interpreter does in a second."""
@@ -38,17 +36,17 @@ def test_sizes_over_several_blocks(rows, dtype, device, seed, poisoned, assert_n
     assert_near(out_proj(*values, path="triton"), out_proj(*wide(values)), dtype)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize("programs", [1, 1000], ids=["", "columns split"])
 @pytest.mark.parametrize("rows", [2, 16, 64])
 def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
-    rows, splits, device, monkeypatch, seed, poisoned, assert_near
+    rows, programs, device, monkeypatch, seed, poisoned, assert_near
 ) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
     monkeypatch.setattr(op, "FEW_ROWS", 128)
-    monkeypatch.setattr(op, "TILES", {rows: replace(op.TILES[rows], splits=splits if rows >= MATRIX_ROWS else 1)})
+    monkeypatch.setattr(op, "TILES", {size: {rows: tiles[rows]} for size, tiles in op.TILES.items()})
+    monkeypatch.setattr(products_op, "PROGRAMS", programs)
     values = arguments(rows + 5, 336, 40, True, torch.float32, device)
-    for _ in range(2):  # counters are left as they were found
-        assert_near(out_proj(*values, path="triton"), out_proj(*wide(values)), torch.float32)
+    assert_near(out_proj(*values, path="triton"), out_proj(*wide(values)), torch.float32)
 
 
 @pytest.mark.parametrize("size", [2048, 3072, 2560])

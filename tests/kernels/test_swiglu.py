@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from braidsdk.kernels.products import op as products_op
 from braidsdk.kernels.swiglu import norm_swiglu, op
 
 EPS = 1e-6
@@ -44,12 +45,16 @@ def test_nothing_is_read_past_the_ends(rows, size, dtype, device, seed, poisoned
     assert_near(ours, truth(hidden, norm, gate_up, eps), dtype)
 
 
+@pytest.mark.parametrize("programs", [1, 1000], ids=["", "columns split"])
 @pytest.mark.parametrize("rows", [2, 16, 64])
-def test_rows_of_a_program_change_rounding_only(rows, device, monkeypatch, seed, poisoned, assert_near) -> None:
+def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
+    rows, programs, device, monkeypatch, seed, poisoned, assert_near
+) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
     monkeypatch.setattr(op, "FEW_ROWS", 128)
-    monkeypatch.setattr(op, "TILES", {rows: op.TILES[rows]})
-    values = arguments(rows + 5, 96, 40, torch.float32, device)
+    monkeypatch.setattr(op, "TILES", {size: {rows: tiles[rows]} for size, tiles in op.TILES.items()})
+    monkeypatch.setattr(products_op, "PROGRAMS", programs)
+    values = arguments(rows + 5, 336, 40, torch.float32, device)
     assert_near(norm_swiglu(*values, path="triton"), truth(*values), torch.float32)
 
 

@@ -1,0 +1,47 @@
+"""Products of several rows with a weight: the launch."""
+
+import torch
+from torch import Tensor
+
+from braidsdk.kernels.launch import Tile, launch_options
+
+PROGRAMS = 144
+"""Columns are split as long as so many programs suffice: about as many as there are multiprocessors."""
+
+
+def products(x: Tensor, weight: Tensor, block_rows: int, tile: Tile) -> Tensor:
+    """Products of `x` [rows, K] with `weight` [N, K], in parts that are still to be added up.
+
+    Args:
+        block_rows: the rows that a program takes.
+        tile: the kernel's shape.
+
+    Returns:
+        Parts, float32 [splits, rows, N]; `sum_parts` in device code adds them.
+    """
+    (rows, size), count = x.shape, len(weight)
+    block_k = tile.columns(x)
+    columns, blocks, loads = -(-count // tile.block_n), -(-rows // block_rows), -(-size // block_k)
+    splits = max(1, min(loads, PROGRAMS // (columns * blocks)))
+    splits = -(-loads // -(-loads // splits))  # no program is without columns
+    parts = torch.empty(splits, rows, count, dtype=torch.float32, device=x.device)
+
+    from braidsdk.kernels.products.kernel import products_kernel
+
+    products_kernel[(columns, blocks, splits)](
+        x,
+        weight,
+        parts,
+        rows,
+        count,
+        size,
+        block_rows,
+        tile.block_n,
+        block_k,
+        tile.stages,
+        splits,
+        num_warps=tile.warps,
+        num_stages=1,
+        **launch_options(x.device),
+    )
+    return parts

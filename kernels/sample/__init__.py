@@ -1,0 +1,5 @@
+"""The choice of a token from its logits, drawn or greedy, each row in its own way."""
+
+from braidsdk.kernels.sample.op import Choices, sample
+
+__all__ = ["Choices", "sample"]
