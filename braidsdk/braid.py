@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, Unpack
 
 import torch
 
-from braidsdk import registration
+from braidsdk import registration, verbose
 from braidsdk.async_stream import AsyncStream
 from braidsdk.batching import ask_many
 from braidsdk.chunks import Chunks
@@ -19,10 +19,11 @@ from braidsdk.context import Context, History
 from braidsdk.device import parse_device, parse_dtype
 from braidsdk.engine import HITS, MISSES, Engine
 from braidsdk.errors import InputError, did_you_mean, shown
+from braidsdk.graphs import MOST_ROWS, left_for_entries
 from braidsdk.kernel_choice import choose_paths, parse_kernels
 from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
 from braidsdk.pool import Pool, default_capacity_bytes
-from braidsdk.progress import ProgressBar
+from braidsdk.progress import ProgressBar, steps_bar
 from braidsdk.sampling import SamplingOptions
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore
@@ -82,8 +83,8 @@ class Braid:
             revision: branch, tag or commit of a hub checkpoint; None is its default branch.
             thinking: let the model think before it answers, where its chat template has the choice (Qwen3's own does).
                 Stored entries serve both.
-            pool_bytes: how much memory resident KV entries may take, besides the model's weights. None is half of what
-                is free on the device once the model is loaded.
+            pool_bytes: how much memory resident KV entries may take, besides the model's weights; on a GPU, CUDA graphs
+                and their workspace count in it. None is half of what is free on the device once the model is loaded.
             kernels: "auto": Triton's on a CUDA device where they can run this model, else torch's. "triton", "torch":
                 these, or an error. An operation may differ, as in "auto,attention=torch"; see docs/performance.md. None
                 is `BRAID_KERNELS`, or "auto".
@@ -91,6 +92,7 @@ class Braid:
         Raises:
             InputError: device, dtype, namespace, pool_bytes or kernels can't be used.
             ModelError: the checkpoint can't be used.
+            PoolFullError: there is less memory than CUDA graphs take.
             StoreError: the store can't be used.
         """
         if not isinstance(namespace, str) or not 1 <= len(namespace) <= 200 or not is_unicode(namespace):
@@ -99,12 +101,14 @@ class Braid:
             raise InputError(f"pool_bytes must be a positive whole number of bytes, or None; got {pool_bytes!r}.")
         target, wanted, wanted_kernels = parse_device(device), parse_dtype(dtype), parse_kernels(kernels)
         folder = find_checkpoint(model, revision)
+        verbose.begin()
         started = perf_counter()
         opened = ChunkStore(store_folder(store))
         try:
             loaded = load_model(folder, device=target, dtype=wanted, fingerprints=opened.path / "fingerprints.json")
             loaded.paths = choose_paths(wanted_kernels, loaded)
-            pool = Pool.for_model(loaded, pool_bytes or default_capacity_bytes(loaded.device))
+            budget = pool_bytes or default_capacity_bytes(loaded.device)
+            pool = Pool.for_model(loaded, left_for_entries(loaded, budget))
             layout = PromptLayout(folder, thinking=thinking)
             self._adopt(Engine(loaded, layout, opened, pool, namespace), str(model), folder == EMBEDDED["braid-tiny"])
         except BaseException:
@@ -310,7 +314,7 @@ class Braid:
         """
         composition = compose(self.chunks.resolve(chunks), layout=self._engine.layout, mode=mode, keep=keep)
         window = self._engine.model.config.window
-        check_window(len(composition.input_ids), window, "This composition", "Compose fewer or shorter chunks.")
+        check_window(composition.tokens, window, "This composition", "Compose fewer or shorter chunks.")
         return Context(self._engine, composition)
 
     def ask(
@@ -358,6 +362,38 @@ class Braid:
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
         return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options)
+
+    def warm_up(
+        self,
+        *,
+        requests: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Compile kernels and capture CUDA graphs now, so that no question has to wait for it.
+
+        Without it the first question of each length does it. What is compiled stays in Triton's cache on the disk: the
+        next process takes seconds. Does nothing on a CPU, or where the model does not run on Triton's kernels alone.
+
+        Args:
+            requests: how many `ask_many` will have at once, up to 64.
+            on_progress: called with the steps done and those to be done, in this thread. What it raises ends it.
+            progress: show a progress bar on stderr, where stderr is a terminal.
+
+        Raises:
+            InputError: `requests` can't be used.
+            PoolFullError: running calls leave no room for it.
+        """
+        if type(requests) is not int or not 1 <= requests <= MOST_ROWS:
+            raise InputError(f"requests must be a whole number from 1 to {MOST_ROWS}; got {shown(requests)}.")
+        with steps_bar("warming up") if progress else nullcontext() as bar:
+
+            def report(done: int, total: int) -> None:
+                for listener in (bar, on_progress):
+                    if listener:
+                        listener(done, total)
+
+            self._engine.warm_up(requests, report)
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text takes as a context chunk, the newline that closes it included."""

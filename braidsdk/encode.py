@@ -13,8 +13,8 @@ from braidsdk.kernels.paging import PagedSegment, Request, slots_of
 from braidsdk.models.base import Batch, Model
 from braidsdk.pool import Pool
 
-BATCH_TOKENS = 2048
-"""New tokens that one forward pass computes at most; bounds the memory of activations."""
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""New tokens that one forward pass computes at most, by device; bounds the memory of activations."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class Run:
 
 def compute(model: Model, pool: Pool, runs: Sequence[Run]) -> None:
     """Compute the KV of runs, in batches of at most `BATCH_TOKENS` tokens. A run may see an earlier one."""
-    for batch, _ in _batches(runs):
+    for batch, _ in _batches(runs, BATCH_TOKENS[model.device.type]):
         model.forward(make_batch(batch, pool), pool.kv, None)
 
 
 def compute_logits(model: Model, pool: Pool, runs: Sequence[Run]) -> Tensor:
     """Compute runs, and the logits after the last token of each: [runs, vocab_size]."""
     found = []
-    for batch, ends in _batches(runs):
+    for batch, ends in _batches(runs, BATCH_TOKENS[model.device.type]):
         rows = torch.tensor(ends, device=model.device) if ends else None
         logits = model.forward(make_batch(batch, pool), pool.kv, rows)
         if logits is not None:
@@ -53,11 +53,12 @@ def compute_logits(model: Model, pool: Pool, runs: Sequence[Run]) -> Tensor:
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _batches(runs: Iterable[Run]) -> Iterator[tuple[list[Run], list[int]]]:
-    """Pack runs into batches, in order; a run that does not fit is cut. With each batch the rows that end a run."""
+def _batches(runs: Iterable[Run], size: int) -> Iterator[tuple[list[Run], list[int]]]:
+    """Pack runs into batches of `size` tokens, in order; a run that does not fit is cut. With each batch the rows that
+    end a run."""
     batch: list[Run] = []
     ends: list[int] = []
-    room = BATCH_TOKENS
+    room = size
     for run in runs:
         rest = run
         while rest.token_ids:
@@ -66,10 +67,10 @@ def _batches(runs: Iterable[Run]) -> Iterator[tuple[list[Run], list[int]]]:
             batch.append(part)
             room -= len(part.token_ids)
             if not rest.token_ids:
-                ends.append(BATCH_TOKENS - room - 1)
+                ends.append(size - room - 1)
             if not room:
                 yield batch, ends
-                batch, ends, room = [], [], BATCH_TOKENS
+                batch, ends, room = [], [], size
     if batch:
         yield batch, ends
 

@@ -5,7 +5,7 @@ One read of the store for what the pool lacks, one pass of the model for what th
 
 import logging
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -20,13 +20,13 @@ from braidsdk.decoding import Decoder, EagerDecoder
 from braidsdk.encode import Run, compute
 from braidsdk.errors import BraidError, ClosedError, StoreError, UnknownChunkError
 from braidsdk.fair_lock import FairLock
-from braidsdk.graphs import GraphDecoder, Graphs
+from braidsdk.graphs import GraphDecoder, Graphs, runs_on_graphs
 from braidsdk.history import SpokenTurns
 from braidsdk.lease import Lease
 from braidsdk.models.base import Model
 from braidsdk.pool import Pool, Resident
 from braidsdk.rates import Rates
-from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Slab
+from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Place, Slab
 from braidsdk.tokens import PromptLayout
 from braidsdk.workers import Workers
 
@@ -94,7 +94,7 @@ class Engine:
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
         self.workers = Workers()
         self.hits = self.misses = 0
-        self._graphs = Graphs(model, pool) if model.device.type == "cuda" and model.paths.triton else None
+        self._graphs = Graphs(model, pool) if runs_on_graphs(model) else None
         self._open = True
 
     def check_open(self) -> None:
@@ -144,6 +144,17 @@ class Engine:
             return GraphDecoder(self._graphs, self.model, self.pool)
         return EagerDecoder(self.model, self.pool)
 
+    def warm_up(self, requests: int, report: Callable[[int, int], None]) -> None:
+        """`Graphs.warm_up`, where the model runs on graphs."""
+        with self.working():
+            if self._graphs:
+                self._graphs.warm_up(requests, report)
+
+    def launches(self) -> dict[str, int]:
+        """Kernels that each pass launches which was captured so far; empty where the model does not run on graphs."""
+        with self.working():
+            return self._graphs.launches() if self._graphs else {}
+
     def give_back(self, lease: Lease) -> None:
         """End a lease: now, or when the step that runs has ended. Never waits.
 
@@ -192,12 +203,7 @@ class Engine:
         absent = [key for key in unique.values() if not self.pool.get(key.digest)]
         loaded_bytes = found_entries = 0
         if absent:
-            self.pool.reserve(sum(self.pool.pages_for(len(key.token_ids)) for key in absent))
-            for found in self.store.stream(absent):
-                if isinstance(found, Entry):
-                    self._take_in(found)
-                    loaded_bytes += found.nbytes
-                    found_entries += 1
+            found_entries, loaded_bytes = self._load(absent)
         loaded = perf_counter()
         missing = len(absent) - found_entries
         if counted:
@@ -279,19 +285,39 @@ class Engine:
             raise RuntimeError(f"entry {key.digest} left the pool while it was pinned")
         return entry
 
-    def _take_in(self, found: Entry) -> None:
-        """Copy a stored entry into the pool, a layer slab at a time."""
-        pages = self.pool.allocate(len(found.key.token_ids), zeroed=False)
-        try:
-            self._scatter(found, pages)
-        except BaseException:
-            self.pool.release(pages)
-            raise
-        self.pool.adopt(Resident(found.key, pages, stored=True))
+    def _load(self, keys: Sequence[EntryKey]) -> tuple[int, int]:
+        """Make resident what the store holds of these; returns how many entries, and their bytes."""
+        self.pool.reserve(sum(self.pool.pages_for(len(key.token_ids)) for key in keys))
+        taken: dict[str, Tensor] = {}
 
-    def _scatter(self, found: Entry, pages: Tensor) -> None:
+        def place(key: EntryKey) -> Place:
+            pages = taken[key.digest] = self.pool.allocate(len(key.token_ids), zeroed=False)
+            _, _, _, kv_heads, page_size, head_dim = self.pool.kv.shape
+            shape = (2, len(pages), kv_heads, page_size, head_dim)
+            return Place(self.identity.dtype, shape, self.pool.memory_of(pages))
+
+        sizes = []
+        stream = self.store.stream(keys, place if self.model.device.type == "cpu" else None)
+        try:
+            for found in stream:
+                if isinstance(found, Entry):
+                    pages = taken.get(found.key.digest)
+                    if pages is None:
+                        pages = taken[found.key.digest] = self.pool.allocate(len(found.key.token_ids), zeroed=False)
+                    if found.slabs is not None:
+                        self._scatter(found, found.slabs, pages)
+                    self.pool.adopt(Resident(found.key, taken.pop(found.key.digest), stored=True))
+                    sizes.append(found.nbytes)
+        finally:
+            stream.close()  # first: until then threads write to these pages
+            for pages in taken.values():
+                self.pool.release(pages)
+        return len(sizes), sum(sizes)
+
+    def _scatter(self, found: Entry, slabs: Sequence[Slab], pages: Tensor) -> None:
+        """Copy a stored entry into the pool, a layer slab at a time."""
         size = self.pool.page_size
-        for memory, slab in zip(self.pool.kv, found.slabs, strict=True):
+        for memory, slab in zip(self.pool.kv, slabs, strict=True):
             tiles = torch.frombuffer(slab.data, dtype=self.model.dtype).view(slab.shape)
             if found.page_size != size:  # written with other pages: lay its tokens out anew
                 tokens = tiles.transpose(1, 2).flatten(2, 3)[:, :, : len(found.key.token_ids)]

@@ -1,15 +1,20 @@
 """CUDA graphs of the model's forward pass: question and next tokens without a launch from the host per kernel.
 
 A graph reads all that changes from tables and counters on the device, so one graph per number of rows serves every
-context, and growing text needs no new one. Everything runs on one stream, in the order of the calls: what a finished
-call's pages are used for next comes after its last write.
+context, and growing text needs no new one. Tokens are chosen on the device too: where all requests are greedy, the
+likeliest alone; else by a graph of its own, which draws and counts repetitions for each request as it wants.
+
+Everything runs on one stream, in the order of the calls: what a finished call's pages are used for next comes after its
+last write.
 
 Call everything here within `Engine.working()`.
 """
 
+import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -17,10 +22,13 @@ import torch
 from torch import Tensor
 
 from braidsdk.decoding import Row
-from braidsdk.encode import Run, compute_logits
+from braidsdk.encode import Run, compute, compute_logits
+from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention.launch import Room, StaticPlan
 from braidsdk.kernels.head import greedy
+from braidsdk.kernels.measure import measuring
 from braidsdk.kernels.paging import PagedSegment, Request, slots_of
+from braidsdk.kernels.sample import Choices, sample
 from braidsdk.models.base import Model, Step
 from braidsdk.pool import Pool
 
@@ -34,6 +42,12 @@ QUESTION_ROWS = (16, 32, 64, 128)
 
 MOST_ROWS = DECODE_ROWS[-1]
 
+PREFILL_ROWS = (32, 512)
+"""Tokens of the texts that `warm_up` computes as if they were registered."""
+
+_KERNEL_NODE = 0
+"""CU_GRAPH_NODE_TYPE_KERNEL of the CUDA driver."""
+
 
 @dataclass
 class _Captured:
@@ -41,19 +55,21 @@ class _Captured:
 
     Attributes:
         graph: one pass.
-        state: token ids, absolute positions, positions in their segment's frame, slots; int64 [4, rows].
-        tails: pages of each row's tail, int64 [rows, pages]; of a decoding graph.
-        chosen: ids and whether their logits are finite, int64 [2, rows with logits].
-        logits: [rows with logits, vocab_size].
+        state: absolute positions, positions in their segment's frame, and for a question token ids and slots; int64
+            [4, rows] or [2, rows].
+        slots: where each token of a row's tail goes, int64 [rows, window]; of a decoding graph.
+        chosen: ids and whether their logits are finite, int64 [2, rows with logits]; a decoding graph reads there what
+            it goes on from.
+        choices: how they are chosen; None takes the likeliest.
         wanted: the rows with logits, int64; a question's graph has one, to be set.
         plan: its attention.
     """
 
     graph: torch.cuda.CUDAGraph
     state: Tensor
-    tails: Tensor
+    slots: Tensor | None
     chosen: Tensor
-    logits: Tensor
+    choices: Choices | None
     wanted: Tensor
     plan: StaticPlan
 
@@ -63,114 +79,187 @@ class Graphs:
 
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
-        self._captured: dict[tuple[str, int], _Captured] = {}
+        self._captured: dict[tuple[str, int, bool], _Captured] = {}
         self._memory: tuple[int, torch.Size] | None = None
         self._room = Room()
         self._memory_pool: Any = None
+        self._stream = torch.cuda.Stream(model.device)
+        self._seen: Tensor | None = None
+        self._slots: Tensor | None = None
         self.owner: object | None = None
         """Whose requests the decoding state is of."""
 
-    def question(self, rows: int, requests: Sequence[Request]) -> _Captured:
-        """The pass for a question of so many tokens, its attention planned."""
-        return self._ready("question", _bucket(QUESTION_ROWS, rows), requests)
+    def question(self, tokens: int, request: Request, row: Row) -> _Captured:
+        """The pass for a request's question of so many tokens, its attention planned."""
+        captured = self._ready("question", _bucket(QUESTION_ROWS, tokens), [request], [row])
+        captured.wanted.fill_(tokens - 1)
+        return captured
 
-    def decoding(self, rows: int, requests: Sequence[Request]) -> _Captured:
-        """The pass for the next token of so many requests, its attention planned."""
-        return self._ready("decoding", _bucket(DECODE_ROWS, rows), requests)
-
-    def _ready(self, kind: str, rows: int, requests: Sequence[Request]) -> _Captured:
-        memory = (self._pool.kv.data_ptr(), self._pool.kv.shape)
-        if self._memory != memory:  # the pool has grown
-            self._captured.clear()
-            self._memory = memory
-        while True:
-            if (kind, rows) not in self._captured:
-                self._captured[kind, rows] = self._capture(kind, rows)
-            captured = self._captured[kind, rows]
-            wanted = captured.plan.load(requests)
-            if wanted is None:
-                return captured
-            self._room = wanted  # more segments than ever before: all graphs get larger tables
-            self._captured.clear()
+    def decoding(self, requests: Sequence[Request], rows: Sequence[Row]) -> _Captured:
+        """The pass for the next token of these requests, its attention planned."""
+        return self._ready("decoding", _bucket(DECODE_ROWS, len(rows)), requests, rows)
 
     @torch.inference_mode()
-    def _capture(self, kind: str, rows: int) -> _Captured:
+    def choose(self, logits: Tensor, row: Row) -> Tensor:
+        """A token from the logits of a pass without a graph, [1, vocab_size]; as `_Captured.chosen`."""
+        choices = None
+        if not row.sampler.greedy:
+            choices = Choices.greedy(torch.zeros_like(logits, dtype=torch.bool))
+            _fill(choices, [row])
+        chosen = torch.empty(2, 1, dtype=torch.int64, device=logits.device)
+        _choose(logits, choices, chosen)
+        return chosen
+
+    @torch.inference_mode()
+    def warm_up(self, requests: int, report: Callable[[int, int], None]) -> None:
+        """Compile what registering, questions, and so many requests at once need, and capture their passes.
+
+        Args:
+            requests: at most `MOST_ROWS`.
+            report: called with the passes made and those to be made: before the first, and after each.
+        """
+        sizes = [("question", rows) for rows in QUESTION_ROWS]
+        sizes += [("decoding", rows) for rows in DECODE_ROWS if rows <= _bucket(DECODE_ROWS, requests)]
+        work: list[Callable[[], object]] = [partial(self._prefill, tokens) for tokens in PREFILL_ROWS]
+        work += [partial(self._get, kind, rows, drawn) for kind, rows in sizes for drawn in (False, True)]
+        for done, make in enumerate(work):
+            report(done, len(work))
+            make()
+        report(len(work), len(work))
+        torch.cuda.current_stream(self._model.device).synchronize()
+
+    def _prefill(self, tokens: int) -> None:
+        pages = self._pool.allocate(tokens)
+        try:
+            compute(self._model, self._pool, [Run((0,) * tokens, (), pages, 0, 0)])
+        finally:
+            self._pool.release(pages)
+
+    def launches(self) -> dict[str, int]:
+        """Kernels that a replay of each captured pass launches, by what it computes."""
+        return {
+            f"{kind} of {rows}{', drawn' if drawn else ''}": _kernels(captured.graph)
+            for (kind, rows, drawn), captured in sorted(self._captured.items())
+        }
+
+    def _ready(self, kind: str, size: int, requests: Sequence[Request], rows: Sequence[Row]) -> _Captured:
+        drawn = not all(row.sampler.greedy for row in rows)
+        while True:
+            captured = self._get(kind, size, drawn)
+            wanted = captured.plan.load(requests)
+            if wanted is None:
+                break
+            self._room = wanted  # more segments than ever before: all graphs get larger tables
+            self._captured.clear()
+        if captured.choices:
+            _fill(captured.choices, rows)
+        return captured
+
+    def _mind_the_pool(self) -> None:
+        """Forget what was captured if the pool's memory lies elsewhere now."""
+        memory = (self._pool.kv.data_ptr(), self._pool.kv.shape)
+        if self._memory != memory:
+            self._captured.clear()
+            self._memory = memory
+
+    def _get(self, kind: str, size: int, drawn: bool) -> _Captured:
+        self._mind_the_pool()
+        if (kind, size, drawn) not in self._captured:
+            self._captured[kind, size, drawn] = self._capture(kind, size, drawn)
+        return self._captured[kind, size, drawn]
+
+    def _choices(self, rows: int) -> Choices:
+        """For a graph; all graphs share what was seen: one set of requests is in their memory at a time."""
+        vocab, device = self._model.config.vocab_size, self._model.device
+        if self._seen is None:
+            self._seen = torch.zeros(MOST_ROWS, vocab, dtype=torch.bool, device=device)
+        return Choices.greedy(self._seen[:rows])
+
+    @torch.inference_mode()
+    def _capture(self, kind: str, rows: int, drawn: bool) -> _Captured:
         started = perf_counter()
-        model, device, size = self._model, self._model.device, self._pool.page_size
-        window = model.config.window
-        state = torch.zeros(4, rows, dtype=torch.int64, device=device)
-        state[3] = -1
-        tails = torch.zeros(rows, self._pool.pages_for(window), dtype=torch.int64, device=device)
-        wanted = torch.arange(rows if kind == "decoding" else 1, device=device)
-        cos, sin = model.rotary.table(window)
-        config = model.config
+        model, device, config = self._model, self._model.device, self._model.config
+        decoding = kind == "decoding"
+        if decoding and self._slots is None:  # one for all graphs, as what was seen
+            self._slots = torch.empty(MOST_ROWS, config.window, dtype=torch.int64, device=device)
+        tail_slots = self._slots[:rows] if decoding and self._slots is not None else None
+        state = torch.zeros(2 if decoding else 4, rows, dtype=torch.int64, device=device)
+        wanted = torch.arange(rows if decoding else 1, device=device)
+        chosen = torch.zeros(2, len(wanted), dtype=torch.int64, device=device)
+        choices = self._choices(len(wanted)) if drawn else None
+        cos, sin = model.rotary.table(config.window)
         plan = StaticPlan(
             rows=rows,
-            positions=state[1],
+            positions=state[0],
             cos=cos,
             sin=sin,
             group=config.q_heads // config.kv_heads,
             kv_heads=config.kv_heads,
-            page_size=size,
+            page_size=self._pool.page_size,
             room=self._room,
-            shared=kind == "question" or rows == 1,
+            shared=not decoding or rows == 1,
         )
 
-        def run() -> tuple[Tensor, Tensor]:
-            token_ids, _, frames, slots = state
-            if kind == "decoding":
-                page = tails.gather(1, (frames // size)[:, None])[:, 0]
-                slots = torch.where(page < 0, page, page * size + frames % size)
+        def run() -> None:
+            frames = state[1]
+            if tail_slots is None:
+                token_ids, slots = state[2:]
+            else:
+                token_ids, slots = chosen[0], tail_slots.gather(1, frames[:, None])[:, 0]
             step = Step(cos[frames], sin[frames], (plan.plan,))
             logits = model.compute(token_ids, slots, step, self._pool.kv, wanted)
             if logits is None:
                 raise RuntimeError("the model gave no logits although rows were asked for")
-            ids, finite = greedy(logits, path="triton")
-            chosen = torch.stack((ids, finite.to(torch.int64)))
-            if kind == "decoding":
-                state[0] = ids
-                state[1:3] += 1
-            return chosen, logits
+            _choose(logits, choices, out=chosen)
+            if decoding:
+                state.add_(1)
 
-        tails.fill_(-1)
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            run()  # compiles, and makes what a graph must not own
-            state[:3] = 0
-        torch.cuda.current_stream(device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
+        (state[3] if tail_slots is None else tail_slots).fill_(-1)
         if self._memory_pool is None:
             self._memory_pool = torch.cuda.graph_pool_handle()
-        # What other threads of the application do on the device must not end the capture.
-        with torch.cuda.graph(graph, pool=self._memory_pool, stream=stream, capture_error_mode="thread_local"):
-            chosen, logits = run()
-        torch.cuda.current_stream(device).wait_stream(stream)
-        if kind == "decoding":
+        graph = _record(run, self._stream, self._memory_pool)
+        if decoding:
             self.owner = None
         _log.debug("captured a %s pass of %d rows in %.0f ms", kind, rows, (perf_counter() - started) * 1e3)
-        return _Captured(graph, state, tails, chosen, logits, wanted, plan)
+        return _Captured(graph, state, tail_slots, chosen, choices, wanted, plan)
+
+
+def _record(run: Callable[[], None], stream: torch.cuda.Stream, memory_pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches on the current stream."""
+    outer = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        run()  # compiles, and makes what a graph must not own
+    outer.wait_stream(stream)
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # its nodes can be counted
+    # What other threads of the application do on the device must not end the capture.
+    with torch.cuda.graph(graph, pool=memory_pool, stream=stream, capture_error_mode="thread_local"):
+        run()
+    graph.instantiate()
+    outer.wait_stream(stream)
+    return graph
 
 
 class _Pending:
     """Results that are on their way to the host."""
 
-    def __init__(self, rows: Sequence[Row], captured: _Captured) -> None:
+    def __init__(self, rows: Sequence[Row], chosen: Tensor) -> None:
         self.rows = list(rows)
-        self._host = torch.empty(captured.chosen.shape, dtype=torch.int64, pin_memory=True)
-        self._host.copy_(captured.chosen, non_blocking=True)
+        self._host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=True)
+        self._host.copy_(chosen, non_blocking=True)
         self._there = torch.cuda.Event()
         self._there.record()
 
-    def wait(self) -> tuple[list[int], list[bool]]:
-        """Ids, and whether their logits were finite."""
+    def take(self) -> None:
+        """Wait for them, and give each request its own."""
         self._there.synchronize()
         ids, finite = self._host.tolist()
-        return ids, list(map(bool, finite))
+        for at, row in enumerate(self.rows):
+            row.take(ids[at], bool(finite[at]))
 
 
 class GraphDecoder:
-    """`decoding.Decoder` over CUDA graphs. While the host looks at greedy tokens, the next ones are computed."""
+    """`decoding.Decoder` over CUDA graphs. While the host looks at tokens, the next ones are computed."""
 
     def __init__(self, graphs: Graphs, model: Model, pool: Pool) -> None:
         self._graphs, self._model, self._pool = graphs, model, pool
@@ -182,24 +271,25 @@ class GraphDecoder:
     def admit(self, row: Row, tail: Sequence[int]) -> None:
         count = len(tail)
         if count > QUESTION_ROWS[-1]:
-            row.choose(compute_logits(self._model, self._pool, [row.run(tail)])[0])
+            chosen = self._graphs.choose(compute_logits(self._model, self._pool, [row.run(tail)]), row)
         else:
             run = row.run(tail)
-            captured = self._graphs.question(count, [_request(run, slice(0, count))])
-            frames = torch.arange(run.start, run.start + count)
-            slots = slots_of(run.pages, run.start, run.start + count, self._pool.page_size)
-            size = captured.state.shape[1]
-            state = torch.zeros(4, size, dtype=torch.int64, pin_memory=True)
-            state[3] = -1
-            state[:, :count] = torch.stack((torch.tensor(run.token_ids), frames + run.origin, frames, slots))
-            captured.state.copy_(state, non_blocking=True)
-            captured.wanted.fill_(count - 1)
+            captured = self._graphs.question(count, _request(run, slice(0, count)), row)
+            size, page_size, pages = captured.state.shape[1], self._pool.page_size, run.pages.tolist()
+            frames, unused = range(run.start, run.start + count), [0] * (size - count)
+            state = (
+                *(*(run.origin + frame for frame in frames), *unused),
+                *(*frames, *unused),
+                *(*run.token_ids, *unused),
+                *(
+                    *(pages[frame // page_size] * page_size + frame % page_size for frame in frames),
+                    *[-1] * len(unused),
+                ),
+            )
+            captured.state.copy_(torch.tensor(state).view(4, size).pin_memory(), non_blocking=True)
             captured.graph.replay()
-            if row.sampler.greedy:
-                ids, finite = _Pending([row], captured).wait()
-                row.take(ids[0], finite[0])
-            else:
-                row.choose(captured.logits[0])
+            chosen = captured.chosen
+        _Pending([row], chosen).take()
         row.done += count
         self._rows.append(row)
         self._graphs.owner = None
@@ -219,22 +309,14 @@ class GraphDecoder:
         if self._pending is None:
             self._launch()
         pending, self._pending = self._pending, None
-        if pending is None or self._captured is None:
+        if pending is None:
             raise RuntimeError("no request is running")
-        logits = self._captured.logits
         ahead = self._graphs.owner is self and all(
-            each.sampler.greedy and each.failure is None and each.done < each.reserved for each in self._rows
+            each.failure is None and each.done < each.reserved for each in self._rows
         )
         if ahead:
             self._launch()
-        ids, finite = pending.wait()
-        for index, each in enumerate(pending.rows):
-            if each.sampler.greedy:
-                each.take(ids[index], finite[index])
-            else:
-                each.choose(logits[index])
-        if any(not each.sampler.greedy for each in pending.rows):
-            self._write_last()
+        pending.take()
 
     def _launch(self) -> None:
         """Start the next token of every request."""
@@ -246,7 +328,7 @@ class GraphDecoder:
         captured.graph.replay()
         for row in self._rows:
             row.done += 1
-        self._pending = _Pending(self._rows, captured)
+        self._pending = _Pending(self._rows, captured.chosen)
 
     def _load(self) -> None:
         """Put the requests into the graph's memory."""
@@ -254,25 +336,110 @@ class GraphDecoder:
         requests = [
             _request(row.run((row.last,)), slice(at, at + 1), row.reserved) for at, row in enumerate(self._rows)
         ]
-        captured = self._captured = self._graphs.decoding(len(self._rows), requests)
-        rows = len(captured.tails)
-        state = torch.zeros(4, rows, dtype=torch.int64)
+        captured = self._captured = self._graphs.decoding(requests, self._rows)
+        if captured.slots is None:
+            raise RuntimeError("no graph of the next token was given")
+        going = torch.zeros(3, captured.state.shape[1], dtype=torch.int64)
+        longest = max(row.reserved for row in self._rows)
+        slots = torch.full((len(self._rows), longest), -1, dtype=torch.int64)
         for at, row in enumerate(self._rows):
-            state[:3, at] = torch.tensor((row.last, row.origin + row.done, row.done))
-        captured.state.copy_(state.pin_memory(), non_blocking=True)
-        longest = max(len(row.pages) for row in self._rows)
-        tails = torch.full((rows, longest), -1, dtype=torch.int64)
-        for at, row in enumerate(self._rows):
-            tails[at, : len(row.pages)] = row.pages
-        captured.tails.fill_(-1)
-        captured.tails[:, :longest] = tails.pin_memory().to(captured.tails.device, non_blocking=True)
+            going[:, at] = torch.tensor((row.origin + row.done, row.done, row.last))
+            slots[at, : row.reserved] = slots_of(row.pages, 0, row.reserved, self._pool.page_size)
+        pinned = going.pin_memory()
+        captured.state.copy_(pinned[:2], non_blocking=True)
+        captured.chosen[0].copy_(pinned[2], non_blocking=True)
+        captured.slots.fill_(-1)
+        captured.slots[: len(slots), :longest] = slots.pin_memory().to(captured.slots.device, non_blocking=True)
         self._graphs.owner = self
 
-    def _write_last(self) -> None:
-        """Give the graph the ids that the host has drawn."""
-        if self._graphs.owner is self and self._captured is not None:
-            ids = torch.tensor([row.last for row in self._rows])
-            self._captured.state[0, : len(ids)] = ids.pin_memory().to(self._captured.state.device, non_blocking=True)
+
+def workspace_bytes(model: Model) -> int:
+    """What a model's graphs take at most: activations, tables, partial results of attention, slots, what was seen.
+
+    Twice what the largest pass works in: graphs share one such memory, and a pass runs once before it is captured.
+    """
+    config, room, itemsize = model.config, Room(), model.dtype.itemsize
+    width = config.q_heads * config.head_dim
+    per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 6 * width
+    work = QUESTION_ROWS[-1] * per_token * itemsize
+    work += room.partials * (width + config.q_heads) * 4
+    work += MOST_ROWS * config.vocab_size * 5
+    table = 4 * (4 * (room.items + room.spans + room.frames) + 2 * room.rows + room.pages)
+    graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS))
+    kept = config.window * (config.head_dim * 4 + MOST_ROWS * 8) + MOST_ROWS * config.vocab_size
+    return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES
+
+
+GRAPH_BYTES = 2 * 2**20
+"""Of the driver, for the nodes of one graph, and rounding of the allocator."""
+
+LIBRARY_BYTES = 64 * 2**20
+"""Of libraries' workspaces, and of the kernels' code."""
+
+
+def runs_on_graphs(model: Model) -> bool:
+    """Whether all of a model's operations run on Triton's kernels, which graphs are captured of; measured one by one,
+    they run without."""
+    return model.device.type == "cuda" and model.paths.triton and not measuring()
+
+
+def left_for_entries(model: Model, budget_bytes: int) -> int:
+    """What remains of a memory budget for KV entries beside a model's graphs, if it runs on such.
+
+    Raises:
+        PoolFullError: nothing does.
+    """
+    if not runs_on_graphs(model):
+        return budget_bytes
+    taken = workspace_bytes(model)
+    if budget_bytes <= taken:
+        raise PoolFullError(
+            f"CUDA graphs and their workspace take {taken / 1e6:,.1f} MB; the memory budget is "
+            f"{budget_bytes / 1e6:,.1f} MB. Open the Braid with a larger pool_bytes, free memory on the device, or use "
+            "kernels='torch'."
+        )
+    return budget_bytes - taken
+
+
+def _choose(logits: Tensor, choices: Choices | None, out: Tensor) -> None:
+    """Ids, and whether logits are finite, into `out`, int64 [2, rows]."""
+    ids, finite = sample(logits, choices, path="triton") if choices else greedy(logits, path="triton")
+    out[0] = ids
+    out[1] = finite
+
+
+def _fill(choices: Choices, rows: Sequence[Row]) -> None:
+    """Say how these requests choose their next tokens; further rows are greedy."""
+    shape = torch.zeros(choices.shape.shape, dtype=torch.float64)
+    draws = torch.zeros(choices.draws.shape, dtype=torch.int64)
+    shape[1], shape[3] = 1.0, 1.0
+    for at, row in enumerate(rows):
+        params, seed = row.sampler.params, row.sampler.seed
+        shape[:, at] = torch.tensor(
+            (params.temperature, params.top_p, params.min_p, params.repetition_penalty), dtype=torch.float64
+        )
+        draws[:, at] = torch.tensor((params.top_k, seed - (seed >> 63 << 64), row.sampler.chosen))
+        if params.repetition_penalty != 1.0:
+            choices.seen[at] = False
+            choices.seen[at, row.sampler.said.to(choices.seen.device)] = True
+    choices.shape.copy_(shape.pin_memory(), non_blocking=True)
+    choices.draws.copy_(draws.pin_memory(), non_blocking=True)
+
+
+def _kernels(graph: torch.cuda.CUDAGraph) -> int:
+    """Kernel nodes of a graph, as the CUDA driver counts them."""
+    driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph.raw_cuda_graph())
+    count, kind = ctypes.c_size_t(), ctypes.c_int()
+    failed = driver.cuGraphGetNodes(handle, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    failed = failed or driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count))
+    kernels = 0
+    for node in nodes:
+        failed = failed or driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+        kernels += kind.value == _KERNEL_NODE
+    if failed:
+        raise RuntimeError(f"the CUDA driver could not list a graph's nodes: error {failed}")
+    return kernels
 
 
 def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:

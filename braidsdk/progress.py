@@ -1,5 +1,7 @@
-"""A progress bar on stderr, driven by `Progress`."""
+"""Progress bars on stderr: one driven by `Progress`, one by steps."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -44,3 +46,26 @@ class ProgressBar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def steps_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work of few steps, where stderr is a terminal, from the first step on; gone when it is left.
+
+    Yields:
+        What is to be called with the steps done and those to be done.
+    """
+    console = Console(stderr=True)
+    bar = Bar(TextColumn(label), BarColumn(), MofNCompleteColumn(), console=console, transient=True)
+    task = bar.add_task("")
+
+    def show(done: int, total: int) -> None:
+        if console.is_terminal:
+            bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        yield show
+    finally:
+        if bar.live.is_started:
+            bar.stop()

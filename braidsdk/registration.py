@@ -246,7 +246,7 @@ def compute_missing(
 
     if lacking:
         report()
-    for group in _groups(lacking, engine.pool):
+    for group in _groups(lacking, engine.pool, BATCH_TOKENS[engine.model.device.type]):
         pieces = [[planned.anchor, *group]] if planned.anchor else [[chunk] for chunk in group]
         for composition in (compose(piece, layout=engine.layout) for piece in pieces):
             keys = engine.keys(composition)
@@ -275,14 +275,14 @@ def _measure(engine: Engine, token_ids: Sequence[int]) -> None:
             engine.pool.release(pages)
 
 
-def _groups(chunks: Sequence[Chunk], pool: Pool) -> Iterator[list[Chunk]]:
-    """Consecutive chunks that fit in one forward pass together, and in a quarter of the pool."""
-    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(BATCH_TOKENS))
+def _groups(chunks: Sequence[Chunk], pool: Pool, most_tokens: int) -> Iterator[list[Chunk]]:
+    """Consecutive chunks of at most `most_tokens` together, that fit in a quarter of the pool."""
+    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(most_tokens))
     group: list[Chunk] = []
     tokens = pages = 0
     for chunk in chunks:
         more = len(chunk.token_ids)
-        if group and (tokens + more > BATCH_TOKENS or pages + pool.pages_for(more) > room):
+        if group and (tokens + more > most_tokens or pages + pool.pages_for(more) > room):
             yield group
             group, tokens, pages = [], 0, 0
         group.append(chunk)

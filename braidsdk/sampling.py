@@ -4,6 +4,9 @@ Order and meaning of each step are those of transformers' logits processors: rep
 temperature, top_k, top_p, min_p. Random state belongs to one request; the global generators are neither read nor
 changed.
 
+This is the CPU's path. Where a model runs on CUDA graphs, `braidsdk.kernels.sample` does the same on the device, with
+random numbers of its own: one seed gives one answer on either, and not the same on both.
+
 Knows nothing about models, caches or text.
 """
 
@@ -39,7 +42,8 @@ class SamplingOptions(TypedDict, total=False):
         min_p: keep tokens at least this share as likely as the likeliest; 0 to 1.
         repetition_penalty: above 1 makes ids of prompt and answer less likely, in greedy answers too. None is the
             model's default, as in transformers.
-        seed: the same seed gives the same answer, whatever else runs. None is another one each time.
+        seed: the same seed gives the same answer, whatever else runs, on the same device: CPU and GPU draw other
+            random numbers. None is another one each time.
         stop: the answer ends before the first of these strings that its text contains; no part of it is shown.
         stop_ids: token ids that end the answer as the model's own end token does: counted, and left out of the text.
     """
@@ -133,10 +137,10 @@ class Sampler:
         params: how to choose.
         prompt_ids: the whole prompt; what the repetition penalty counts as said before the answer.
         """
-        self._params = params
+        self.params = params
         self._said = torch.tensor(prompt_ids, dtype=torch.int64)
         self._seen: Tensor | None = None
-        self._chosen = 0
+        self._chosen: list[int] = []
         self._random = torch.Generator("cpu")
         if params.seed is None:
             self._random.seed()
@@ -146,7 +150,22 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the next token is the likeliest one, whatever came before."""
-        return not self._params.temperature and self._params.repetition_penalty == 1.0
+        return not self.params.temperature and self.params.repetition_penalty == 1.0
+
+    @property
+    def seed(self) -> int:
+        """Of the request's random numbers, 64 bits: the one that was given, or the system's."""
+        return self._random.initial_seed()
+
+    @property
+    def chosen(self) -> int:
+        """How many tokens were chosen."""
+        return len(self._chosen)
+
+    @property
+    def said(self) -> Tensor:
+        """What the repetition penalty counts: ids of the prompt and of the answer so far, int64."""
+        return torch.cat((self._said, torch.tensor(self._chosen, dtype=torch.int64)))
 
     @torch.inference_mode()  # also where the caller is in it for some steps only
     def pick(self, logits: Tensor) -> int:
@@ -158,7 +177,7 @@ class Sampler:
         Raises:
             NumericsError: a logit is NaN or infinite.
         """
-        params = self._params
+        params = self.params
         finite = torch.isfinite(logits).all()
         if params.repetition_penalty != 1.0:
             logits = penalise(logits, self._mask(logits), params.repetition_penalty)
@@ -175,10 +194,10 @@ class Sampler:
         Raises:
             NumericsError: `finite` says that a logit was NaN or infinite.
         """
-        self._chosen += 1
+        self._chosen.append(token)
         if not finite:
             raise NumericsError(
-                f"Expected finite logits for token {self._chosen} of the answer; some are NaN or infinite. Check the "
+                f"Expected finite logits for token {self.chosen} of the answer; some are NaN or infinite. Check the "
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
         if self._seen is not None:

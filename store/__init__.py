@@ -15,7 +15,7 @@
 It keeps bytes with a dtype and a shape: no torch, no model, no mode is known here.
 """
 
-from braidsdk.store.blobs import Slab
+from braidsdk.store.blobs import Place, Slab
 from braidsdk.store.chunks import ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, Hit
 from braidsdk.store.keys import (
@@ -45,6 +45,7 @@ __all__ = [
     "Miss",
     "ModelIdentity",
     "NewChunk",
+    "Place",
     "Publication",
     "Slab",
     "StoreStats",

@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ class Slab:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Memory of the caller's that an entry can be read into at once, without a buffer between.
+
+    Attributes:
+        dtype: torch name of the elements.
+        shape: of each layer's slab.
+        buffers: for each layer the memory that its slab's bytes fill in order: writable, contiguous, in all as long.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    buffers: Sequence[Sequence[memoryview]]
+
+
+@dataclass(frozen=True)
 class Header:
     """All of a file but the tensors' bytes; `key` is the key record, `chunk` the chunk record or None."""
 
@@ -93,10 +109,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Blob:
-    """A verified file."""
+    """A verified file; `slabs` is None where its slabs were read into the caller's memory."""
 
     header: Header
-    slabs: tuple[Slab, ...]
+    slabs: tuple[Slab, ...] | None
     token_bytes: bytes
 
 
@@ -128,7 +144,10 @@ def write(
     }
     tensors = {f"layer.{i:03d}": (_CODE_OF_DTYPE[s.dtype], s.shape, s.data.cast("B")) for i, s in enumerate(slabs)}
     tensors[TOKEN_IDS] = ("I32", (len(key.token_ids),), memoryview(key.token_bytes))
-    metadata["digest"] = _digest(metadata, tensors)
+    state = _described(metadata, {name: (code, shape) for name, (code, shape, _) in tensors.items()})
+    for _, (_, _, view) in sorted(tensors.items()):
+        state.update(view)
+    metadata["digest"] = state.hexdigest()
     arrays = {name: np.frombuffer(view, dtype=np.uint8) for name, (_, _, view) in tensors.items()}  # keeps them alive
     specs = {
         name: TensorSpec(
@@ -183,10 +202,15 @@ def check_slabs(key: EntryKey, slabs: Sequence[Slab]) -> None:
             )
 
 
-def read(path: Path) -> Blob:
-    """Read a file at once into one buffer and verify every byte of it.
+def read(path: Path, place: Place | None = None) -> Blob:
+    """Read a file and verify every byte of it.
 
     Nothing is memory-mapped: a mapped file that is truncated kills the process.
+
+    Args:
+        path: the file.
+        place: where its slabs go, if they are of that dtype and shape; otherwise, and with None, into one new buffer.
+            What lies there afterwards is the entry only if this returns.
 
     Raises:
         DamagedFile: it is not what was written.
@@ -194,19 +218,52 @@ def read(path: Path) -> Blob:
     """
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        buffer = np.empty(size, dtype=np.uint8).data
-        filled = 0
-        while filled < size and (count := file.readinto(buffer[filled:])):
-            filled += count
-    if filled < size:
-        raise DamagedFile(f"expected {size} bytes, read {filled}")
-    header = _parse(buffer[: _header_end(buffer[:8], size)], size)
-    views = {name: (code, shape, buffer[begin:end]) for name, (code, shape, begin, end) in header.tensors.items()}
-    if _digest(header.metadata, views) != header.digest:
+        start = _read(file, min(8, size))
+        header = _parse(memoryview(start + _read(file, _header_end(start, size) - 8)), size)
+        layers = sorted(header.tensors.keys() - {TOKEN_IDS})
+        buffers: dict[str, Sequence[memoryview]] = {TOKEN_IDS: [np.empty(4 * header.tokens, dtype=np.uint8).data]}
+        placed = place is not None and _fits(header, layers, place)
+        if place is not None and placed:
+            buffers.update(zip(layers, place.buffers, strict=True))
+        else:
+            whole = np.empty(header.nbytes, dtype=np.uint8).data
+            for name in layers:
+                _, _, begin, end = header.tensors[name]
+                buffers[name], whole = [whole[: end - begin]], whole[end - begin :]
+        state = _described(header.metadata, {name: tensor[:2] for name, tensor in header.tensors.items()})
+        for name, (_, _, begin, _) in sorted(header.tensors.items()):
+            file.seek(begin)
+            for buffer in buffers[name]:
+                _fill(file, buffer)
+                state.update(buffer)  # while it is in the processor's cache
+    if state.hexdigest() != header.digest:
         raise DamagedFile("its content does not match its digest")
-    token_bytes = bytes(views.pop(TOKEN_IDS)[2])
-    slabs = tuple(Slab(_CODES[code][0], shape, view) for _, (code, shape, view) in sorted(views.items()))
-    return Blob(header, slabs, token_bytes)
+    token_bytes = bytes(buffers[TOKEN_IDS][0])
+    if placed:
+        return Blob(header, None, token_bytes)
+    slabs = (Slab(_CODES[header.tensors[name][0]][0], header.tensors[name][1], buffers[name][0]) for name in layers)
+    return Blob(header, tuple(slabs), token_bytes)
+
+
+def _fits(header: Header, layers: Sequence[str], place: Place) -> bool:
+    """Whether the slabs are what the caller's memory was laid out for."""
+    wanted = (_CODE_OF_DTYPE[place.dtype], place.shape)
+    return len(layers) == len(place.buffers) and all(header.tensors[name][:2] == wanted for name in layers)
+
+
+def _read(file: FileIO, count: int) -> bytes:
+    buffer = bytearray(count)
+    _fill(file, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _fill(file: FileIO, buffer: memoryview) -> None:
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise DamagedFile(f"it ends {len(buffer) - filled} bytes early")
+        filled += count
 
 
 def read_header(path: Path) -> Header:
@@ -246,15 +303,13 @@ def _provenance_json(provenance: Mapping[str, Any]) -> str:
         raise InputError(f"Expected provenance of plain JSON values, got one that isn't: {error}.") from None
 
 
-def _digest(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
-    """xxh3_128 over the description of the file, length-prefixed, then the tensors' bytes in the order of names."""
-    shapes = [[name, code, list(shape)] for name, (code, shape, _) in sorted(tensors.items())]
+def _described(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> xxhash.xxh3_128:
+    """The digest's beginning: xxh3_128 over the description of the file, length-prefixed. What follows are the tensors'
+    bytes in the order of names."""
+    shapes = [[name, code, list(shape)] for name, (code, shape) in sorted(tensors.items())]
     described = {name: text for name, text in metadata.items() if name != "digest"}
     head = canonical_json([described, shapes]).encode()
-    state = xxhash.xxh3_128(struct.pack("<Q", len(head)) + head)
-    for _, (_, _, view) in sorted(tensors.items()):
-        state.update(view)
-    return state.hexdigest()
+    return xxhash.xxh3_128(struct.pack("<Q", len(head)) + head)
 
 
 def _header_end(start: bytes | memoryview, size: int) -> int:

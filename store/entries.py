@@ -42,14 +42,14 @@ class Entry:
 
     Attributes:
         key: the key that it was asked for by.
-        slabs: one per layer, writable views of one buffer.
+        slabs: one per layer, writable views of one buffer; None where they were read into the caller's memory.
         page_size: tokens per page.
         nbytes: bytes of KV, all layers.
         provenance: what computed it.
     """
 
     key: EntryKey
-    slabs: tuple[Slab, ...]
+    slabs: tuple[Slab, ...] | None
     page_size: int
     nbytes: int
     provenance: Mapping[str, Any]

@@ -9,7 +9,7 @@ import errno
 import logging
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,7 +22,7 @@ from sqlite_utils import Database
 
 from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
 from braidsdk.store import blobs, chunks, entries, memory, rebuild
-from braidsdk.store.blobs import DamagedFile, Slab
+from braidsdk.store.blobs import DamagedFile, Place, Slab
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
 from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
@@ -32,8 +32,11 @@ from braidsdk.store.reasons import Miss
 
 _log = logging.getLogger(__name__)
 
-READ_AHEAD = 2
-"""Entries that are read before they are asked for."""
+READERS = 2
+"""Threads that read entries, one each at a time: what they read waits to be asked for."""
+
+WRITERS = 2
+"""Threads that write entries: while one waits for the disk, the other goes on."""
 
 Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
 """A key, its slabs (one per layer), and its provenance: JSON values that are kept and not compared."""
@@ -282,15 +285,28 @@ class ChunkStore:
         """
         return list(self.stream(keys))
 
-    def stream(self, keys: Sequence[EntryKey]) -> Iterator[Entry | Miss]:
-        """Like `load`, one at a time, while the next ones are read in a thread: few are in memory at once."""
-        jobs = iter(list(zip(keys, self.look_up(keys), strict=True)))
-        with ThreadPoolExecutor(max_workers=1) as reader:
-            ahead = deque(reader.submit(self._load, *job) for job in islice(jobs, READ_AHEAD))
+    def stream(
+        self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place] | None = None
+    ) -> Generator[Entry | Miss, None, None]:
+        """Like `load`, one at a time, while the next ones are read in threads: few are in memory at once.
+
+        Args:
+            keys: which.
+            place: memory that an entry is read into if it fits there; asked for all that the index has before any is
+                read. The memory of a miss may have been written to. Threads write to it until this iterator has ended
+                or was closed.
+        """
+        found = self.look_up(keys)
+        places = [
+            place(key) if place and isinstance(each, Hit) else None for key, each in zip(keys, found, strict=True)
+        ]
+        jobs = iter(list(zip(keys, found, places, strict=True)))
+        with _threads(READERS) as readers:
+            ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
             while ahead:
                 result = ahead.popleft().result()
                 if (job := next(jobs, None)) is not None:
-                    ahead.append(reader.submit(self._load, *job))
+                    ahead.append(readers.submit(self._load, *job))
                 yield result
 
     def publish(self, publications: Sequence[Publication]) -> None:
@@ -312,7 +328,9 @@ class ChunkStore:
         written: dict[str, Path] = {}
         placed: list[str] = []
         try:
-            rows = {digest: self._write(publication, records, written) for digest, publication in new.items()}
+            with _threads(WRITERS) as writers:
+                entered = list(writers.map(lambda each: self._write(each, records, written), new.values()))
+            rows = {row.digest: row for row in entered}
             with self._index.write() as db:
                 self._records(db, [key for key, _, _ in new.values()])  # again: a chunk may have been deleted
                 for digest in entries.known(db, rows):
@@ -378,16 +396,16 @@ class ChunkStore:
                 memory.remember(db, values)
                 memory.count(db, add or {})
 
-    def _load(self, key: EntryKey, hit: Hit | Miss) -> Entry | Miss:
+    def _load(self, key: EntryKey, hit: Hit | Miss, place: Place | None) -> Entry | Miss:
         while isinstance(hit, Hit):
             before = stamp(hit.path)
             try:
-                blob = blobs.read(hit.path)
+                blob = blobs.read(hit.path, place)
                 if blob.token_bytes != key.token_bytes or blob.header.key != key.record():
                     raise DamagedFile("it holds another entry than the index says")
-                entry = Entry(key, blob.slabs, blob.header.page_size, hit.nbytes, blob.header.provenance)
-                blobs.check_slabs(key, entry.slabs)
-                return entry
+                if blob.slabs is not None:
+                    blobs.check_slabs(key, blob.slabs)
+                return Entry(key, blob.slabs, blob.header.page_size, hit.nbytes, blob.header.provenance)
             except DamagedFile as error:
                 why = str(error)
             except FileNotFoundError:
@@ -477,6 +495,24 @@ class ChunkStore:
             f"Could not write an entry to the store at {self.path}: {error.strerror}. "
             "Free some space or correct what fails; nothing of the entry is left and the store is as it was before."
         )
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that have ended when the block is left, however often that is interrupted: they write to memory."""
+    executor = ThreadPoolExecutor(count)
+    try:
+        yield executor
+    finally:
+        interrupt = None
+        while True:
+            try:
+                executor.shutdown(cancel_futures=True)
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+        if interrupt:
+            raise interrupt
 
 
 def _ms_since(started: float) -> float:

@@ -151,7 +151,7 @@ def test_a_context_that_can_never_fit_computes_nothing(
         page = braid._engine.pool.page_bytes
     with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=2 * page) as braid:
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
-            braid.register("word " * 100)
+            braid.register("word " * 200)
         assert braid.chunks.list() == [], "nothing is registered that could never be used"
         documents = braid.register_many([f"{name} " * 20 for name in ("one", "two", "three")])
         monkeypatch.setattr("braidsdk.engine.compute", lambda *_: pytest.fail("something was computed"))

@@ -11,6 +11,7 @@ from transformers import Qwen3ForCausalLM
 
 from braidsdk import Braid
 from braidsdk.compose import Composition, Segment
+from braidsdk.encode import BATCH_TOKENS
 from braidsdk.engine import Engine
 from braidsdk.generate import tail_logits
 from braidsdk.pool import PAGE_SIZE
@@ -60,30 +61,38 @@ def check(engine: Engine, peer: Qwen3ForCausalLM, composition: Composition) -> N
     assert relative_error(got, want) < TOLERANCE, [len(segment.token_ids) for segment in composition.segments]
 
 
-@pytest.mark.parametrize("length", [1, 2, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, 700])
+PAGE = PAGE_SIZE["cpu"]
+
+
+@pytest.mark.parametrize("length", [1, 2, PAGE - 1, PAGE, PAGE + 1, 700])
 def test_a_plain_prompt(engine: Engine, peer: Qwen3ForCausalLM, length: int) -> None:
     check(engine, peer, Composition("exact", (), tail=tokens(length, length)))
 
 
 def test_every_split_of_a_prompt_in_two(engine: Engine, peer: Qwen3ForCausalLM) -> None:
-    ids = tokens(PAGE_SIZE + 8, 1)
+    ids = tokens(PAGE + 8, 1)
     for cut in range(1, len(ids)):
         check(engine, peer, exact([ids[:cut]], ids[cut:]))
 
 
 def test_all_orders_of_four_chunks_of_odd_lengths(engine: Engine, peer: Qwen3ForCausalLM) -> None:
-    pieces = [tokens(count, count) for count in (1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1)]
+    pieces = [tokens(count, count) for count in (1, PAGE - 1, PAGE, PAGE + 1)]
     for order in itertools.permutations(pieces):
         check(engine, peer, exact(order, tokens(9, 9)))
 
 
+def test_neighbours_of_whole_pages(engine: Engine, peer: Qwen3ForCausalLM) -> None:
+    pieces = [tokens(count * PAGE, count) for count in (2, 1, 1, 2)]
+    check(engine, peer, exact(pieces, tokens(3, 7)))
+
+
 def test_the_same_chunk_twice(engine: Engine, peer: Qwen3ForCausalLM) -> None:
-    piece = tokens(PAGE_SIZE + 3, 5)
+    piece = tokens(PAGE + 3, 5)
     check(engine, peer, exact([piece, tokens(7, 6), piece, piece], tokens(4, 7)))
 
 
 def test_a_chain_longer_than_one_batch(engine: Engine, peer: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("braidsdk.encode.BATCH_TOKENS", 50)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 50)
     check(engine, peer, exact([tokens(120, 1), tokens(30, 2), tokens(49, 3)], tokens(101, 4)))
 
 

@@ -9,7 +9,9 @@ import torch
 
 from braidsdk import Braid, Context
 from braidsdk.decoding import EagerDecoder
-from braidsdk.errors import InputError
+from braidsdk.encode import Run, compute_logits
+from braidsdk.errors import InputError, PoolFullError
+from braidsdk.graphs import workspace_bytes
 from braidsdk.models.tiny.evaluate import held_out_sample
 
 pytestmark = pytest.mark.gpu
@@ -121,6 +123,111 @@ def test_many_requests_and_threads_share_the_graphs(opened: Callable[..., Braid]
     for thread in threads:
         thread.join()
     assert [results[index] for index in range(6)] == alone[:6]
+
+
+def test_requests_that_choose_differently_go_on_together(contexts: list[Context]) -> None:
+    """Greedy, drawn and penalised rows of one batch, each as if it were alone, and computed ahead of the host."""
+    engine = contexts[0]._engine
+    ways = [
+        {},
+        {"temperature": 0.9, "seed": 5},
+        {"repetition_penalty": 1.4},
+        {"temperature": 1.3, "top_p": 0.9, "seed": 5},
+        {"temperature": 0.7, "top_k": 20, "min_p": 0.02, "repetition_penalty": 1.2, "seed": 8},
+    ]
+    question = "What is the capital of Belmora?"
+    alone = [
+        context.ask(question, max_new_tokens=16, **way).token_ids for context, way in zip(contexts, ways, strict=True)
+    ]
+    assert alone == [
+        context.ask(question, max_new_tokens=16, **way).token_ids for context, way in zip(contexts, ways, strict=True)
+    ]
+    with engine.calls:
+        with engine.working():
+            decoder = engine.decoder()
+        streams = [
+            context.open_stream(question, {"max_new_tokens": 16, **way}, started=0.0, decoder=decoder)
+            for context, way in zip(contexts, ways, strict=True)
+        ]
+        running = list(streams)
+        while running:
+            running = [stream for stream in running if next(stream, None) is not None]
+    assert [stream.answer.token_ids for stream in streams] == alone
+
+
+def test_penalised_answers_are_those_of_the_cpu(opened: Callable[..., Braid]) -> None:
+    """The repetition penalty counts prompt and answer on the device too, whatever else is asked in between."""
+    answers = []
+    for device in ("cpu", "cuda"):
+        braid = opened(device)
+        context = braid.compose(braid.register_many(TEXTS, progress=False))
+        long = "Tell me about Falkirra. " * 12
+        streams = [context.stream(text, max_new_tokens=24, repetition_penalty=3.0) for text in ("Well?", long)]
+        running = list(streams)
+        while running:
+            running = [stream for stream in running if next(stream, None) is not None]
+        assert streams[0].answer.token_ids != context.ask("Well?", max_new_tokens=24).token_ids
+        answers.append([stream.answer.token_ids for stream in streams])
+    assert answers[0] == answers[1]
+
+
+def test_a_temperature_draws_among_what_may_be_drawn(contexts: list[Context]) -> None:
+    greedy = contexts[0].ask("Well?", max_new_tokens=12).token_ids
+    assert contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0, top_k=1).token_ids == greedy
+    drawn = {contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0, top_k=0, seed=n).token_ids for n in range(8)}
+    assert len(drawn) > 4
+    assert (
+        contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0).token_ids
+        != contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0).token_ids
+    ), "without a seed each answer is another one"
+
+
+def test_after_warming_up_no_question_captures_anything(contexts: list[Context]) -> None:
+    engine, steps = contexts[0]._engine, []
+    free = torch.cuda.mem_get_info()[0]
+    engine.warm_up(64, lambda done, total: steps.append((done, total)))
+    assert steps == [(done, steps[0][1]) for done in range(steps[0][1] + 1)]
+    torch.cuda.synchronize()
+    assert free - torch.cuda.mem_get_info()[0] <= workspace_bytes(engine.model), "as much was set aside"
+    captured = dict(engine._graphs._captured)
+    contexts[1].ask("Well?", max_new_tokens=5)
+    contexts[2].ask("What is the capital of Belmora? " * 3, max_new_tokens=5, temperature=1.0)
+    assert engine._graphs._captured == captured
+    launches = engine.launches()
+    assert launches.keys() >= {"decoding of 1", "decoding of 64, drawn", "question of 32"}
+    layers = engine.model.config.layers
+    assert all(5 * layers < count <= 12 * layers + 20 for count in launches.values()), launches
+    assert launches["decoding of 1"] <= 5 * layers + 12
+
+
+def test_graphs_count_in_the_memory_budget(tmp_path: Path) -> None:
+    with Braid("braid-tiny", store=tmp_path, device="cuda", kernels="triton", pool_bytes=2**30) as braid:
+        taken = workspace_bytes(braid._engine.model)
+        assert 0 < 2**30 - braid.stats().pool_capacity_bytes - taken < braid._engine.pool.page_bytes
+    with pytest.raises(PoolFullError, match="larger pool_bytes"):
+        Braid("braid-tiny", store=tmp_path, device="cuda", kernels="triton", pool_bytes=taken)
+
+
+def test_a_batch_changes_logits_by_no_more_than_rounding(opened: Callable[..., Braid], contexts: list[Context]) -> None:
+    """A request's next token alone and among 64: in bfloat16 the two differ as two ways of rounding do."""
+
+    def logits(braid: Braid, *, together: bool) -> torch.Tensor:
+        engine = braid._engine
+        pages = engine.pool.allocate(64 * 64).view(64, -1)
+        ids = [engine.layout.plain_ids(f"{text} {number}") for number, text in enumerate(TEXTS * 22)][:64]
+        texts = [Run(tuple(each[:-1]), (), own, 0, 0) for each, own in zip(ids, pages, strict=True)]
+        steps = [Run((each[-1],), (), own, len(each) - 1, 0) for each, own in zip(ids, pages, strict=True)]
+        with engine.working(), torch.inference_mode():
+            compute_logits(engine.model, engine.pool, texts)
+            parts = [steps] if together else [[step] for step in steps]
+            return torch.cat([compute_logits(engine.model, engine.pool, part) for part in parts]).double().cpu()
+
+    exact = logits(opened("cuda", "float32"), together=True)
+    half = opened("cuda", "bfloat16")
+    alone, together = logits(half, together=False), logits(half, together=True)
+    error = (alone - exact).square().mean().sqrt()
+    assert (alone - together).square().mean().sqrt() <= 1.5 * error
+    assert (together - exact).square().mean().sqrt() <= 1.5 * error
 
 
 def test_ten_thousand_requests_take_no_more_memory_than_a_hundred(contexts: list[Context]) -> None:

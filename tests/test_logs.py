@@ -90,7 +90,7 @@ def test_what_is_loaded_is_logged_with_counts(
         braid.ask("private question", chunks=[rules], max_new_tokens=1)
     lines = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("opened a model of 3 layers in ") for line in lines)
-    assert any(line.startswith("loaded 1 entries, 98304 bytes in ") for line in lines)
+    assert any(line.startswith("loaded 1 entries, 196608 bytes in ") for line in lines)
     assert "private" not in caplog.text
 
 

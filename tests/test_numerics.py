@@ -9,16 +9,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
-from transformers.models.qwen3 import modeling_qwen3
 
 from braidsdk.encode import Run, compute, make_batch
-from braidsdk.kernels.attention import cpu, op
+from braidsdk.kernels.attention import op
 from braidsdk.kernels.paths import Paths
+from braidsdk.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.models.qwen3 import model as qwen3
 from braidsdk.models.registry import load_model
 from braidsdk.pool import Pool
@@ -118,7 +119,7 @@ def fast(model: object) -> object:
     return model
 
 
-def pool_for(model: object, page_size: int = 64) -> Pool:
+def pool_for(model: object, page_size: int | None = None) -> Pool:
     config = model.config
     return Pool(
         layers=config.layers,
@@ -136,15 +137,9 @@ def tokens(count: int, seed: int) -> tuple[int, ...]:
 
 
 def runs_of(pool: Pool, pieces: list[tuple[int, ...]], shift: int = 0) -> list[Run]:
-    """Each piece in pages and a frame of its own, after all before it; `shift` misplaces all but the first."""
-    runs, context, origin = [], [], 0
-    for index, piece in enumerate(pieces):
-        pages = pool.allocate(len(piece))
-        run = Run(piece, tuple(context), pages, 0, origin + (shift if index else 0))
-        context.append(make_batch([run], pool).requests[0].segments[-1])
-        runs.append(run)
-        origin += len(piece)
-    return runs
+    """Each piece in a frame of its own; `shift` misplaces all but the first."""
+    first, *rest = runs_in_frames(pool, pieces)
+    return [first, *(replace(run, origin=run.origin + shift) for run in rest)]
 
 
 @torch.inference_mode()
@@ -204,52 +199,31 @@ def test_logits_are_as_close_to_the_truth_as_transformers_is(peers: Peers, compo
     assert passes(divergences), f"mean and worst ratio of sqrt(KL): {verdict(divergences)}"
 
 
-@torch.inference_mode()
 def test_every_layer_is_as_close_to_the_truth_as_transformers_is(peers: Peers) -> None:
-    """Each layer from true inputs: the truth's hidden states, rounded once to bfloat16."""
+    """Each layer from true inputs: transformers' hidden states."""
     per_layer: list[list[float]] = [[] for _ in range(peers.truth.config.layers)]
     for seed in range(SEEDS):
-        ids = tokens(128, seed)
-        pools = {name: pool_for(model) for name, model in (("truth", peers.truth), ("ours", peers.ours))}
-        batches = {name: make_batch(runs_of(pool, [ids]), pool) for name, pool in pools.items()}
-        hidden = peers.truth._embedding[torch.tensor(ids, device=peers.truth.device)]
-        for index, ratios in enumerate(per_layer):
-            given = hidden.to(torch.bfloat16)
-            truth = peers.truth.forward_layer(index, given.double(), batches["truth"], pools["truth"].kv[index])
-            ours = peers.ours.forward_layer(index, given, batches["ours"], pools["ours"].kv[index])
-            angles = peers.theirs.model.rotary_emb(given[None], torch.arange(len(ids), device=given.device)[None])
-            theirs = peers.theirs.model.layers[index](given[None], position_embeddings=angles, attention_mask=None)[0]
-            ratios.append(rms(ours.double() - truth) / rms(theirs.double() - truth))
-            hidden = truth
+        for outputs in compare_layers(peers.ours, peers.theirs, [tokens(128, seed)]):
+            ours, theirs = (rms(got.double() - outputs.truth) for got in (outputs.ours, outputs.theirs))
+            per_layer[outputs.index].append(ours / theirs)
     assert all(passes(ratios) for ratios in per_layer), [verdict(ratios) for ratios in per_layer]
 
 
-def lifted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make transformers compute norms and angles in float64; its own `.double()` leaves both in float32."""
-
-    def norm(self: object, hidden: Tensor) -> Tensor:
-        return self.weight * (hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + self.variance_epsilon))
-
-    def angles(self: object, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        freqs = position_ids[..., None].double() * self.inv_freq.double()
-        both = torch.cat((freqs, freqs), dim=-1)
-        return both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
-
-    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", norm)
-    monkeypatch.setattr(modeling_qwen3.Qwen3RotaryEmbedding, "forward", angles)
-
-
 @pytest.mark.parametrize("composed", [False, True], ids=["plain", "composed"])
-def test_the_truth_is_that_of_transformers_in_float64(
-    peers: Peers, composed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lifted(monkeypatch)
+def test_the_truth_is_that_of_transformers_in_float64(peers: Peers, composed: bool) -> None:
     pieces = next(prompts(composed, peers.truth.device))
-    in_float64 = Qwen3ForCausalLM(peers.theirs.config).double().eval()
-    in_float64.to(peers.truth.device)
-    in_float64.load_state_dict({name: weight.double() for name, weight in peers.theirs.state_dict().items()})
-    want = their_logits(in_float64, pieces)
+    want = their_logits(in_float64(peers.theirs), pieces)
     assert rms(logits(peers.truth, pieces) - want) < 1e-11 * rms(want)
+
+
+def unturned(plan_for: Callable[..., Any]) -> Callable[..., Any]:
+    """The same plans, but for their rotations."""
+
+    def planned(*args: object, **rest: object) -> Any:
+        plan = plan_for(*args, **rest)
+        return replace(plan, cos=torch.ones_like(plan.cos), sin=torch.zeros_like(plan.sin))
+
+    return planned
 
 
 @pytest.mark.parametrize("bug", ["a seam off by one", "an unrotated query", "a score scale of 0.97"])
@@ -261,17 +235,8 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
     if bug == "a seam off by one":
         shift = 1
     elif bug == "an unrotated query":
-        planned = op.plan_for_triton
-
-        def unturned(*args: object, **rest: object) -> object:
-            plan = planned(*args, **rest)
-            return replace(plan, cos=torch.ones_like(plan.cos), sin=torch.zeros_like(plan.sin))
-
-        monkeypatch.setattr(op, "plan_for_triton", unturned)
-        turned = cpu._turned
-        monkeypatch.setattr(
-            cpu, "_turned", lambda queries, plan: turned(queries, replace(plan, turn=torch.ones_like(plan.turn)))
-        )
+        for name in ("plan_for_triton", "plan_for_cpu"):
+            monkeypatch.setattr(op, name, unturned(getattr(op, name)))
     else:
         attend = qwen3.cascade_attention
         ours = peers.ours

@@ -57,6 +57,17 @@ def test_released_pages_come_back_zeroed() -> None:
     assert torch.all(pool.kv[:, :, pool.allocate(2 * PAGE)] == 0.0)
 
 
+def test_the_memory_of_pages_is_that_of_their_keys_and_then_their_values() -> None:
+    pool = make_pool(9)
+    pool.reserve(9)
+    pool.kv.copy_(torch.arange(pool.kv.numel()).view(pool.kv.shape))
+    for ids in ([4], [2, 3, 4], [7, 1, 2, 8]):
+        pages = torch.tensor(ids)
+        for layer, pieces in zip(pool.kv, pool.memory_of(pages), strict=True):
+            assert b"".join(pieces) == layer[:, pages].contiguous().numpy().tobytes()
+    assert len(pool.memory_of(torch.tensor([2, 3, 4]))[0]) == 2
+
+
 def test_the_least_recently_used_entry_makes_room() -> None:
     pool = make_pool(3)
     keys = [key(name) for name in "abc"]
@@ -119,6 +130,7 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         capacity_bytes=pages * 2 * kv_heads * page_size * head_dim * 2,
+        page_size=page_size,
     )
     pool._grow(pages)  # only touched pages take memory
     assert pool.kv[0].numel() > 2**31

@@ -133,6 +133,8 @@ def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: P
         assert answer.token_ids == want
         assert answer.usage.cached_tokens == 0
         assert braid._engine.store.damaged_count == 3
+        pool = braid._engine.pool
+        assert pool.used_bytes == pool.bytes_for(1) * len(pool._entries)  # nothing is lost of what was read in vain
     assert len(list((tmp_path / "damaged").iterdir())) == (0 if how == "missing" else 3)
     with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
         answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)

@@ -44,7 +44,7 @@ def in_threads(jobs: Sequence[Callable[[], object]]) -> list[object]:
 @pytest.fixture
 def small(random_braid: Braid, random_checkpoint: Path, tmp_path: Path) -> Iterator[Braid]:
     """A Braid whose pool holds one of the larger contexts with its answer, and not two."""
-    bound = 16 * random_braid._engine.pool.page_bytes
+    bound = 9 * random_braid._engine.pool.page_bytes
     with Braid(random_checkpoint, store=tmp_path / "small", device="cpu", dtype="float32", pool_bytes=bound) as braid:
         yield braid
 

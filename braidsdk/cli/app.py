@@ -64,4 +64,4 @@ def demo(out: Output, store: StoreOption = None, device: DeviceOption = "auto", 
 
 
 for each in (demo, add, chunks.ls, chunks.show, chunks.rm, ask, chat, stats, doctor):
-    app.command()(command(each))
+    app.command()(command(each, computes=each in (demo, add, ask, chat)))

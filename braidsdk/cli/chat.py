@@ -46,6 +46,7 @@ def chat(
     with open_braid(
         out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
     ) as braid:
+        braid.warm_up(progress=out.shows_progress)
         conversation = Conversation(out, braid, choose(braid, chunk), mode, sampling)
         out.note(f"Answers come from {conversation.described}. /help says what else can be done.")
         for text in _texts(out, interactive):

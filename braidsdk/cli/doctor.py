@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,12 +23,26 @@ def doctor(
     store: StoreOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="MODEL", help="Look at this model alone: each layer against that of transformers."
+        ),
+    ] = None,
 ) -> None:
     """Check this machine, the store and the model, and say what to do about each trouble.
 
-    Versions, device, dtype, disk, store, the prompt's seams against the chat template, and logits against transformers.
-    Ends with 1 if a check fails.
+    Versions, device, dtype, disk, store, the prompt's seams against the chat template, logits against transformers, and
+    on CUDA the kernels. Ends with 1 if a check fails.
+
+    With --layers, a row for each layer instead: the largest magnitude among its K-norm weights; then, over the tokens
+    of documents, of a question and of an answer, our error, and its ratio to transformers' error in the same dtype.
+    Errors are measured from transformers' layer in float64, relative to what the layer adds to its input. All are given
+    the input that transformers computed. Ends with 1 if a ratio is too large.
     """
+    if layers is not None:
+        _compare_layers(out, layers, device, dtype)
+        return
     findings = []
     for name, finding in _findings(out, model, store_folder(store), device, dtype):
         findings.append((name, finding))
@@ -62,3 +76,38 @@ def _findings(out: Output, model: str, store: Path, device: str, dtype: str) -> 
         finally:
             if subject.braid is not None:
                 subject.braid.close()
+
+
+def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
+    from transformers.utils import logging
+
+    from braidsdk.cli.layer_checks import RATIO, check_layers
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    report = check_layers(model, device, dtype)
+    if out.json:
+        out.document({"ok": not report.failed, **asdict(report)})
+    else:
+        out.note(f"{report.model} in {report.dtype} on {report.device}, kernels: {report.paths}")
+        out.note("layer, largest K-norm weight; error and its ratio to transformers' over documents, question, answer:")
+        names = [each.name for each in report.layers[0].passes]
+        out.table(
+            ["layer", "K-norm", *(heading for name in names for heading in (name, "ratio")), ""],
+            [
+                [
+                    str(each.layer),
+                    f"{each.largest_k_norm:.3g}",
+                    *(cell for found in each.passes for cell in (f"{found.ours:.1e}", f"{found.ratio:.2f}")),
+                    "ok" if each.ok else "FAIL",
+                ]
+                for each in report.layers
+            ],
+        )
+    if report.failed:
+        out.error(
+            f"{counted(len(report.failed), 'layer')} further from the truth than {RATIO} times transformers: "
+            f"{', '.join(map(str, report.failed[:20]))}. BRAID_KERNELS=torch tells our kernels from the rest; "
+            "--dtype float32 shows small faults. Please report what you see."
+        )
+        raise typer.Exit(FAILED)

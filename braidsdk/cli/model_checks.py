@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from braidsdk import Braid, Context
 from braidsdk.cli.checks import Check, Finding, Subject, processor
 from braidsdk.kernel_choice import obstacle, self_test
+from braidsdk.kernels.selftest import Result
 from braidsdk.models.base import read_json
 from braidsdk.models.registry import find_checkpoint
 from braidsdk.tiny_world import OutsideWorldWarning
@@ -41,7 +42,7 @@ def check_model(subject: Subject) -> Finding:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         subject.braid = Braid(subject.model, store=subject.scratch, device=subject.device, dtype=subject.dtype)
-    config, weights = read_json(folder / "config.json"), _weight_bytes(folder)
+    config, weights = read_json(folder / "config.json"), weight_bytes(folder)
     window = config.get("max_position_embeddings")
     detail = f"{folder}: {config.get('num_hidden_layers')} layers, {size(weights)} of weights, window {window}"
     facts = {"folder": str(folder), "weight_bytes": weights, "window": window}
@@ -105,7 +106,7 @@ def check_numerics(subject: Subject) -> Finding:
     if braid is None:
         return _NOT_OPEN
     folder = find_checkpoint(subject.model)
-    needed, free = 2 * _weight_bytes(folder), _free_memory(braid.device)
+    needed, free = 2 * weight_bytes(folder), free_memory(braid.device)
     if needed > free:
         detail = f"a second copy of the model takes some {size(needed)}, and {size(free)} are free"
         return Finding("skip", detail, "End other programs, or look at a smaller model of the same family.")
@@ -131,17 +132,27 @@ def check_kernels(subject: Subject) -> Finding:
     if reason := obstacle(model):
         return Finding("skip", f"torch's own run: {reason}")
     results = self_test(model, timed=True)
-    facts = {"paths": str(model.paths), "cases": [asdict(result) for result in results]}
-    lines = [f"the model runs on {model.paths}"]
-    lines += [
-        f"  {result.op}, {result.case}: "
-        + (result.trouble or f"error {result.error:.1e}, {result.us:.1f} us, {result.bandwidth:.0%} of the bandwidth")
-        for result in results
+    braid.warm_up(progress=False)
+    launches = braid._engine.launches()
+    facts = {"paths": str(model.paths), "launches": launches, "cases": [asdict(result) for result in results]}
+    passes = ", ".join(f"{name}: {count}" for name, count in launches.items() if "drawn" not in name)
+    graphs = f"in CUDA graphs; kernels of each: {passes}" if passes else "no CUDA graphs"
+    lines = [
+        f"the model runs on {model.paths}, {graphs}",
+        "each kernel, memory cold: relative error against float64, time, and bytes per second beside a large copy's",
     ]
+    widths = [max(len(getattr(result, name)) for result in results) for name in ("op", "case")]
+    lines += [f"{result.op:<{widths[0]}}  {result.case:<{widths[1]}}  {_measured(result)}" for result in results]
     if all(result.ok for result in results):
-        return Finding("ok", "\n".join(lines), facts=facts)
+        return Finding("ok", "\n      ".join(lines), facts=facts)
     remedy = "Set BRAID_KERNELS=torch meanwhile; newer versions of torch and triton together may help."
-    return Finding("fail", "\n".join(lines), remedy, facts)
+    return Finding("fail", "\n      ".join(lines), remedy, facts)
+
+
+def _measured(result: Result) -> str:
+    if result.trouble or result.us is None:
+        return f"FAIL: {result.trouble}"
+    return f"{result.error:.1e}  {result.us:8.1f} us  {result.bandwidth:5.0%}"
 
 
 CHECKS: tuple[Check, ...] = (check_model, check_dtype, check_seams, check_numerics, check_kernels)
@@ -164,9 +175,11 @@ def _error(context: Context, peer: torch.nn.Module, question: str) -> float:
     return float((ours - theirs).square().mean().sqrt() / theirs.square().mean().sqrt())
 
 
-def _weight_bytes(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
+    """Size of a checkpoint's weights as stored."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free where a model would lie."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

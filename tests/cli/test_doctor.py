@@ -13,6 +13,7 @@ import torch
 from braidsdk import Braid, Context
 from braidsdk.cli import checks, model_checks
 from braidsdk.cli.checks import Finding, Subject, look
+from braidsdk.kernels.selftest import Result
 
 Cli = Callable[..., Any]
 
@@ -116,6 +117,38 @@ def test_prompts_that_differ_from_the_template_are_said(opened: Subject, monkeyp
     assert model_checks.check_seams(opened).status == "warn"
 
 
+def test_each_kernel_is_a_line_and_one_that_fails_is_a_failure(
+    opened: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [
+        Result("norm_qkv", "1 row", error=1e-3, limit=1e-2, us=4.2, bandwidth=0.45),
+        Result("attention", "5 rows of 5 requests", error=2e-3, limit=1e-2, us=21.0, bandwidth=0.5),
+    ]
+    monkeypatch.setattr(model_checks, "obstacle", lambda _: None)
+    monkeypatch.setattr(model_checks, "self_test", lambda _, timed: results)
+    found = model_checks.check_kernels(opened)
+    assert found.status == "ok"
+    assert "the model runs on torch, no CUDA graphs" in found.detail
+    assert "norm_qkv   1 row                 1.0e-03       4.2 us    45%" in found.detail
+    results.append(Result("head", "1 row", None, 1e-2, trouble="CompilationError: no registers left"))
+    found = model_checks.check_kernels(opened)
+    assert (found.status, "BRAID_KERNELS=torch" in found.remedy) == ("fail", True)
+    assert "head       1 row                 FAIL: CompilationError: no registers left" in found.detail
+    assert found.facts["cases"][0]["bandwidth"] == 0.45
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_kernel_is_measured(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BRAID_DEVICE", "cuda")
+    report = cli("doctor", "--json").json
+    kernels = next(check for check in report["checks"] if check["check"] == "kernels")
+    assert kernels["status"] == "ok", kernels["detail"]
+    assert kernels["facts"]["paths"] == "triton"
+    assert kernels["facts"]["launches"]["decoding of 1"] > 0
+    assert {case["op"] for case in kernels["facts"]["cases"]} == {"norm_qkv", "attention", "out_proj", "swiglu", "head"}
+    assert all(case["bandwidth"] > 0 for case in kernels["facts"]["cases"])
+
+
 @pytest.mark.parametrize("scale", [0.97, float("nan")])
 def test_a_wrong_scale_of_the_scores_fails_the_numbers(
     opened: Subject, monkeypatch: pytest.MonkeyPatch, scale: float
@@ -128,7 +161,7 @@ def test_a_wrong_scale_of_the_scores_fails_the_numbers(
 
 
 def test_a_model_that_would_not_fit_twice_is_not_loaded_twice(opened: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_checks, "_free_memory", lambda _: 10)
+    monkeypatch.setattr(model_checks, "free_memory", lambda _: 10)
     assert model_checks.check_numerics(opened).status == "skip"
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,40 @@ def test_slabs_are_writable_views_of_one_buffer_aligned_to_their_items(tmp_path:
         arrays = [np.frombuffer(slab.data, dtype=np.uint8) for slab in blob.slabs]
         assert all(array.flags.writeable and array.ctypes.data % item == 0 for array in arrays)
         assert arrays[1].ctypes.data == arrays[0].ctypes.data + arrays[0].nbytes
+
+
+def place(make: Any, **changes: Any) -> blobs.Place:
+    """Memory for three layers, each in pieces of 100 bytes and the rest."""
+    shape = changes.get("shape", make.shape)
+    memory = [memoryview(bytearray(2 * math.prod(shape))) for _ in range(changes.get("layers", 3))]
+    buffers = [[layer[:100], layer[100:]] for layer in memory]
+    return blobs.Place(changes.get("dtype", "bfloat16"), shape, buffers)
+
+
+def test_slabs_are_read_into_memory_that_fits(tmp_path: Path, make: Any) -> None:
+    slabs, into = make.slabs(4), place(make)
+    blob = blobs.read(write(tmp_path / "e", make, slabs=slabs), into)
+    assert blob.slabs is None
+    assert [b"".join(layer) for layer in into.buffers] == make.content(slabs)
+    assert blob.token_bytes == make.key("c" * 32).token_bytes
+
+
+@pytest.mark.parametrize("other", [{"dtype": "float16"}, {"shape": (2, 4, 2, 2, 4)}, {"layers": 2}], ids=str)
+def test_slabs_that_do_not_fit_get_memory_of_their_own(file: Path, make: Any, other: dict[str, Any]) -> None:
+    into = place(make, **other)
+    blob = blobs.read(file, into)
+    assert blob.slabs is not None
+    assert make.content(blob.slabs) == make.content(blobs.read(file).slabs)
+    assert not any(any(piece) for layer in into.buffers for piece in layer)
+
+
+@pytest.mark.parametrize("position", [0.02, 0.5, 0.99])
+def test_damage_is_found_in_memory_that_fits_too(file: Path, make: Any, position: float) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1 - int(position * 3 * len(make.slabs()[0].data))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(blobs.DamagedFile, match="digest"):
+        blobs.read(file, place(make))
 
 
 def test_the_file_gets_the_mode_that_was_asked_for(tmp_path: Path, make: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from braidsdk.errors import InputError, StoreError, UnknownChunkError
-from braidsdk.store import ChunkStore, Entry, Hit, Miss, NewChunk, blobs, sha256_of_tokens
+from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Place, blobs, sha256_of_tokens
 
 SHA = sha256_of_tokens
 
@@ -62,6 +62,27 @@ def test_hits_and_misses_come_in_the_order_of_the_keys(store: ChunkStore, make: 
     found = store.look_up([*keys, keys[0]])
     assert [i for i, result in enumerate(found) if isinstance(result, Hit)] == [0, 2, 1000]
     assert [type(result) for result in store.load(keys[:4])] == [Entry, Miss, Entry, Miss]
+
+
+def test_entries_are_read_into_the_callers_memory(store: ChunkStore, make: Any) -> None:
+    rows = store.add_chunks([NewChunk("default", 1, f"{i}\n") for i in range(4)])
+    keys = [make.key(row.id, tokens=(i + 1,)) for i, row in enumerate(rows)]
+    wanted = {key.digest: make.slabs(i) for i, key in enumerate(keys)}
+    store.publish([(key, wanted[key.digest], {}) for key in keys[:3]])
+    flip(only(store.look_up([keys[1]]), Hit).path)
+    memory: dict[str, list[bytearray]] = {}
+
+    def place(key: EntryKey) -> Place:
+        assert not any(any(layer) for layers in memory.values() for layer in layers)  # nothing is read yet
+        memory[key.digest] = [bytearray(len(slab.data)) for slab in wanted[key.digest]]
+        return Place("bfloat16", make.shape, [[memoryview(layer)] for layer in memory[key.digest]])
+
+    found = list(store.stream(keys, place))
+    assert [type(each) for each in found] == [Entry, Miss, Entry, Miss]
+    assert list(memory) == [key.digest for key in keys[:3]]
+    for each in (found[0], found[2]):
+        assert each.slabs is None
+        assert [bytes(layer) for layer in memory[each.key.digest]] == make.content(wanted[each.key.digest])
 
 
 def test_publishing_again_changes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
@@ -265,9 +286,9 @@ def test_a_file_replaced_while_it_was_read_is_read_again(
     flip(only(store.look_up([key]), Hit).path)
     read = blobs.read
 
-    def replaced_meanwhile(path: Path) -> blobs.Blob:
+    def replaced_meanwhile(path: Path, place: blobs.Place | None) -> blobs.Blob:
         try:
-            return read(path)
+            return read(path, place)
         finally:
             monkeypatch.setattr(blobs, "read", read)
             with ChunkStore(folder) as other:
@@ -306,10 +327,10 @@ def test_an_entry_deleted_while_it_was_read_is_absent_not_damaged(
     store.publish([(key, make.slabs(), {})])
     read = blobs.read
 
-    def deleted_meanwhile(path: Path) -> blobs.Blob:
+    def deleted_meanwhile(path: Path, place: blobs.Place | None) -> blobs.Blob:
         with ChunkStore(folder) as other:
             other.delete_chunk("default", chunk)
-        return read(path)
+        return read(path, place)
 
     monkeypatch.setattr(blobs, "read", deleted_meanwhile)
     assert only(store.load([key]), Miss).reason == "absent"
@@ -322,7 +343,7 @@ def test_a_file_that_may_not_be_read_is_an_error_and_stays(
     key = make.key(chunk)
     store.publish([(key, make.slabs(), {})])
 
-    def refuse(_: Path) -> blobs.Blob:
+    def refuse(_: Path, __: blobs.Place | None) -> blobs.Blob:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:

@@ -1,0 +1,145 @@
+"""`braid doctor --layers MODEL`: every layer against transformers', with errors measured from float64."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from braidsdk.cli.demo import load_samples
+from braidsdk.cli.model_checks import free_memory, weight_bytes
+from braidsdk.device import parse_device, parse_dtype
+from braidsdk.errors import BraidError
+from braidsdk.kernel_choice import choose_paths, parse_kernels
+from braidsdk.layers import compare_layers
+from braidsdk.models.base import Model
+from braidsdk.models.registry import find_checkpoint, load_model
+from braidsdk.tokens import PromptLayout
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, size
+
+DOCUMENT_TOKENS = 320
+"""At least so many: from 256 rows on, attention takes the kernel of a prefill."""
+
+ANSWER_TOKENS = 8
+
+RATIO = 1.25
+"""How many times transformers' error ours may be. Over a few hundred rows of one text it scatters by some hundredths,
+over the few of an answer by a tenth."""
+
+SMALL = 1e-5
+"""An error below this needs no comparison: float32 has rounded a few times."""
+
+
+@dataclass(frozen=True)
+class PassError:
+    """Relative errors of one layer over the tokens of one pass: root mean square over tokens of the error's norm over
+    the norm of what the layer adds to its input, both in float64.
+
+    Attributes:
+        name: "documents", "question" (each computed in one go) or "answer" (token by token).
+        ours: of our model, on the kernels that it runs on here.
+        transformers: of transformers in the same dtype.
+    """
+
+    name: str
+    ours: float
+    transformers: float
+
+    @property
+    def ratio(self) -> float:
+        """Ours over transformers'."""
+        return self.ours / self.transformers if self.transformers else math.inf
+
+    @property
+    def ok(self) -> bool:
+        return self.ours <= SMALL or self.ratio <= RATIO
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        layer: its index.
+        largest_k_norm: the largest magnitude among its K-norm weights. Tens to a hundred are normal in Qwen3.
+        passes: its errors.
+    """
+
+    layer: int
+    largest_k_norm: float
+    passes: tuple[PassError, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(each.ok for each in self.passes)
+
+
+@dataclass(frozen=True)
+class LayersReport:
+    """All layers of a model, and what it was computed in and on."""
+
+    model: str
+    dtype: str
+    device: str
+    paths: str
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def failed(self) -> list[int]:
+        return [each.layer for each in self.layers if not each.ok]
+
+
+def check_layers(model: str, device: str, dtype: str) -> LayersReport:
+    """Compute a short text with both, from transformers' input of each layer.
+
+    Raises:
+        BraidError: the model can't be opened, or does not fit in memory twice.
+    """
+    folder, target = find_checkpoint(model), parse_device(device)
+    needed, free = 2 * weight_bytes(folder), free_memory(target)
+    if needed > free:
+        raise BraidError(
+            f"Two copies of {model!r} take some {size(needed)}, and {size(free)} are free. End other programs, or look "
+            "at a smaller model of the same family."
+        )
+    ours = load_model(folder, device=target, dtype=parse_dtype(dtype))
+    ours.paths = choose_paths(parse_kernels(None), ours)
+    theirs: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
+    theirs.to(ours.device).eval()
+    return LayersReport(
+        model=model,
+        dtype=str(ours.dtype).removeprefix("torch."),
+        device=str(ours.device),
+        paths=str(ours.paths),
+        layers=reports(ours, theirs, text(PromptLayout(folder))),
+    )
+
+
+def text(layout: PromptLayout) -> list[tuple[int, ...]]:
+    """A system prompt, documents, and a question with the first tokens of an answer."""
+    samples = load_samples()
+    pieces = [layout.chunk_ids(LEVEL_SYSTEM, samples.system)]
+    for document in samples.documents.values():
+        if sum(map(len, pieces)) < DOCUMENT_TOKENS:
+            pieces.append(layout.chunk_ids(LEVEL_CONTEXT, document))
+    answer = layout.plain_ids(next(iter(samples.documents.values())))[:ANSWER_TOKENS]
+    return [*pieces, (*layout.question_ids(samples.questions[0].question), *answer)]
+
+
+def reports(ours: Model, theirs: nn.Module, pieces: list[tuple[int, ...]]) -> tuple[LayerReport, ...]:
+    """A report for each layer, over a text whose last `ANSWER_TOKENS` tokens are an answer's."""
+    *documents, tail = map(len, pieces)
+    names, counts = ("documents", "question", "answer"), [sum(documents), tail - ANSWER_TOKENS, ANSWER_TOKENS]
+    decoder: Any = theirs.model
+    found = []
+    for outputs in compare_layers(ours, theirs, pieces, answer_tokens=ANSWER_TOKENS):
+        errors = (outputs.relative_errors(got).split(counts) for got in (outputs.ours, outputs.theirs))
+        passes = (PassError(name, _rms(our), _rms(their)) for name, our, their in zip(names, *errors, strict=True))
+        k_norm = decoder.layers[outputs.index].self_attn.k_norm.weight
+        found.append(LayerReport(outputs.index, float(k_norm.detach().abs().max()), tuple(passes)))
+    return tuple(found)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,0 +1,49 @@
+"""`BRAID_VERBOSE_KERNELS=1`: when the process ends, a table on stderr of the model's operations."""
+
+import atexit
+import os
+import sys
+from collections.abc import Mapping
+
+from braidsdk.kernels import measure
+from braidsdk.kernels.measure import Total
+
+VARIABLE = "BRAID_VERBOSE_KERNELS"
+
+_NOTE = """\
+time: of a call by itself; on a GPU without CUDA graphs, weights and memory from beyond the L2 cache.
+bytes: weights, activations, results and pages of KV memory, by their shapes."""
+
+
+def begin() -> None:
+    """Measure from now on, and show the table at the end, if the variable says so. Again is harmless."""
+    if os.environ.get(VARIABLE, "").lower() in ("", "0", "false", "no", "off") or measure.measuring():
+        return
+    measure.start()
+    atexit.register(lambda: sys.stderr.write(table(measure.totals())))
+
+
+def table(totals: Mapping[tuple[str, str], Total]) -> str:
+    """Lines of text, a row per operation and path."""
+    rows = [("operation", "path", "calls", "ms in all", "us a call", "MB a call", "GB/s")]
+    rows += [(*key, f"{total.calls:,}", *_rates(total)) for key, total in totals.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if at < 2 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    untimed = sum(total.calls - total.timed for total in totals.values())
+    if untimed:
+        lines.append(f"{untimed:,} calls were launched too slowly to be timed, as when a kernel is compiled.")
+    return "\n".join((*lines, _NOTE, ""))
+
+
+def _rates(total: Total) -> tuple[str, str, str, str]:
+    moved = total.bytes / total.calls
+    if not total.timed:
+        return "-", "-", f"{moved / 1e6:,.2f}", "-"
+    each = total.seconds / total.timed
+    return f"{each * total.calls * 1e3:,.1f}", f"{each * 1e6:,.1f}", f"{moved / 1e6:,.2f}", f"{moved / each / 1e9:,.1f}"
