@@ -9,11 +9,11 @@ DOCUMENTS = {
 }
 # The third document comes in on the way. It stands before the conversation, so the turns so far are computed once more.
 TURNS = [
-    (["aistonia", "belmora"], "What is the capital of Aistonia?"),
+    (["aistonia", "belmora"], "Which city is the capital of Aistonia?"),
     (["aistonia", "belmora"], "Which river flows through Belmora?"),
-    (["aistonia", "belmora"], "What do people in Aistonia pay with?"),
+    (["aistonia", "belmora"], "What is the currency of Aistonia?"),
     (["aistonia", "belmora", "thessily"], "What is the capital of Thessily?"),
-    (["aistonia", "belmora", "thessily"], "What is the favourite dish of Thessily?"),
+    (["aistonia", "belmora", "thessily"], "What do people in Thessily love to eat?"),
 ]
 
 with Braid("braid-tiny", namespace="chat") as braid:

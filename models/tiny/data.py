@@ -29,9 +29,12 @@ QUESTION_LENGTHS = (192, 256, 384, 512, 640, 768)
 """Lengths of the questions' part."""
 
 KINDS: tuple[Kind, ...] = ("direct", "alias", "chain", "name", "unknown")
-KIND_WEIGHTS = (0.28, 0.34, 0.25, 0.05, 0.08)
+KIND_WEIGHTS = (0.20, 0.38, 0.30, 0.03, 0.09)
 EASY_KIND_WEIGHTS = (0.15, 0.35, 0.37, 0.10, 0.03)
+DOCUMENTS = ((1, 4), (5, 12), (13, 24), (25, 60), (0, 0))
+DOCUMENTS_WEIGHTS = (0.30, 0.49, 0.13, 0.07, 0.01)
 NO_SYSTEM = 0.15
+NO_HEADER = 0.08
 REPEATED = 0.03
 _Ranges = tuple[tuple[int, int], ...]
 FACTS: tuple[_Ranges, ...] = (((1, 8),), ((1, 3),), ((5, 9),), ((1, 2), (1, 8), (6, 14)))
@@ -44,19 +47,21 @@ Packed = tuple[torch.Tensor, int]
 def draw_sample(rng: random.Random, easy: float = 0.0) -> Sample:
     """One sample of the training mixture, or, with probability `easy`, one of the first lessons.
 
-    The mixture has mostly one to eight documents, now and then up to twenty, and sometimes up to sixty. The first
-    lessons are short and of few relations, so that several places compete for each question and only the aliases tell
-    which is meant.
+    The mixture has mostly one to twelve documents, now and then up to twenty-four, and sometimes up to sixty. Some
+    texts are one document and nothing before it: so a document is read that stands alone, in a prompt without a system
+    block or in a composition. The first lessons are short and of few relations, so that several places compete for each
+    question and only the aliases tell which is meant.
     """
+    header = rng.random() >= NO_HEADER
     few = rng.sample(RELATIONS, rng.randint(1, 4))
     if rng.random() < easy:
         documents, facts, relations, weights = rng.randint(1, 5), FACTS[1], few, EASY_KIND_WEIGHTS
     else:
-        low, high = rng.choices(((1, 8), (9, 20), (21, 60), (0, 0)), (0.755, 0.17, 0.065, 0.01))[0]
-        documents = rng.randint(low, high)
+        documents = rng.randint(*rng.choices(DOCUMENTS, DOCUMENTS_WEIGHTS)[0])
         facts = rng.choices(FACTS, (5, 2, 2, 2))[0] if documents <= 30 else rng.choice(LONG_FACTS)
-        relations, weights = few if rng.random() < 0.3 else list(RELATIONS), KIND_WEIGHTS
-    count = 8 if documents <= 4 else 14 if documents <= 20 else 24
+        relations, weights = few if rng.random() < 0.25 else list(RELATIONS), KIND_WEIGHTS
+    documents = documents if header else 1
+    count = rng.choice((6, 12) if documents <= 4 else (12, 20)) if documents <= 24 else 24
     kinds = rng.choices(KINDS, weights, k=count) if documents else [KINDS[-1]] * 2
     sample = make_sample(
         rng,
@@ -65,12 +70,12 @@ def draw_sample(rng: random.Random, easy: float = 0.0) -> Sample:
         facts=facts,
         kinds=kinds,
         relations=relations,
-        clauses=0.0 if rng.random() < 0.4 else 0.3,
-        system=None if rng.random() < NO_SYSTEM else rng.choice(SYSTEM_PROMPTS),
+        clauses=rng.choices((0.0, 0.12, 0.3), (4, 3, 3))[0],
+        system=None if not header or rng.random() < NO_SYSTEM else rng.choice(SYSTEM_PROMPTS),
     )
     if documents and rng.random() < REPEATED:
         sample = replace(sample, documents=(*sample.documents, rng.choice(sample.documents)))
-    return sample
+    return replace(sample, header=header)
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ class _Row:
 
     @classmethod
     def build(cls, layout: Layout, sample: Sample) -> "_Row":
-        prefix = layout.prefix(sample.system, sample.documents).ids
+        prefix = layout.prefix(sample.system, sample.documents, header=sample.header).ids
         start = len(prefix)
         ids, branch, positions, answer = list(prefix), [0] * start, list(range(start)), [0] * start
         turns = layout.turns([q.text for q in sample.questions], [q.answer for q in sample.questions])

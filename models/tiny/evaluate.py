@@ -3,8 +3,8 @@
 An answer counts only if every token of it, the end token included, is the model's first choice. One pass over prompt
 and answer decides that: greedy decoding gives the answer exactly if each token is the first choice after those before.
 
-Composition is emulated in the attention, positions staying absolute: `isolated` documents see themselves alone,
-`anchored` ones the system block too; the question sees everything, other questions excepted.
+Composition is emulated by attention masks, positions staying absolute: `isolated` documents see themselves alone,
+`anchored` ones the system block too, if there is one; the question sees everything, other questions excepted.
 """
 
 import argparse
@@ -14,16 +14,17 @@ import random
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from tokenizers import Tokenizer
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 
 from braidsdk.models.tiny.layout import Layout, Prefix
+from braidsdk.models.tiny.phrases import SYSTEM_PROMPTS
 from braidsdk.models.tiny.world import Kind, Sample, make_sample
 
 __all__ = ["Asked", "Case", "Mode", "evaluate", "held_out_sample", "load", "score", "table"]
@@ -33,11 +34,13 @@ log = logging.getLogger(__name__)
 Mode = Literal["exact", "anchored", "isolated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
-Asked = Literal["direct", "clause", "alias", "chain", "mixed", "unknown"]
-"""What a cell asks: a kind of question; `clause`, direct where every fact goes on after its value; or any kind."""
+Asked = Literal["direct", "bare", "clause", "alias", "chain", "mixed", "unknown"]
+"""What a cell asks: a kind of question; `bare`, direct without a system prompt; `clause`, direct where every fact goes
+on after its value; or any kind."""
 
 DOCUMENTS: dict[Asked, tuple[int, ...]] = {
     "direct": (1, 2, 4, 6, 10, 16, 30, 60),
+    "bare": (1, 2, 6),
     "clause": (1, 6, 16),
     "alias": (1, 2, 4, 6, 10, 16, 30, 60),
     "chain": (2, 4, 6, 10, 60),
@@ -53,13 +56,20 @@ TOGETHER = ((6, 2), (16, 5), (60, 10))
 FACTS = {60: (1, 5)}
 """Fewest and most facts of a document, (1, 8) where nothing is said: 60 documents so have 4,096 tokens in the mean."""
 
+BATCH_TOKENS = 8192
+"""About how many tokens of documents are read at once."""
+
 
 @dataclass(frozen=True)
 class Case:
-    """Documents and the (question, answer) ids to try on them; every question is a prompt of its own."""
+    """Documents and the (question, answer) ids to try on them; every question is a prompt of its own.
+
+    `anchor` is the length of the system block, 0 without one: then `anchored` is `isolated`.
+    """
 
     prefix: Prefix
     turns: list[tuple[list[int], list[int]]]
+    anchor: int
 
     @classmethod
     def build(
@@ -67,7 +77,8 @@ class Case:
     ) -> "Case":
         """From texts; each answer with its full stop."""
         texts, answers = [question for question, _ in questions], [answer for _, answer in questions]
-        return cls(layout.prefix(system, documents), layout.turns(texts, answers))
+        prefix = layout.prefix(system, documents)
+        return cls(prefix, layout.turns(texts, answers), 0 if system is None else prefix.bounds[0])
 
 
 def load(folder: Path, device: torch.device) -> tuple[Qwen3ForCausalLM, Layout]:
@@ -77,89 +88,65 @@ def load(folder: Path, device: torch.device) -> tuple[Qwen3ForCausalLM, Layout]:
     return model, Layout(Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
-@dataclass(frozen=True)
-class _View:
-    """What each part of a row sees; it stands in for an attention mask.
+def _visible(parts: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
+    """Boolean mask `[rows, 1, length, length]`: which keys (last) each query sees.
 
-    `pieces` are (start, end) of the system block and the documents, or one piece of all for exact; `anchor` is the
-    length of what every piece sees beside itself. `tails` `[1, 1, tokens, length]`, boolean, is for what follows them.
+    `parts` `[rows, length]` numbers what sees itself alone: 0 and up before the questions, below 0 from there on, where
+    everything before the questions is seen too. `anchors` `[rows]` is how many first tokens everything sees.
     """
-
-    pieces: tuple[tuple[int, int], ...]
-    anchor: int
-    tails: torch.Tensor
-
-
-def _attention(
-    _module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: _View,
-    scaling: float,
-    **_options: Any,  # what transformers hands to every attention function
-) -> tuple[torch.Tensor, None]:
-    """Attention `[1, length, heads, head_dim]` piece by piece, as composed caches have it."""
-    view, groups = attention_mask, query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    parts = []
-    for start, end in view.pieces:
-        anchor = min(view.anchor, start)
-        seen_key, seen_value = (torch.cat([x[:, :, :anchor], x[:, :, start:end]], dim=2) for x in (key, value))
-        mask = None
-        if anchor:
-            mask = torch.ones(end - start, anchor + end - start, dtype=torch.bool, device=query.device).tril(anchor)
-        parts.append(
-            scaled_dot_product_attention(
-                query[:, :, start:end], seen_key, seen_value, attn_mask=mask, is_causal=mask is None, scale=scaling
-            )
-        )
-    tail = query[:, :, view.pieces[-1][1] :]
-    parts.append(scaled_dot_product_attention(tail, key, value, attn_mask=view.tails, scale=scaling))
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    length = parts.shape[1]
+    keys, queries = parts[:, None, :], parts[:, :, None]
+    anchored = torch.arange(length, device=parts.device) < anchors[:, None]
+    seen = (keys == queries) | ((queries < 0) & (keys >= 0)) | anchored[:, None, :]
+    return seen.tril()[:, None]
 
 
-AttentionInterface.register("braid_tiny_pieces", _attention)
+def _row(case: Case, mode: Mode) -> tuple[list[int], list[int], list[int]]:
+    """(ids, positions, parts) of the case's row; each question goes on from the end of the documents."""
+    ids, ends = list(case.prefix.ids), case.prefix.bounds
+    positions, parts = list(range(len(ids))), [0] * len(ids)
+    if mode != "exact":
+        parts = [piece for piece, (start, end) in enumerate(pairwise((0, *ends))) for _ in range(start, end)]
+    for number, (question, answer) in enumerate(case.turns, start=1):
+        length = len(question) + len(answer)
+        ids += question + answer
+        positions += range(ends[-1], ends[-1] + length)
+        parts += [-number] * length
+    return ids, positions, parts
 
 
-def _view(case: Case, mode: Mode, device: torch.device) -> _View:
-    """What the parts of the case's row see in `mode`."""
-    ends = case.prefix.bounds
-    pieces = tuple(zip((0, *ends[:-1]), ends, strict=True)) if mode != "exact" else ((0, ends[-1]),)
-    turn = torch.tensor([number for number, pair in enumerate(case.turns) for _ in range(sum(map(len, pair)))])
-    own = (turn[:, None] == turn[None, :]).tril()
-    tails = torch.cat([torch.ones(len(turn), ends[-1], dtype=torch.bool), own], dim=1)
-    return _View(pieces, ends[0] if mode == "anchored" else 0, tails[None, None].to(device))
+def _score_batch(model: Qwen3ForCausalLM, cases: Sequence[Case], mode: Mode) -> list[list[bool]]:
+    rows = [_row(case, mode) for case in cases]
+    longest = max(len(ids) for ids, _, _ in rows)
+    padding = (0, 0, -1 - max(len(case.turns) for case in cases))
+    ids, positions, parts = (
+        torch.tensor([row[i] + [padding[i]] * (longest - len(row[i])) for row in rows], device=model.device)
+        for i in range(3)
+    )
+    anchors = torch.tensor([case.anchor if mode == "anchored" else 0 for case in cases], device=model.device)
+    mask = {"full_attention": _visible(parts, anchors)}
+    logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    marks = []
+    for case, chosen in zip(cases, logits.argmax(-1).tolist(), strict=True):
+        end, right = len(case.prefix.ids), []
+        for question, answer in case.turns:
+            end += len(question) + len(answer)
+            right.append(chosen[end - 1 - len(answer) : end - 1] == answer)
+        marks.append(right)
+    return marks
 
 
 @torch.no_grad()
 def score(model: Qwen3ForCausalLM, cases: Iterable[Case], mode: Mode) -> list[bool]:
     """Whether the model gives each question's answer, in order; the documents are computed once for a case."""
-    model.set_attn_implementation("braid_tiny_pieces")
-    right = []
-    for case in cases:
-        start = len(case.prefix.ids)
-        ids, positions = list(case.prefix.ids), list(range(start))
-        for question, answer in case.turns:
-            ids += question + answer
-            positions += range(start, start + len(question) + len(answer))
-        chosen = (
-            model(
-                torch.tensor([ids], device=model.device),
-                attention_mask={"full_attention": _view(case, mode, model.device)},
-                position_ids=torch.tensor([positions], device=model.device),
-                use_cache=False,
-                logits_to_keep=len(ids) - start,
-            )
-            .logits[0]
-            .argmax(-1)
-        )
-        end = 0
-        for question, answer in case.turns:
-            end += len(question) + len(answer)
-            right.append(chosen[end - 1 - len(answer) : end - 1].tolist() == answer)
-    model.set_attn_implementation("sdpa")
-    return right
+    cases = list(cases)
+    by_length = sorted(range(len(cases)), key=lambda index: len(cases[index].prefix.ids))
+    marks: dict[int, list[bool]] = {}
+    while by_length:
+        count = max(1, BATCH_TOKENS // len(cases[by_length[-1]].prefix.ids))
+        by_length, batch = by_length[:-count], by_length[-count:]
+        marks |= zip(batch, _score_batch(model, [cases[index] for index in batch], mode), strict=True)
+    return [right for index in range(len(cases)) for right in marks[index]]
 
 
 def held_out_sample(documents: int, asked: Asked, number: int, *, questions: int = 1) -> Sample:
@@ -169,10 +156,16 @@ def held_out_sample(documents: int, asked: Asked, number: int, *, questions: int
     if asked == "mixed":
         kinds = rng.choices([*MIXED], [*MIXED.values()], k=questions)
     else:
-        kinds = ["direct" if asked == "clause" else asked] * questions
-    clauses = 1.0 if asked == "clause" else 0.12
-    facts = FACTS.get(documents, (1, 8))
-    return make_sample(rng, "test", documents=documents, facts=[facts], kinds=kinds, clauses=clauses)
+        kinds = ["direct" if asked == "bare" or asked == "clause" else asked] * questions
+    return make_sample(
+        rng,
+        "test",
+        documents=documents,
+        facts=[FACTS.get(documents, (1, 8))],
+        kinds=kinds,
+        clauses=1.0 if asked == "clause" else 0.12,
+        system=None if asked == "bare" else SYSTEM_PROMPTS[0],
+    )
 
 
 def _cell(folder: Path, asked: Asked, documents: int, questions: int) -> list[Case]:

@@ -52,10 +52,15 @@ class Layout:
         """Ids of each text by itself, control tokens in it being plain characters."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts))]
 
-    def prefix(self, system: str | None, documents: Sequence[str]) -> Prefix:
-        """The system block, or the bare user header without one, and the documents."""
+    def prefix(self, system: str | None, documents: Sequence[str], *, header: bool = True) -> Prefix:
+        """The system block, or the bare user header without one, and the documents.
+
+        Without `header` there is neither, and the first document stands at position 0. No prompt of the SDK is so.
+        """
         pieces = [f"{_clean(text)}\n" for text in documents]
-        if system is None:
+        if not header:
+            ids, encoded = [], self.encode(pieces)
+        elif system is None:
             ids, encoded = list(self._user_header), self.encode(pieces)
         else:
             head, *encoded = self.encode([_clean(system), *pieces])

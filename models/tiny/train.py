@@ -52,7 +52,7 @@ class Settings:
     lesson_mix: float = 1.0
     lesson_share: float = 0.25
     lesson_goal: float = 0.98
-    save_seconds: float = 120.0
+    save_seconds: float = 60.0
     seed: int = 0
     workers: int = 12
     compile: bool = True
@@ -239,6 +239,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="most seconds; the learning rate falls to its end by then")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step, padding counted")
     parser.add_argument("--learning-rate", type=float, help="peak learning rate")
+    parser.add_argument("--rest-weight", type=float, help="weight of the loss on what is no answer")
     parser.add_argument("--lesson-share", type=float, help="most of the run that the first lessons may take")
     parser.add_argument("--lesson-mix", type=float, help="share of first lessons while they last")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")

@@ -49,11 +49,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents in order, and questions about them; each question stands for a prompt of its own."""
+    """Documents in order, and questions about them; each question stands for a prompt of its own.
+
+    Without `header` the text begins with the first document: nothing stands before it, not even the user header.
+    """
 
     system: str | None
     documents: tuple[str, ...]
     questions: tuple[Question, ...]
+    header: bool = True
 
 
 @dataclass(frozen=True)
