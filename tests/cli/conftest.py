@@ -7,6 +7,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -105,6 +106,7 @@ class Terminal:
     def interrupt(self, prompt: str) -> None:
         """Wait for a prompt that was not answered yet, then do what Ctrl-C does."""
         self.answer(prompt, "")
+        time.sleep(0.3)  # between writing a prompt and waiting for a line, readline misses a signal
         self._process.send_signal(signal.SIGINT)
 
     def end(self) -> tuple[int, str]:
