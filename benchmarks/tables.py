@@ -66,7 +66,51 @@ def linear_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(report: dict[str, Any]) -> str:
+    """Public calls on one GPU, with transformers in the same run, as Markdown."""
+    versions = report["versions"]
+    lines = [
+        f"One {report['gpu']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
+        f"{versions['transformers']}; Qwen3-0.6B's geometry, random weights, bfloat16. Medians and ranges:",
+        "",
+        "| what | ours | range | limit of the bandwidth | vLLM 0.22.0, an earlier run |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+
+    def number(value: float | None, unit: str) -> str:
+        return "" if value is None else f"{value:,.{2 if unit == 'ms' else 0}f} {unit}"
+
+    for row in report["rows"]:
+        unit = row["unit"]
+        shown = [row["value"], row.get("limit"), report["vllm_recorded"].get(row["what"])]
+        ours, limit, peer = (number(value, unit) for value in shown)
+        least, most = (number(row[name], unit).split()[0] for name in ("least", "most"))
+        lines.append(f"| {row['what']} | {ours} | {least} to {most} | {limit} | {peer} |")
+    lines += ["", "| transformers, same run | |", "| --- | ---: |"]
+    lines += [f"| {row['what']} | {number(row['value'], row['unit'])} |" for row in report["transformers"]]
+    lines += ["", "| decode at 1k, other geometries | ours | limit | share |", "| --- | ---: | ---: | ---: |"]
+    lines += [
+        f"| {row['what']} | {number(row['value'], row['unit'])} | {number(row['limit'], row['unit'])} "
+        f"| {row['value'] / row['limit']:.0%} |"
+        for row in report["geometries"]
+    ]
+    kernels = [row for row in report["profile"] if row["share"] >= 0.005]
+    lines += ["", "| kernel of decoding at 8k | share of the GPU's time |", "| --- | ---: |"]
+    lines += [f"| `{row['kernel'].split('<')[0]}` | {row['share']:.1%} |" for row in kernels]
+    return "\n".join(lines)
+
+
+def sample_table(report: dict[str, Any]) -> str:
+    """Microseconds of choosing a token, as Markdown."""
+    one, many = report["us"]["1"], report["us"]["64"]
+    head = f"One {report['gpu']}, torch {report['torch']}, vocabulary of {report['vocab']:,}, us:"
+    lines = [head, "", "| | 1 request | 64 requests |", "| --- | ---: | ---: |"]
+    return "\n".join([*lines, *(f"| {name} | {one[name]:,} | {many[name]:,} |" for name in one)])
+
+
 TABLES = {
+    "sample": ("docs/performance.md", "kernels/sample.json", sample_table),
+    "gpu": ("docs/performance.md", "gpu.json", gpu_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
     "linear": ("docs/performance.md", "kernels/linear.json", linear_table),

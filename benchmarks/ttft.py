@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,60 +24,15 @@ from time import perf_counter
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from random_model import save_checkpoint, text_of
+from transformers import AutoModelForCausalLM
 
 from braidsdk import Braid, Chunk
-from braidsdk.models.tiny import CHECKPOINT
-from braidsdk.tokens import PromptLayout
 
 CHUNK_TOKENS = 128
 QUESTION_TOKENS = 32
 DECODE_TOKENS = 32
-GEOMETRY = {
-    "vocab_size": 151_936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 40_960,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    "bos_token_id": None,
-    "eos_token_id": 151_935,
-}
-"""Qwen3-0.6B."""
 SYSTEM = "You answer questions from the documents."
-
-
-def save_checkpoint(folder: Path) -> None:
-    """A checkpoint of the geometry with random weights in bfloat16, and braid-tiny's tokenizer."""
-    with torch.device("meta"):
-        model = Qwen3ForCausalLM(Qwen3Config(**GEOMETRY, dtype="bfloat16")).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            weight.data.fill_(1.0)
-        else:
-            weight.data.uniform_(-0.035, 0.035)  # the standard deviation of the usual 0.02
-    model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(CHECKPOINT / name, folder)
-
-
-def text_of(layout: PromptLayout, tokens: int, seed: int) -> str:
-    """A text that is exactly so many tokens as a chunk."""
-    words = ["the", "river", "city", "old", "queen", "rules", "north", "small", "kingdom", "mountain", "sea"]
-    rng = random.Random(seed)
-    text = ""
-    while len(layout.plain_ids(text + " x")) < tokens:
-        longer = f"{text} {rng.choice(words)}".strip()
-        text = longer if len(layout.plain_ids(longer)) <= tokens else f"{text} x"
-    found = len(layout.plain_ids(text))
-    return text if found == tokens else f"{text} x"
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -174,10 +128,13 @@ def documents(braid: Braid, chunks: int) -> list[Chunk]:
 
 def question(braid: Braid) -> str:
     """A question whose tail is exactly `QUESTION_TOKENS` tokens."""
-    layout = braid._engine.layout
+
+    def missing(text: str) -> int:
+        return QUESTION_TOKENS - len(braid._engine.layout.question_ids(text))
+
     text = "what"
-    while len(layout.question_ids(text)) < QUESTION_TOKENS:
-        text += " x"
+    while left := missing(text):
+        text = next(longer for end in (" x", "x", " a", "1") if 0 <= missing(longer := text + end) < left)
     return text
 
 
@@ -186,7 +143,7 @@ def measure(folder: Path, chunks: int, fresh_runs: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as store:
         steps = {}
         for step, runs in (("register", 1), ("fresh", fresh_runs), ("resident", 1)):
-            command = [sys.executable, "-P", __file__, "--step", step, "--model", str(folder), "--store", store]
+            command = [sys.executable, __file__, "--step", step, "--model", str(folder), "--store", store]
             command += ["--chunks", str(chunks)]
             steps[step] = [
                 json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(runs)

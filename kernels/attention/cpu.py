@@ -243,10 +243,11 @@ def _over_pages(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Ten
     weights = torch.softmax(torch.cat(lses), dim=0)[..., None]
     if plan.blind is not None:
         weights = weights.masked_fill(plan.blind[:, None], 0.0)
-    merged: Tensor = outs[0] * weights[0]
+    merged = outs[0] * weights[0]
     for part, weight in zip(outs[1:], weights[1:], strict=True):  # a sum that stays in the processor's cache
         merged.addcmul_(part, weight)
-    return merged[:, : group * rows].unflatten(1, (group, rows))
+    together: Tensor = merged[:, : group * rows].unflatten(1, (group, rows))
+    return together
 
 
 def _over_tiles(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
@@ -258,7 +259,7 @@ def _over_tiles(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Ten
     turned = turned.flatten(1, 2)
     tiles = kv.index_select(1, plan.base.pages).transpose(1, 2).flatten(2, 3)
     by_segment = torch.split(tiles, list(plan.base.spans), dim=2)
-    merged: Tensor = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
+    merged = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
     total = torch.full((q_heads, count, 1), float("-inf"))
     for tile in plan.tiles:
         keys, values = by_segment[tile.segment][:, None, :, : tile.keys]
@@ -271,4 +272,5 @@ def _over_tiles(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Ten
         merged[:, tile.rows] *= torch.exp(before - safe)
         merged[:, tile.rows] += torch.exp(lse[..., None] - safe) * out[0]
         total[:, tile.rows] = both
-    return merged.unflatten(0, (kv_heads, group))
+    together: Tensor = merged.unflatten(0, (kv_heads, group))
+    return together

@@ -1,0 +1,326 @@
+"""Answers on one GPU as a user gets them: bfloat16, random weights, and transformers beside them in the same run.
+
+    python benchmarks/gpu.py --out gpu.json
+
+Times are the host's clock around public calls. Logits are compared with those of transformers before anything is
+timed. A limit is the bytes that must be read (weights and KV) over the bandwidth of a device copy.
+"""
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+from random_model import GEOMETRIES, question_of, save_checkpoint, text_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from braidsdk import Braid, Chunk, Context
+
+BYTES_PER_S = 4.24e12
+"""Of a device copy on one H200."""
+
+CHUNK_TOKENS, ANCHOR_TOKENS, QUESTION_TOKENS, OWN_TOKENS = 512, 256, 32, 64
+REQUESTS = 64
+SHORT_SYSTEM = "You answer questions."
+
+VLLM = {
+    "decode, 1 request, short": 616,
+    "decode, 1 request, 8k": 518,
+    "decode, 1 request, 32k": 387,
+    "first token, any order, 8k": 33.0,
+    "first token, any order, 32k": 273,
+    "first token, same order again, 8k": 7.7,
+    "first token, same order again, 32k": 15.4,
+    "decode, 64 requests, one 8k, own orders": 6262,
+}
+"""vLLM 0.22.0 (FA3, CUDA graphs, prefix caching) on the same kind of GPU with the same geometry, from an earlier run: a
+prefix that it has seen is the same order again, any other order is new to it; its 64 requests share one order."""
+
+Row = dict[str, Any]
+
+
+def spread(values: list[float], unit: str) -> Row:
+    """Median, least and greatest."""
+    return {
+        "value": statistics.median(values),
+        "least": min(values),
+        "most": max(values),
+        "unit": unit,
+        "runs": len(values),
+    }
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of a call, the GPU's work included."""
+    torch.cuda.synchronize()
+    started = perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return perf_counter() - started
+
+
+class Bench:
+    """An open Braid on Triton's kernels, or an error, and the texts that it is asked about."""
+
+    def __init__(self, braid: Braid) -> None:
+        self.braid = braid
+        self.layout = braid._engine.layout
+        self.rng = random.Random(0)
+        self.short = braid.register_system(SHORT_SYSTEM)
+        self.anchor = self.system(0)
+        model = braid._engine.model
+        config = model.config
+        self.token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * model.dtype.itemsize
+
+    def system(self, seed: int) -> Chunk:
+        """A system prompt of about `ANCHOR_TOKENS` tokens, its control tokens aside."""
+        return self.braid.register_system(text_of(self.layout, ANCHOR_TOKENS, 1000 + seed))
+
+    def documents(self, count: int) -> list[Chunk]:
+        """Chunks that nothing was computed of yet."""
+        return self.braid.register_many(
+            [text_of(self.layout, CHUNK_TOKENS, seed) for seed in range(count)], progress=False
+        )
+
+    def composed(self, docs: list[Chunk]) -> Context:
+        """A ready context of these chunks, in an order of its own."""
+        context = self.braid.compose([self.anchor, *self.rng.sample(docs, len(docs))], keep=False)
+        context.prepare()
+        return context
+
+    def question(self, tokens: int = QUESTION_TOKENS) -> str:
+        """A question whose tail is exactly so many tokens."""
+        return question_of(self.layout, tokens)
+
+    def decode_rate(self, context: Context, tokens: int) -> float:
+        """Tokens per second after the first, on the caller's clock."""
+        started = perf_counter()
+        answer = context.ask(self.question(), max_new_tokens=tokens)
+        total = perf_counter() - started
+        if len(answer.token_ids) != tokens:
+            raise SystemExit("the random model ended its answer early")
+        return (tokens - 1) / (total - answer.timings.first_token_ms / 1e3)
+
+
+def check(bench: Bench, model: torch.nn.Module, docs: list[Chunk]) -> Row:
+    """Our logits against those of transformers, and the ids that graphs choose against our logits."""
+    asked = bench.question()
+    context = bench.braid.compose([bench.anchor, *docs[:4]], mode="exact")
+    ours = context.next_token_logits(asked)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([context.prompt_ids(asked)], device="cuda"), logits_to_keep=1).logits[0, -1].float()
+    error = float((ours - theirs.cpu()).norm() / theirs.norm())
+    if not error < 0.05:
+        raise SystemExit(f"logits differ from those of transformers by {error:.3f} of their norm: nothing is measured")
+    for some in (docs[:1], docs[:16], docs):
+        composed = bench.composed(some)
+        best = composed.next_token_logits(asked).topk(2)
+        (token,) = composed.ask(asked, max_new_tokens=1).token_ids
+        if token != int(best.indices[0]) and float(best.values.diff().abs()) > 0.05:
+            raise SystemExit(f"a graph chose token {token}, not {int(best.indices[0])}: nothing is measured")
+    return {"exact_logits_error": error}
+
+
+def ours(bench: Bench, docs: list[Chunk], weight_bytes: int) -> Iterator[Row]:
+    """Single answers, batches, registering."""
+
+    def limit(tokens: int, requests: int = 1) -> float:
+        return requests * BYTES_PER_S / (weight_bytes + tokens * bench.token_bytes)
+
+    short = bench.braid.compose([bench.short])
+    contexts = {"short": (short, 48), "8k": (bench.composed(docs[:16]), 385), "32k": (bench.composed(docs), 385)}
+    for name, (context, tokens) in contexts.items():
+        bench.decode_rate(context, tokens)
+        rates = [bench.decode_rate(context, tokens) for _ in range(5)]
+        length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2
+        yield {"what": f"decode, 1 request, {name}", "limit": limit(length), **spread(rates, "tokens/s")}
+    for name, some in (("8k", docs[:16]), ("32k", docs)):
+        orders = [bench.composed(some) for _ in range(16)]
+        orders[0].ask(bench.question(), max_new_tokens=1)
+        times = [each.ask(bench.question(), max_new_tokens=1).timings.first_token_ms for each in orders]
+        floor = 1e3 / limit(len(orders[0].input_ids))
+        yield {"what": f"first token, any order, {name}", "limit": floor, **spread(times, "ms")}
+        times = [orders[0].ask(bench.question(), max_new_tokens=1).timings.first_token_ms for _ in range(16)]
+        yield {"what": f"first token, same order again, {name}", "limit": floor, **spread(times, "ms")}
+    anchors = [bench.system(1 + number) for number in range(4)]
+    rates = []
+    for anchor in anchors:
+        bench.braid.compose([anchor]).prepare()
+        context = bench.braid.compose([anchor, *docs], keep=False)
+        rates.append(len(docs) * CHUNK_TOKENS / seconds(context.prepare))
+    yield {"what": f"registering {len(docs)} x {CHUNK_TOKENS}", **spread(rates[1:], "tokens/s")}
+    requests = [(bench.composed(docs[:16]), bench.question(OWN_TOKENS)) for _ in range(REQUESTS)]
+    steps = 128
+    bench.braid.ask_many(requests, max_new_tokens=2)
+    firsts = [seconds(lambda: bench.braid.ask_many(requests, max_new_tokens=2)) for _ in range(3)]
+    wholes = [seconds(lambda: bench.braid.ask_many(requests, max_new_tokens=2 + steps)) for _ in range(3)]
+    rates = [REQUESTS * steps / (whole - statistics.median(firsts)) for whole in wholes]
+    seen = 16 * CHUNK_TOKENS + ANCHOR_TOKENS + REQUESTS * (OWN_TOKENS + steps // 2)
+    name = f"decode, {REQUESTS} requests, one 8k, own orders"
+    yield {"what": name, "limit": limit(seen, REQUESTS), **spread(rates, "tokens/s")}
+
+
+def profile(bench: Bench, context: Context) -> list[Row]:
+    """Kernels of some decoded tokens by their share of the GPU's time."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    bench.decode_rate(context, 17)
+    with record(activities=[ProfilerActivity.CUDA]) as found:
+        bench.decode_rate(context, 65)
+    kernels = sorted(found.key_averages(), key=lambda each: -each.self_device_time_total)
+    whole = sum(each.self_device_time_total for each in kernels)
+    return [
+        {"kernel": each.key[:60], "calls": each.count, "share": each.self_device_time_total / whole}
+        for each in kernels[:12]
+    ]
+
+
+@torch.inference_mode()
+def theirs(bench: Bench, model: torch.nn.Module, docs: list[Chunk], compiled_slots: list[int]) -> Iterator[Row]:
+    """transformers over the same ids: decoding and questions with a ready cache, and full prefills."""
+    prompts = {
+        "short": bench.braid.compose([bench.short]),
+        "8k": bench.composed(docs[:16]),
+        "32k": bench.composed(docs),
+    }
+    for name, context in prompts.items():
+        ids = torch.tensor([context.prompt_ids(bench.question())], device="cuda")
+        for what, values, unit in eager(model, ids):
+            yield {"what": f"{what}, {name}", **spread(values, unit)}
+        if name == "short":
+            short = ids
+    for slots in compiled_slots:
+        yield {
+            "what": f"decode, compiled, static cache of {slots:,}",
+            **spread(compiled(model, short, slots), "tokens/s"),
+        }
+
+
+def eager(model: torch.nn.Module, ids: Tensor) -> Iterator[tuple[str, list[float], str]]:
+    """A full prefill, a question over a ready cache, and decoding."""
+    cache = DynamicCache(config=model.config)
+    kept = ids.shape[1] - QUESTION_TOKENS
+
+    def step(token: Tensor) -> Tensor:
+        return model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+
+    yield "full prefill", [seconds(lambda: model(ids, logits_to_keep=1)) * 1e3 for _ in range(4)][1:], "ms"
+    step(ids[:, :kept])
+    times = []
+    for _ in range(5):
+        times.append(seconds(lambda: step(ids[:, kept:])) * 1e3)
+        cache.crop(-QUESTION_TOKENS)
+    yield "question over a ready cache", times[1:], "ms"
+    token = step(ids[:, kept:])
+    yield "decode, eager", [1 / seconds(lambda: step(token)) for _ in range(24)][4:], "tokens/s"
+
+
+def compiled(model: torch.nn.Module, ids: Tensor, slots: int) -> list[float]:
+    """Tokens per second of single steps with a static cache."""
+    torch._dynamo.reset()
+    fast = torch.compile(model.forward, mode="reduce-overhead")
+    cache = StaticCache(config=model.config, max_cache_len=slots)
+    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+    positions = iter(torch.arange(ids.shape[1], slots, device="cuda").view(-1, 1, 1))
+
+    def step() -> None:
+        nonlocal token
+        torch.compiler.cudagraph_mark_step_begin()
+        logits = fast(token, past_key_values=cache, position_ids=next(positions)).logits
+        token = logits[:, -1:].argmax(-1).clone()
+
+    return [1 / seconds(step) for _ in range(40)][15:]
+
+
+@contextmanager
+def opened(geometry: str, scratch: Path | None) -> Iterator[tuple[Braid, Path]]:
+    """A random checkpoint of a geometry, open on Triton's kernels."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder, tempfile.TemporaryDirectory(dir=scratch) as store:
+        save_checkpoint(Path(folder), geometry, "cuda")
+        torch.cuda.empty_cache()
+        with Braid(folder, store=store, device="cuda", dtype="bfloat16", kernels="triton") as braid:
+            yield braid, Path(folder)
+    torch.cuda.empty_cache()
+
+
+def weight_bytes(geometry: str) -> int:
+    """Read for one token: all weights but an embedding that is not the head."""
+    shape = GEOMETRIES[geometry]
+    hidden, inner, layers = (int(shape[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    q, kv = (int(shape[name]) * 128 for name in ("num_attention_heads", "num_key_value_heads"))
+    return 2 * (layers * hidden * (2 * q + 2 * kv + 3 * inner) + int(shape["vocab_size"]) * hidden)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where the JSON goes")
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for checkpoints and stores, 25 GB with 8B; default: the system's"
+    )
+    parser.add_argument("--geometries", nargs="*", default=["1.7B", "4B", "8B"], help="decoded at 1k beside 0.6B")
+    parser.add_argument(
+        "--compiled-slots", type=int, nargs="*", default=[2048], help="of transformers' static cache, compiled"
+    )
+    parser.add_argument("--no-transformers", action="store_true", help="leave transformers' times out")
+    options = parser.parse_args()
+    report: Row = {
+        "command": "python benchmarks/gpu.py",
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": __import__("triton").__version__,
+            "transformers": transformers.__version__,
+        },
+        "bytes_per_s": BYTES_PER_S,
+        "vllm_recorded": VLLM,
+        "rows": [],
+        "geometries": [],
+        "transformers": [],
+    }
+
+    def show(part: str, row: Row) -> None:
+        report[part].append(row)
+        sys.stderr.write(f"{part}: {json.dumps(row)}\n")
+
+    with opened("0.6B", options.scratch) as (braid, folder):
+        bench = Bench(braid)
+        docs = bench.documents(64)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
+        report["check"] = check(bench, model.eval(), docs)
+        for row in ours(bench, docs, weight_bytes("0.6B")):
+            show("rows", row)
+        report["profile"] = profile(bench, bench.composed(docs[:16]))
+        sys.stderr.write(json.dumps(report["profile"], indent=1) + "\n")
+        if not options.no_transformers:
+            for row in theirs(bench, model, docs, options.compiled_slots):
+                show("transformers", row)
+        del model
+    for geometry in options.geometries:
+        with opened(geometry, options.scratch) as (braid, _):
+            bench = Bench(braid)
+            context = bench.composed(bench.documents(1))
+            tokens = 2 * (1024 - len(context.input_ids) - QUESTION_TOKENS)  # 1,024 tokens of context in the mean
+            length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2
+            bench.decode_rate(context, 17)
+            rates = [bench.decode_rate(context, tokens) for _ in range(3)]
+            limit = BYTES_PER_S / (weight_bytes(geometry) + length * bench.token_bytes)
+            show("geometries", {"what": geometry, "limit": limit, **spread(rates, "tokens/s")})
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
