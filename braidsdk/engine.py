@@ -309,9 +309,11 @@ class Engine:
                     self.pool.adopt(Resident(found.key, taken.pop(found.key.digest), stored=True))
                     sizes.append(found.nbytes)
         finally:
-            stream.close()  # first: until then threads write to these pages
-            for pages in taken.values():
-                self.pool.release(pages)
+            try:
+                stream.close()  # first: until then threads write to these pages
+            finally:
+                for pages in taken.values():
+                    self.pool.release(pages)
         return len(sizes), sum(sizes)
 
     def _scatter(self, found: Entry, slabs: Sequence[Slab], pages: Tensor) -> None:

@@ -149,10 +149,12 @@ def _troubles(model: Model) -> dict[str, str]:
     key = _setting(model)
     if key not in known:
         try:
-            results = self_test(model, timed=False)
-            known[key] = {result.op: result.trouble for result in results if not result.ok}
+            found = {result.op: result.trouble for result in self_test(model, timed=False) if not result.ok}
         except BraidError as error:
             return dict.fromkeys(OPS, str(error))
+        if any("out of memory" in trouble for trouble in found.values()):
+            return found  # true now, perhaps not the next time
+        known[key] = found
         with suppress(OSError):  # only costs the next process the same test
             memory.parent.mkdir(parents=True, exist_ok=True)
             scratch = memory.with_suffix(f".{os.getpid()}")

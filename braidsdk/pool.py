@@ -248,8 +248,15 @@ class Pool:
         old = self.kv
         if len(self._free) == have:  # nothing is in use: nothing to copy, and no need to hold both
             old = self.kv = self.kv[:, :, :0].clone()
-        with torch.inference_mode(False):
-            grown = self.kv.new_empty(shape)  # allocate zeroes pages
+            self._free, have = [], 0  # so that all holds if there is no memory
+        try:
+            with torch.inference_mode(False):
+                grown = self.kv.new_empty(shape)  # allocate zeroes pages
+        except RuntimeError as error:  # how torch says that there is no memory
+            raise PoolFullError(
+                f"The pool of KV memory can't take {size * self.page_bytes / 1e6:,.1f} MB: so much is not free on "
+                f"{self.kv.device}. Open the Braid with a smaller pool_bytes, or free memory."
+            ) from error
         if old.shape[2]:
             for start, stop in _runs(sorted(set(range(have)).difference(self._free))):
                 grown[:, :, start:stop] = old[:, :, start:stop]
@@ -274,5 +281,6 @@ INITIAL_BYTES = 256 * 2**20
 def default_capacity_bytes(device: torch.device) -> int:
     """Half of the memory that is free on the device now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0]) // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free to us alone
+        return (int(torch.cuda.mem_get_info(device)[0]) + cached) // 2
     return int(psutil.virtual_memory().available) // 2

@@ -30,8 +30,8 @@ from braidsdk.kernels.swiglu import norm_swiglu
 
 PAGE = 64
 EPS = 1e-6
-ROWS = (1, 5, 32, 300)
-"""A decoded token, a batch of them, a question, a prefill."""
+ROWS = (1, 2, 5, 32, 64, 300)
+"""A decoded token, batches of them, questions, a prefill: every shape that a kernel has."""
 
 LIMITS = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2}
 """Relative error (root of the summed squares) that rounding alone stays below."""
@@ -128,7 +128,7 @@ def _counted(count: int, what: str) -> str:
 
 
 def _random(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, device=device) * scale).to(dtype)
+    return torch.empty(*shape, dtype=dtype, device=device).normal_(std=scale)
 
 
 def _norm_qkv(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int) -> _Case:

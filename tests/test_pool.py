@@ -171,3 +171,19 @@ def test_past_turns_make_room_before_memory_grows_for_more_of_them(monkeypatch: 
     assert pool.peek(turns[-1].digest)
     assert pool.peek(turns[0].digest) is None
     assert pool.kv.shape[2] <= 8, "memory for the document, three turns, and what doubling gave"
+
+
+def test_growing_without_memory_is_a_typed_error_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(100)
+    pool.release(pool.allocate(4 * PAGE))
+    have = pool.kv.shape[2]
+
+    def full(*_: object, **__: object) -> torch.Tensor:
+        raise RuntimeError("can't allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "new_empty", full)
+        with pytest.raises(PoolFullError, match="smaller pool_bytes"):
+            pool.allocate((have + 1) * pool.page_size)
+    taken = [page for _ in range(have + 1) for page in pool.allocate(pool.page_size).tolist()]
+    assert len(set(taken)) == len(taken) == have + 1

@@ -140,3 +140,29 @@ def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: P
         answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
         assert answer.usage.cached_tokens > 0
         assert answer.token_ids == want
+
+
+def test_pages_go_back_when_loading_is_interrupted_twice(random_checkpoint: Path, tmp_path: Path) -> None:
+    fill(random_checkpoint, tmp_path)
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
+        engine = braid._engine
+        free = len(engine.pool._free)
+
+        class Interrupted:
+            """A stream that has asked for memory when Ctrl-C comes, and comes again while its threads end."""
+
+            def __init__(self, keys: list, place: Callable) -> None:
+                self.places = [place(key) for key in keys]
+
+            def __iter__(self) -> "Interrupted":
+                return self
+
+            def __next__(self) -> object:
+                raise KeyboardInterrupt
+
+            close = __next__
+
+        engine.store.stream = Interrupted  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            braid.compose(["rules", "bern", "oslo"]).prepare()
+        assert len(engine.pool._free) == free

@@ -270,7 +270,7 @@ class _Builder:
         self._spans = array("i")
         self._frames = array("i")
         self._pages = array("i")
-        self._pages_at: dict[int, int] = {}
+        self._pages_at: dict[tuple[int, int], int] = {}
         self._hidden: list[Tensor] = []
         self._hidden_at: dict[int, int] = {}
         self._words = 0
@@ -318,9 +318,10 @@ class _Builder:
         """The pages that hold the tokens [start, stop) of an entry; a frame for each of an item's rows, or one that
         they share."""
         first = start // self.page_size
-        pages_at = self._pages_at.get(entry.pages[0])
+        name = (entry.pages[0], len(entry.pages))
+        pages_at = self._pages_at.get(name)
         if pages_at is None:
-            pages_at = self._pages_at[entry.pages[0]] = len(self._pages)
+            pages_at = self._pages_at[name] = len(self._pages)
             self._pages.extend(entry.pages)
         self._spans.extend((pages_at + first, first * self.page_size, stop, -1 - frames if shared else frames))
         self.shared &= shared
