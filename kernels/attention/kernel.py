@@ -235,9 +235,28 @@ def merge(
 ):  # fmt: skip
     """One program per row and query head; a row without partials is zero."""
     row = tl.program_id(0)
+    head = tl.program_id(1)
     first = tl.load(merges + row)
     count = tl.load(merges + row + 1) - first
+    k = tl.arange(0, MERGE_BLOCK)
+    d = tl.arange(0, HEAD_DIM)
+    top = float("-inf")
+    total = 0.0
+    mixed = tl.zeros([HEAD_DIM], tl.float32)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    _merge(row, tl.program_id(1), partials, lses, out, first, count, Q_HEADS, 1, HEAD_DIM, MERGE_BLOCK, "")
+    for start in range(0, count, MERGE_BLOCK):
+        at = (first + start + k).to(tl.int64) * Q_HEADS + head
+        there = start + k < count
+        part = tl.load(partials + at[:, None] * HEAD_DIM + d[None, :], mask=there[:, None], other=0.0)
+        lse = tl.load(lses + at, mask=there, other=float("-inf"))
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - finite_top)
+        decay = tl.exp2(top - finite_top)
+        total = total * decay + tl.sum(weight, 0)
+        mixed = mixed * decay + tl.sum(part * weight[:, None], 0)
+        top = new_top
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + (row.to(tl.int64) * Q_HEADS + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty))

@@ -29,12 +29,14 @@ class Config:
         warps: per program.
         items: how many items, times KV heads, each multiprocessor gets.
         long_item: pages of an item from which on there are twice as many.
+        registers: that a thread may take, or None for as many as the compiler wants.
     """
 
     stages: int
     warps: int
     items: int = 1
     long_item: int = 1 << 30
+    registers: int | None = None
 
 
 CONFIGS = {
@@ -43,6 +45,9 @@ CONFIGS = {
     64: Config(3, 4, 1, long_item=16),
 }
 """By the M of a product, for 2-byte dtypes."""
+
+BESIDE = Config(2, 4, 2, registers=128)
+"""For items of few rows beside larger ones: in what those leave of registers and shared memory two programs fit."""
 
 DIRECT_CONFIG = Config(3, 4)
 """Where nothing is to be merged."""
@@ -207,7 +212,9 @@ class StaticPlan:
         launch = Launch(
             block_m=size,
             programs=2 * work_items(device, kv_heads, size) * kv_heads,
-            small_programs=0 if shared or size == SMALL_M else work_items(device, kv_heads, SMALL_M) * kv_heads,
+            small_programs=0
+            if shared or size == SMALL_M
+            else max(rows, work_items(device, kv_heads, SMALL_M)) * kv_heads,  # a row's tail is an item of its own
             partials=room.partials,
             direct=False,
             shared=shared,
@@ -312,7 +319,9 @@ def cascade_attention_triton(
     if launch.small_programs:
         parts = [(0, 1, launch.block_m, launch.programs), (1, 2, SMALL_M, launch.small_programs)]
     for begin, end, size, programs in parts:
-        config = _EXACT if kv.dtype == torch.float32 else DIRECT_CONFIG if launch.direct else CONFIGS[size]
+        config = BESIDE if begin else DIRECT_CONFIG if launch.direct else CONFIGS[size]
+        if kv.dtype == torch.float32:
+            config = _EXACT
         kernel.cascade[(programs,)](
             queries,
             kv,
@@ -349,6 +358,7 @@ def cascade_attention_triton(
             MERGE_BLOCK=32,
             MERGE_HEADS=group if group & (group - 1) == 0 and group <= 4 else 1,
             num_warps=config.warps,
+            maxnreg=config.registers,
             **options,
         )
     if not launch.direct and not launch.merges:
@@ -359,8 +369,8 @@ def cascade_attention_triton(
             tables.merges,
             Q_HEADS=q_heads,
             HEAD_DIM=head_dim,
-            MERGE_BLOCK=16,
-            num_warps=2,
+            MERGE_BLOCK=32,
+            num_warps=1,
             **options,
         )
     return out
