@@ -328,10 +328,12 @@ class Engine:
             memory[:, pages] = tiles.to(memory.device)
 
     def _slabs(self, entry: Resident) -> list[Slab]:
-        """A stored entry's layer slabs, in the pool's order."""
+        """An entry's layer slabs for the store, in the pool's order, padding zero."""
         slabs = []
+        filled = entry.tokens - (len(entry.pages) - 1) * self.pool.page_size
         for memory in self.pool.kv:
             tiles = memory[:, entry.pages].cpu().contiguous()
+            tiles[:, -1, :, filled:] = 0
             data = tiles.view(-1).view(torch.uint8).numpy().data
             slabs.append(Slab(self.identity.dtype, tuple(tiles.shape), data))
         return slabs

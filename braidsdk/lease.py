@@ -41,8 +41,9 @@ class Lease:
         if self._pool.get(key.digest):
             return  # the same turn was taken before; these pages go back
         pages = self._pool.pages_for(len(key.token_ids))
-        filled = len(key.token_ids) - (pages - 1) * self._pool.page_size
-        self._pool.kv[:, :, self.pages[pages - 1], :, filled:] = 0  # padding is zero, also where tokens were cut off
+        if self._pool.zero_padding:  # also where tokens were cut off
+            filled = len(key.token_ids) - (pages - 1) * self._pool.page_size
+            self._pool.kv[:, :, self.pages[pages - 1], :, filled:] = 0
         self._pool.adopt(Resident(key, self.pages[:pages], stored=False))
         self.pages = self.pages[pages:]
 

@@ -1,7 +1,7 @@
 """The paged KV memory of one device, and which entries are resident in it.
 
 Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim] that grows by doubling up to its capacity; then
-the least recently used entry that no running call pins makes room. Padding is zero.
+the least recently used entry that no running call pins makes room. Padding is zero where attention needs it.
 
 Knows nothing about text, files or composition modes.
 """
@@ -67,6 +67,7 @@ class Pool:
         capacity_bytes: int,
         initial_bytes: int = 0,
         page_size: int | None = None,
+        zero_padding: bool = True,
     ) -> None:
         """Args:
         layers, kv_heads, head_dim: geometry of the model's cache.
@@ -74,12 +75,15 @@ class Pool:
         capacity_bytes: how far it may grow.
         initial_bytes: what it takes from the start.
         page_size: tokens per page; None is what suits the device.
+        zero_padding: whether slots without tokens must be zero: torch's attention multiplies them by zero, kernels that
+            leave them out spare a pool the writing.
         """
         self.page_size = page_size = page_size or PAGE_SIZE[device.type]
         self.page_bytes = layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
         self.capacity_pages = capacity_bytes // self.page_bytes
         with torch.inference_mode(False):  # written in both modes, also by callers who open us inside one
             self.kv = torch.empty(layers, 2, 0, kv_heads, page_size, head_dim, dtype=dtype, device=device)
+        self.zero_padding = zero_padding
         self._free: list[int] = []
         self._entries: OrderedDict[str, Resident] = OrderedDict()
         self._pins: dict[str, int] = {}
@@ -102,6 +106,7 @@ class Pool:
             device=model.device,
             capacity_bytes=capacity_bytes,
             initial_bytes=capacity_bytes if model.device.type == "cuda" else window_bytes,
+            zero_padding=model.paths.attention != "triton",
         )
 
     @property
@@ -148,7 +153,7 @@ class Pool:
             )
 
     def allocate(self, tokens: int, *, zeroed: bool = True) -> Tensor:
-        """Take pages for `tokens` tokens; not zeroed where the caller writes every byte.
+        """Take pages for `tokens` tokens; not zeroed where the caller writes every byte, or padding need not be zero.
 
         Returns:
             Page ids, int64 [pages], on the CPU.
@@ -167,7 +172,7 @@ class Pool:
                 "finish other answers first."
             )
         ids = [self._free.pop() for _ in range(wanted)]
-        if zeroed:
+        if zeroed and self.zero_padding:
             for start, stop in _runs(ids):
                 self.kv[:, :, start:stop] = 0
         return torch.tensor(ids, dtype=torch.int64)

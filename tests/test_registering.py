@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from braidsdk import Braid, Progress, RegistrationEstimate
 from braidsdk.errors import (
@@ -321,3 +322,16 @@ def test_a_chunk_survives_pickling(random_braid: Braid) -> None:
     assert (copy, copy.name, copy.metadata) == (chunk, "a", {"v": [1]})
     assert copy.token_ids == chunk.token_ids != ()
     assert random_braid.compose([copy]).input_ids == random_braid.compose([chunk]).input_ids
+
+
+def test_what_is_stored_has_zero_padding_whatever_lies_in_the_pool(random_braid: Braid) -> None:
+    random_braid.register("Oslo is cold.", name="oslo")
+    random_braid.compose(["oslo"]).prepare()
+    engine = random_braid._engine
+    entry = next(each for each in engine.pool._entries.values() if each.stored)
+    filled = entry.tokens % engine.pool.page_size
+    engine.pool.kv[:, :, entry.pages[-1], :, filled:] = float("nan")
+    for slab in engine._slabs(entry):
+        tiles = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)
+        assert not tiles[:, -1, :, filled:].any()
+        assert tiles[:, -1, :, :filled].any()
