@@ -13,22 +13,22 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 import transformers
+import triton
+from batch_dependence import batch_dependence
 from random_model import GEOMETRIES, question_of, save_checkpoint, text_of
-from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from timing import BYTES_PER_S, Row, seconds, spread
+from transformers import AutoModelForCausalLM
+from transformers_peer import compiled, eager
+from warm_up import processes
 
 from braidsdk import Braid, Chunk, Context
-
-BYTES_PER_S = 4.24e12
-"""Of a device copy on one H200."""
 
 CHUNK_TOKENS, ANCHOR_TOKENS, QUESTION_TOKENS, OWN_TOKENS = 512, 256, 32, 64
 REQUESTS = 64
@@ -46,28 +46,6 @@ VLLM = {
 }
 """vLLM 0.22.0 (FA3, CUDA graphs, prefix caching) on the same kind of GPU with the same geometry, from an earlier run: a
 prefix that it has seen is the same order again, any other order is new to it; its 64 requests share one order."""
-
-Row = dict[str, Any]
-
-
-def spread(values: list[float], unit: str) -> Row:
-    """Median, least and greatest."""
-    return {
-        "value": statistics.median(values),
-        "least": min(values),
-        "most": max(values),
-        "unit": unit,
-        "runs": len(values),
-    }
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Of a call, the GPU's work included."""
-    torch.cuda.synchronize()
-    started = perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return perf_counter() - started
 
 
 class Bench:
@@ -187,72 +165,36 @@ def profile(bench: Bench, context: Context) -> list[Row]:
     ]
 
 
-@torch.inference_mode()
 def theirs(bench: Bench, model: torch.nn.Module, docs: list[Chunk], compiled_slots: list[int]) -> Iterator[Row]:
-    """transformers over the same ids: decoding and questions with a ready cache, and full prefills."""
+    """transformers over the same ids."""
     prompts = {
         "short": bench.braid.compose([bench.short]),
         "8k": bench.composed(docs[:16]),
         "32k": bench.composed(docs),
     }
-    for name, context in prompts.items():
-        ids = torch.tensor([context.prompt_ids(bench.question())], device="cuda")
-        for what, values, unit in eager(model, ids):
-            yield {"what": f"{what}, {name}", **spread(values, unit)}
-        if name == "short":
-            short = ids
+    ids = {
+        name: torch.tensor([context.prompt_ids(bench.question())], device="cuda") for name, context in prompts.items()
+    }
+    for name, prompt in ids.items():
+        yield from eager(model, prompt, QUESTION_TOKENS, name)
     for slots in compiled_slots:
-        yield {
-            "what": f"decode, compiled, static cache of {slots:,}",
-            **spread(compiled(model, short, slots), "tokens/s"),
-        }
-
-
-def eager(model: torch.nn.Module, ids: Tensor) -> Iterator[tuple[str, list[float], str]]:
-    """A full prefill, a question over a ready cache, and decoding."""
-    cache = DynamicCache(config=model.config)
-    kept = ids.shape[1] - QUESTION_TOKENS
-
-    def step(token: Tensor) -> Tensor:
-        return model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-
-    yield "full prefill", [seconds(lambda: model(ids, logits_to_keep=1)) * 1e3 for _ in range(4)][1:], "ms"
-    step(ids[:, :kept])
-    times = []
-    for _ in range(5):
-        times.append(seconds(lambda: step(ids[:, kept:])) * 1e3)
-        cache.crop(-QUESTION_TOKENS)
-    yield "question over a ready cache", times[1:], "ms"
-    token = step(ids[:, kept:])
-    yield "decode, eager", [1 / seconds(lambda: step(token)) for _ in range(24)][4:], "tokens/s"
-
-
-def compiled(model: torch.nn.Module, ids: Tensor, slots: int) -> list[float]:
-    """Tokens per second of single steps with a static cache."""
-    torch._dynamo.reset()
-    fast = torch.compile(model.forward, mode="reduce-overhead")
-    cache = StaticCache(config=model.config, max_cache_len=slots)
-    token = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    positions = iter(torch.arange(ids.shape[1], slots, device="cuda").view(-1, 1, 1))
-
-    def step() -> None:
-        nonlocal token
-        torch.compiler.cudagraph_mark_step_begin()
-        logits = fast(token, past_key_values=cache, position_ids=next(positions)).logits
-        token = logits[:, -1:].argmax(-1).clone()
-
-    return [1 / seconds(step) for _ in range(40)][15:]
+        yield compiled(model, ids["short"], slots)
 
 
 @contextmanager
-def opened(geometry: str, scratch: Path | None) -> Iterator[tuple[Braid, Path]]:
-    """A random checkpoint of a geometry, open on Triton's kernels."""
-    with tempfile.TemporaryDirectory(dir=scratch) as folder, tempfile.TemporaryDirectory(dir=scratch) as store:
-        save_checkpoint(Path(folder), geometry, "cuda")
+def checkpoint(geometry: str, scratch: Path | None) -> Iterator[Path]:
+    """The folder of a random checkpoint of a geometry, in a folder that is removed."""
+    with tempfile.TemporaryDirectory(dir=scratch) as parent:
+        folder = Path(parent, "checkpoint")
+        save_checkpoint(folder, geometry, "cuda")
         torch.cuda.empty_cache()
-        with Braid(folder, store=store, device="cuda", dtype="bfloat16", kernels="triton") as braid:
-            yield braid, Path(folder)
+        yield folder
     torch.cuda.empty_cache()
+
+
+def opened(folder: Path) -> Braid:
+    """A checkpoint, open on Triton's kernels."""
+    return Braid(folder, store=folder.with_name("store"), device="cuda", dtype="bfloat16", kernels="triton")
 
 
 def weight_bytes(geometry: str) -> int:
@@ -281,35 +223,48 @@ def main() -> None:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "triton": __import__("triton").__version__,
+            "triton": triton.__version__,
             "transformers": transformers.__version__,
         },
         "bytes_per_s": BYTES_PER_S,
         "vllm_recorded": VLLM,
+        "warm_up": [],
         "rows": [],
-        "geometries": [],
         "transformers": [],
+        "geometries": [],
     }
 
-    def show(part: str, row: Row) -> None:
-        report[part].append(row)
-        sys.stderr.write(f"{part}: {json.dumps(row)}\n")
+    def show(part: str, value: object) -> None:
+        """Put a part into the report, or a row into a part that is a list, and keep the report so far."""
+        if isinstance(report.get(part), list):
+            report[part].append(value)
+        else:
+            report[part] = value
+        sys.stderr.write(f"{part}: {json.dumps(value)}\n")
+        if options.out:
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
 
-    with opened("0.6B", options.scratch) as (braid, folder):
-        bench = Bench(braid)
-        docs = bench.documents(64)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa").cuda()
-        report["check"] = check(bench, model.eval(), docs)
-        for row in ours(bench, docs, weight_bytes("0.6B")):
-            show("rows", row)
-        report["profile"] = profile(bench, bench.composed(docs[:16]))
-        sys.stderr.write(json.dumps(report["profile"], indent=1) + "\n")
-        if not options.no_transformers:
-            for row in theirs(bench, model, docs, options.compiled_slots):
-                show("transformers", row)
-        del model
+    with checkpoint("0.6B", options.scratch) as folder:
+        for row in processes(folder, options.scratch):
+            show("warm_up", row)
+        with opened(folder) as braid:
+            bench = Bench(braid)
+            docs = bench.documents(64)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+            model.eval().cuda()
+            show("check", check(bench, model, docs))
+            for row in ours(bench, docs, weight_bytes("0.6B")):
+                show("rows", row)
+            show("profile", profile(bench, bench.composed(docs[:16])))
+            braid.warm_up(requests=REQUESTS, progress=False)
+            show("launches", braid._engine.launches())
+            show("batch", batch_dependence(braid, folder, folder.with_name("store-float32")))
+            if not options.no_transformers:
+                for row in theirs(bench, model, docs, options.compiled_slots):
+                    show("transformers", row)
+            del model
     for geometry in options.geometries:
-        with opened(geometry, options.scratch) as (braid, _):
+        with checkpoint(geometry, options.scratch) as folder, opened(folder) as braid:
             bench = Bench(braid)
             context = bench.composed(bench.documents(1))
             tokens = 2 * (1024 - len(context.input_ids) - QUESTION_TOKENS)  # 1,024 tokens of context in the mean
@@ -318,8 +273,6 @@ def main() -> None:
             rates = [bench.decode_rate(context, tokens) for _ in range(3)]
             limit = BYTES_PER_S / (weight_bytes(geometry) + length * bench.token_bytes)
             show("geometries", {"what": geometry, "limit": limit, **spread(rates, "tokens/s")})
-    if options.out:
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

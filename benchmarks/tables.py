@@ -11,6 +11,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
+_NOTHING_KEPT = "No result of this is kept yet."
+
 
 def ttft_table(report: dict[str, Any]) -> str:
     """First tokens by context length, as Markdown."""
@@ -38,15 +40,31 @@ def ttft_table(report: dict[str, Any]) -> str:
 
 
 def attention_table(report: dict[str, Any]) -> str:
-    """Microseconds of the attention kernel by case, as Markdown."""
-    lines = [
-        f"One {report['gpu']}, torch {report['torch']}, bfloat16, one layer of Qwen3-0.6B's geometry:",
-        "",
-        "| case | us | bytes over 4.24 TB/s, us |",
-        "| --- | ---: | ---: |",
-    ]
-    lines += [f"| {row['case']} | {row['us']:.1f} | {row['floor_us']:.1f} |" for row in report["rows"]]
-    return "\n".join(lines)
+    """Microseconds of the attention kernel by case, and of what it was compared with, as Markdown."""
+    rows = report["rows"]
+    columns = {"case": [row["case"] for row in rows], "us": [f"{row['us']:.1f}" for row in rows]}
+    if any("unshared_us" in row for row in rows):
+        columns["one read per request, us"] = [
+            f"{row['unshared_us']:.1f}" if "unshared_us" in row else "" for row in rows
+        ]
+    if any("flashinfer_us" in row for row in rows):
+        columns["FlashInfer's best, us"] = [_best(row.get("flashinfer_us", {})) for row in rows]
+    columns["bytes over 4.24 TB/s, us"] = [f"{row['floor_us']:.1f}" for row in rows]
+    versions = ", ".join(f"{name} {report[name]}" for name in ("torch", "triton", "flashinfer") if name in report)
+    return "\n".join(
+        [
+            f"One {report['gpu']}, {versions}, bfloat16, one layer of Qwen3-0.6B's geometry:",
+            "",
+            f"| {' | '.join(columns)} |",
+            f"| --- |{' ---: |' * (len(columns) - 1)}",
+            *(f"| {' | '.join(cells)} |" for cells in zip(*columns.values(), strict=True)),
+        ]
+    )
+
+
+def _best(ways: dict[str, float]) -> str:
+    """The fastest of some ways, by name."""
+    return "{0[1]:.1f} ({0[0]})".format(min(ways.items(), key=lambda way: way[1])) if ways else ""
 
 
 def linear_table(report: dict[str, Any]) -> str:
@@ -66,6 +84,10 @@ def linear_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _number(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:,.{2 if unit == 'ms' else 0}f} {unit}"
+
+
 def gpu_table(report: dict[str, Any]) -> str:
     """Public calls on one GPU, with transformers in the same run, as Markdown."""
     versions = report["versions"]
@@ -77,26 +99,84 @@ def gpu_table(report: dict[str, Any]) -> str:
         "| --- | ---: | ---: | ---: | ---: |",
     ]
 
-    def number(value: float | None, unit: str) -> str:
-        return "" if value is None else f"{value:,.{2 if unit == 'ms' else 0}f} {unit}"
-
     for row in report["rows"]:
         unit = row["unit"]
         shown = [row["value"], row.get("limit"), report["vllm_recorded"].get(row["what"])]
-        ours, limit, peer = (number(value, unit) for value in shown)
-        least, most = (number(row[name], unit).split()[0] for name in ("least", "most"))
+        ours, limit, peer = (_number(value, unit) for value in shown)
+        least, most = (_number(row[name], unit).split()[0] for name in ("least", "most"))
         lines.append(f"| {row['what']} | {ours} | {least} to {most} | {limit} | {peer} |")
-    lines += ["", "| transformers, same run | |", "| --- | ---: |"]
-    lines += [f"| {row['what']} | {number(row['value'], row['unit'])} |" for row in report["transformers"]]
+    lines += ["", *_transformers(report["transformers"])]
     lines += ["", "| decode at 1k, other geometries | ours | limit | share |", "| --- | ---: | ---: | ---: |"]
     lines += [
-        f"| {row['what']} | {number(row['value'], row['unit'])} | {number(row['limit'], row['unit'])} "
+        f"| {row['what']} | {_number(row['value'], row['unit'])} | {_number(row['limit'], row['unit'])} "
         f"| {row['value'] / row['limit']:.0%} |"
         for row in report["geometries"]
     ]
     kernels = [row for row in report["profile"] if row["share"] >= 0.005]
     lines += ["", "| kernel of decoding at 8k | share of the GPU's time |", "| --- | ---: |"]
     lines += [f"| `{row['kernel'].split('<')[0]}` | {row['share']:.1%} |" for row in kernels]
+    return "\n".join(lines)
+
+
+def _transformers(rows: list[dict[str, Any]]) -> list[str]:
+    """Its times; those that were tried with several kinds of attention kernels with all of them."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.get("tried", {})))
+    heads = ["", *(f"attention kernels: {kind}" for kind in kinds)]
+    lines = [f"| transformers, same run | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    for row in rows:
+        tried = [_number(row.get("tried", {}).get(kind), row["unit"]) for kind in kinds]
+        lines.append(f"| {' | '.join([row['what'], _number(row['value'], row['unit']), *tried])} |")
+    return lines
+
+
+def warm_up_table(report: dict[str, Any]) -> str:
+    """Seconds until a process is ready, as Markdown."""
+    rows = report.get("warm_up")
+    if not rows:
+        return _NOTHING_KEPT
+    steps = {
+        "import_s": "importing torch and BraidSDK",
+        "open_s": "opening the Braid, the kernels' self-test included",
+        "warm_up_s": "`warm_up()`",
+        "warm_up_64_s": "`warm_up(requests=64)` after it",
+    }
+    heads = [f"{row['process']}, s" for row in rows]
+    lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(rows)}"]
+    lines += [f"| {name} | {' | '.join(f'{row[step]:.1f}' for row in rows)} |" for step, name in steps.items()]
+    return "\n".join(lines)
+
+
+def launches_table(report: dict[str, Any]) -> str:
+    """Kernels of each captured pass, as Markdown."""
+    launches = report.get("launches")
+    if not launches:
+        return _NOTHING_KEPT
+    passes = [name for name in launches if not name.endswith(", drawn")]
+    passes.sort(key=lambda name: (name.split()[0], int(name.split()[-1])))
+    lines = ["| graph | kernels, greedy | kernels, drawn |", "| --- | ---: | ---: |"]
+    return "\n".join(
+        [*lines, *(f"| {name} | {launches[name]} | {launches.get(f'{name}, drawn', '')} |" for name in passes)]
+    )
+
+
+def batch_table(report: dict[str, Any]) -> str:
+    """How far logits depend on the batch, as Markdown."""
+    batch = report.get("batch")
+    if not batch:
+        return _NOTHING_KEPT
+    requests = batch["requests"]
+    pairs = {
+        "alone, and in float32": ("alone", "greedy_alone_as_float32"),
+        f"one of {requests}, and in float32": ("together", "greedy_together_as_float32"),
+        f"alone, and one of {requests}": ("between", "greedy_equal"),
+    }
+    lines = [
+        f"Logits after {batch['tokens']} tokens, {requests} requests, bfloat16; float32 on torch's kernels:",
+        "",
+        "| | RMS of the difference over that of the logits | greedy tokens that are the same |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {pair} | {batch[error]:.2%} | {batch[same]} of {requests} |" for pair, (error, same) in pairs.items()]
     return "\n".join(lines)
 
 
@@ -111,6 +191,9 @@ def sample_table(report: dict[str, Any]) -> str:
 TABLES = {
     "sample": ("docs/performance.md", "kernels/sample.json", sample_table),
     "gpu": ("docs/performance.md", "gpu.json", gpu_table),
+    "warm_up": ("docs/performance.md", "gpu.json", warm_up_table),
+    "launches": ("docs/performance.md", "gpu.json", launches_table),
+    "batch": ("docs/performance.md", "gpu.json", batch_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
     "linear": ("docs/performance.md", "kernels/linear.json", linear_table),

@@ -225,18 +225,13 @@ class Graphs:
 
 
 def _record(run: Callable[[], None], stream: torch.cuda.Stream, memory_pool: Any) -> torch.cuda.CUDAGraph:
-    """A graph of what `run` launches on the current stream."""
-    outer = torch.cuda.current_stream(stream.device)
-    stream.wait_stream(outer)
-    with torch.cuda.stream(stream):
-        run()  # compiles, and makes what a graph must not own
-    outer.wait_stream(stream)
+    """A graph of what `run` launches on the current stream; `stream` is for the recording alone."""
+    run()  # compiles, and makes what a graph must not own; in order with what other models of the process run
     graph = torch.cuda.CUDAGraph(keep_graph=True)  # its nodes can be counted
     # What other threads of the application do on the device must not end the capture.
     with torch.cuda.graph(graph, pool=memory_pool, stream=stream, capture_error_mode="thread_local"):
         run()
     graph.instantiate()
-    outer.wait_stream(stream)
     return graph
 
 

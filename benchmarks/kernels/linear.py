@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 import triton
+from compiled import compiled_kernels
 from torch import Tensor
 
 from braidsdk.kernels import launch
@@ -361,7 +362,8 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
             torch.cuda.empty_cache()
             if options.out:
-                options.out.write_text(json.dumps({**environment(options), "rows": rows}, indent=1) + "\n")
+                kernels = {} if options.sweep else {"compiled": compiled_kernels()}
+                options.out.write_text(json.dumps({**environment(options), "rows": rows, **kernels}, indent=1) + "\n")
 
 
 def environment(options: argparse.Namespace) -> dict[str, object]:
