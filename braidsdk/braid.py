@@ -85,9 +85,9 @@ class Braid:
                 Stored entries serve both.
             pool_bytes: how much memory resident KV entries may take, besides the model's weights; on a GPU, CUDA graphs
                 and their workspace count in it. None is half of what is free on the device once the model is loaded.
-            kernels: "auto": Triton's on a CUDA device where they can run this model, else torch's. "triton", "torch":
-                these, or an error. An operation may differ, as in "auto,attention=torch"; see docs/performance.md. None
-                is `BRAID_KERNELS`, or "auto".
+            kernels: "auto": Triton's on a CUDA device, C kernels on a CPU with AMX, where they can run this model, else
+                torch's. "triton", "amx", "torch": these, or an error. An operation may differ, as in
+                "auto,attention=torch"; see docs/performance.md. None is `BRAID_KERNELS`, or "auto".
 
         Raises:
             InputError: device, dtype, namespace, pool_bytes or kernels can't be used.

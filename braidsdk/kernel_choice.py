@@ -18,7 +18,9 @@ from platformdirs import user_cache_dir
 
 from braidsdk import kernels
 from braidsdk.errors import BraidError, InputError
-from braidsdk.kernels.paths import TORCH, Paths
+from braidsdk.kernels import native
+from braidsdk.kernels.attention.amx import HEAD_DIMS
+from braidsdk.kernels.paths import AMX, Paths
 from braidsdk.kernels.selftest import Geometry, Result
 from braidsdk.models.base import Model
 
@@ -29,11 +31,11 @@ OPS = tuple(each.name for each in fields(Paths))
 
 
 class KernelsWarning(UserWarning):
-    """Something runs on torch's own kernels although a CUDA device could do better."""
+    """Something runs on torch's own kernels although the machine could do better."""
 
 
 def parse_kernels(kernels: str | None) -> dict[str, str]:
-    """What is asked for, by operation: "auto", "triton" or "torch".
+    """What is asked for, by operation: "auto", "triton", "amx" or "torch".
 
     Args:
         kernels: one of them for all operations, then perhaps exceptions, as in "auto,attention=torch"; None is
@@ -43,7 +45,7 @@ def parse_kernels(kernels: str | None) -> dict[str, str]:
         InputError: it is not of that form.
     """
     text = os.environ.get("BRAID_KERNELS") or "auto" if kernels is None else kernels
-    form = f"'auto', 'triton' or 'torch', then perhaps exceptions such as 'attention=torch' ({', '.join(OPS)})"
+    form = f"'auto', 'triton', 'amx' or 'torch', then perhaps exceptions such as 'attention=torch' ({', '.join(OPS)})"
     if not isinstance(text, str):
         raise InputError(f"kernels must be {form}; got a {type(text).__name__}.")
     first, *exceptions = (part.strip() for part in text.split(","))
@@ -53,7 +55,7 @@ def parse_kernels(kernels: str | None) -> dict[str, str]:
         if op not in OPS:
             raise InputError(f"kernels must be {form}; got {text[:80]!r}.")
         wanted[op] = path
-    if not set(wanted.values()) <= {"auto", "triton", "torch"}:
+    if not set(wanted.values()) <= {"auto", "triton", "amx", "torch"}:
         raise InputError(f"kernels must be {form}; got {text[:80]!r}.")
     return wanted
 
@@ -74,23 +76,37 @@ def obstacle(model: Model) -> str | None:
     return None
 
 
+def amx_obstacle(model: Model) -> str | None:
+    """Why the C kernels can't run this model; None if they can."""
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}; they run on the CPU"
+    if model.dtype != torch.bfloat16:
+        return f"the model is in {model.dtype}; they take bfloat16"
+    if model.config.head_dim not in HEAD_DIMS:
+        return f"the model's head_dim is {model.config.head_dim}; they take {', '.join(map(str, HEAD_DIMS))}"
+    return native.obstacle()
+
+
 def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
     """The path of each operation.
 
-    "auto" takes Triton's kernels on a CUDA device, where they can run this model, and torch's elsewhere. The first
-    time on a device each kernel is tried on this model's shapes, in a process of its own; one that fails is left to
-    torch, with one warning. What was found is remembered.
+    "auto" takes Triton's kernels on a CUDA device, where they can run this model, the C kernels on a CPU with AMX,
+    likewise, and torch's elsewhere. The first time on a device each of Triton's is tried on this model's shapes, in a
+    process of its own; one that fails is left to torch, with one warning. What was found is remembered.
 
     Raises:
-        InputError: "triton" was asked for where it can't run.
+        InputError: "triton" or "amx" was asked for where it can't run.
     """
-    reason = obstacle(model)
-    if reason and "triton" in wanted.values():
-        raise InputError(f"kernels='triton' can't run here: {reason}. Use kernels='auto'.")
-    if reason:
+    reasons = {"triton": obstacle(model), "amx": amx_obstacle(model)}
+    for path, reason in reasons.items():
+        if reason and path in wanted.values():
+            raise InputError(f"kernels={path!r} can't run here: {reason}. Use kernels='auto'.")
+    if reasons["triton"]:
         if model.device.type == "cuda" and "auto" in wanted.values():
-            warnings.warn(f"Running on torch's kernels, which are slower: {reason}.", KernelsWarning, stacklevel=4)
-        return TORCH
+            warnings.warn(
+                f"Running on torch's kernels, which are slower: {reasons['triton']}.", KernelsWarning, stacklevel=4
+            )
+        return _cpu_paths(wanted, reasons["amx"])
     troubles = _troubles(model) if "auto" in wanted.values() else {}
     fallen = {op: troubles[op] for op, choice in wanted.items() if choice == "auto" and op in troubles}
     if fallen:
@@ -104,6 +120,17 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
         op: "torch" if choice == "torch" or op in fallen else "triton" for op, choice in wanted.items()
     }
     return Paths(**paths)
+
+
+def _cpu_paths(wanted: dict[str, str], reason: str | None) -> Paths:
+    """Where Triton's kernels can't run: the C kernels, unless there is a reason against them."""
+    if reason and reason == native.obstacle() != native.cpu_obstacle() and "auto" in wanted.values():
+        # The processor could, and something else is missing.
+        warnings.warn(f"Running on torch's kernels, which are slower: {reason}.", KernelsWarning, stacklevel=5)
+    by_op: dict[str, Path] = {
+        op: "torch" if reason or choice == "torch" else getattr(AMX, op) for op, choice in wanted.items()
+    }
+    return Paths(**by_op)
 
 
 def self_test(model: Model, *, timed: bool) -> list[Result]:

@@ -106,7 +106,7 @@ class Pool:
             device=model.device,
             capacity_bytes=capacity_bytes,
             initial_bytes=capacity_bytes if model.device.type == "cuda" else window_bytes,
-            zero_padding=model.paths.attention != "triton",
+            zero_padding=model.paths.attention == "torch",
         )
 
     @property

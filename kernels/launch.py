@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Path = Literal["triton", "torch"]
-"""Which implementation an operation takes: its Triton kernels, or its torch reference."""
+Path = Literal["triton", "amx", "torch"]
+"""Which implementation an operation takes: Triton kernels, C kernels for CPUs with AMX, or its torch reference."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

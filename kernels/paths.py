@@ -38,3 +38,6 @@ class Paths:
 
 TORCH = Paths()
 """The plain torch of every operation."""
+
+AMX = Paths.all("amx")
+"""Every operation on its C kernels."""

@@ -14,13 +14,18 @@ def pack(weight: Tensor) -> Tensor:
     Without it oneDNN packs the weight again in every call. A packed weight is read by `project` alone.
 
     Args:
-        weight: [out, in].
+        weight: [out, in]; one that is packed stays so.
     """
-    packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    packable = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and not weight.is_mkldnn
     if not packable or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
     return packed
+
+
+def unpack(weight: Tensor) -> Tensor:
+    """A weight as it was before `pack`, [out, in]: as everything but `project` reads it."""
+    return weight.to_dense() if weight.is_mkldnn else weight
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from braidsdk.errors import ModelNotFoundError, WeightsError
+from braidsdk.kernels.memory import empty
 from braidsdk.models.fingerprints import recall, remember, stamp
 
 PIECE_BYTES = 4 << 20
@@ -129,7 +130,7 @@ class Weights:
             WeightsError: a file can't be read or ends early.
         """
         parts = [self._stored[name] for name in names]
-        packed = torch.empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype=dtype, device=device)
+        packed = empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype, device)
         for name, rows in zip(names, packed.split([part.shape[0] for part in parts]), strict=True):
             self._read(name, rows.view(-1))
         return packed

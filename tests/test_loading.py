@@ -16,6 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from braidsdk import Braid
 from braidsdk.errors import UnsupportedModelError, WeightsError
+from braidsdk.kernels.paths import Paths
 from braidsdk.models.base import GenerationDefaults
 from braidsdk.models.qwen3.config import read_config, weight_shapes
 from braidsdk.models.registry import load_model
@@ -438,6 +439,23 @@ def test_every_packed_value_comes_from_the_file(
         assert torch.equal(plain(layer.out), want[f"{at}.self_attn.o_proj.weight"])
         assert torch.equal(layer.qkv.k_norm, want[f"{at}.self_attn.k_norm.weight"])
     assert torch.equal(loaded._embedding, want["model.embed_tokens.weight"])  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs no bfloat16 here")
+def test_weights_lie_as_their_path_reads_them_and_keep_their_values(random_checkpoint: Path) -> None:
+    loaded = load_model(random_checkpoint, device=CPU, dtype=torch.bfloat16)
+    layer = loaded._layers[0]  # type: ignore[attr-defined]
+    loaded.paths = Paths(norm_qkv="amx")
+    mixed = loaded._layers[0]  # type: ignore[attr-defined]
+    packed = {"qkv": mixed.qkv.qkv, "out": mixed.out, "gate_up": mixed.gate_up, "down": mixed.down}
+    assert [name for name, weight in packed.items() if not weight.is_mkldnn] == ["qkv"]
+    loaded.paths = Paths()
+    assert loaded._layers[0].qkv.qkv.is_mkldnn  # type: ignore[attr-defined]
+    loaded.paths = Paths.all("amx")
+    back = loaded._layers[0]  # type: ignore[attr-defined]
+    for now, then in ((back.qkv.qkv, layer.qkv.qkv), (back.out, layer.out), (back.gate_up, layer.gate_up)):
+        assert torch.equal(now, then)
+    assert torch.equal(back.down, layer.down)
 
 
 # Memory

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
 from braidsdk.encode import Run, compute, make_batch
+from braidsdk.kernel_choice import amx_obstacle
 from braidsdk.kernels.attention import op
-from braidsdk.kernels.paths import Paths
+from braidsdk.kernels.paths import AMX, Paths
+from braidsdk.kernels.rope import RotaryTable
 from braidsdk.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.models.qwen3 import model as qwen3
 from braidsdk.models.registry import load_model
@@ -116,6 +119,8 @@ def fast(model: object) -> object:
     """A model on the kernels that are meant for its device, without any fallback."""
     if model.device.type == "cuda":
         model.paths = Paths.all("triton")
+    elif amx_obstacle(model) is None:
+        model.paths = AMX
     return model
 
 
@@ -226,6 +231,17 @@ def unturned(plan_for: Callable[..., Any]) -> Callable[..., Any]:
     return planned
 
 
+def without_angles(plan_for: Callable[..., Any]) -> Callable[..., Any]:
+    """The same where the plan keeps its rotations to itself."""
+
+    def planned(positions: Tensor, requests: object, rotary: RotaryTable, **rest: Any) -> Any:
+        cos, sin = rotary.table(rest["limit"])
+        still = SimpleNamespace(table=lambda _: (torch.ones_like(cos), torch.zeros_like(sin)))
+        return plan_for(positions, requests, still, **rest)
+
+    return planned
+
+
 @pytest.mark.parametrize("bug", ["a seam off by one", "an unrotated query", "a score scale of 0.97"])
 def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces_of = list(prompts(True, peers.truth.device))
@@ -237,6 +253,7 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
     elif bug == "an unrotated query":
         for name in ("plan_for_triton", "plan_for_cpu"):
             monkeypatch.setattr(op, name, unturned(getattr(op, name)))
+        monkeypatch.setattr(op, "plan_for_amx", without_angles(op.plan_for_amx))
     else:
         attend = qwen3.cascade_attention
         ours = peers.ours

@@ -1,10 +1,12 @@
 """The paged pool: growth, eviction, pins, deletion under a running call."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from braidsdk import Braid
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention import cascade_attention, plan_attention
 from braidsdk.kernels.paging import PagedSegment, Request, append, slots_of
@@ -187,3 +189,17 @@ def test_growing_without_memory_is_a_typed_error_and_nothing_is_lost(monkeypatch
             pool.allocate((have + 1) * pool.page_size)
     taken = [page for _ in range(have + 1) for page in pool.allocate(pool.page_size).tolist()]
     assert len(set(taken)) == len(taken) == have + 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_lies_in_unused_memory_never_matters(random_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+    found = []
+    for index, filling in enumerate((0.0, float("nan"))):
+        with Braid(random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype) as braid:
+            braid._engine.pool.kv.fill_(filling)
+            texts = [f"Oslo is cold. Rome is warm. {'So it is said. ' * n}" for n in (1, 9, 40)]
+            chunks = braid.register_many(texts, anchor=braid.register_system("You answer."), progress=False)
+            answer = braid.ask("Where?", chunks=chunks, max_new_tokens=12)
+            again = braid.ask("And where else?", chunks=chunks[:1], max_new_tokens=12)
+            found.append((answer.token_ids, again.token_ids))
+    assert found[0] == found[1]

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from braidsdk import Braid, Context
 from braidsdk.cli.checks import Check, Finding, Subject, processor
-from braidsdk.kernel_choice import obstacle, self_test
+from braidsdk.kernel_choice import amx_obstacle, obstacle, self_test
+from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.selftest import Result
 from braidsdk.models.base import read_json
 from braidsdk.models.registry import find_checkpoint
@@ -130,6 +131,9 @@ def check_kernels(subject: Subject) -> Finding:
         return _NOT_OPEN
     model = braid._engine.model
     if reason := obstacle(model):
+        if model.device.type == "cpu" and model.paths != TORCH:
+            return Finding("ok", f"the model runs on {model.paths}", facts={"paths": str(model.paths)})
+        reason = f"{reason}; {amx_obstacle(model) or 'torch was asked for'}" if model.device.type == "cpu" else reason
         return Finding("skip", f"torch's own run: {reason}")
     results = self_test(model, timed=True)
     braid.warm_up(progress=False)

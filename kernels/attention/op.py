@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.attention.amx import AmxPlan, cascade_attention_amx, plan_for_amx
 from braidsdk.kernels.attention.cpu import CpuPlan, cascade_attention_cpu, plan_for_cpu
 from braidsdk.kernels.attention.launch import (
     TritonPlan,
@@ -19,7 +20,7 @@ from braidsdk.kernels.measure import measured
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
-AttentionPlans = tuple[RequestPlan | CpuPlan | TritonPlan, ...]
+AttentionPlans = tuple[RequestPlan | CpuPlan | TritonPlan | AmxPlan, ...]
 """What `plan_attention` gives and `cascade_attention` takes."""
 
 _FLASH_DTYPES = (torch.float32, torch.bfloat16)
@@ -49,12 +50,19 @@ def plan_attention(
         group: query heads per KV head.
         kv_heads: KV heads.
         dtype: of the queries.
-        path: "triton" takes the GPU's kernel, "torch" what torch has.
+        path: "triton" takes the GPU's kernel, "amx" the C kernel, for bfloat16, "torch" what torch has.
         by_segment: plan for `cascade_attention_lse`; `cascade_attention` takes such plans too, and is slower on them.
 
     Returns:
-        One plan for the GPU's kernel; else a plan per request that has rows and sees at least one token.
+        One plan for a kernel; else a plan per request that has rows and sees at least one token.
+
+    Raises:
+        RuntimeError: "amx" was asked for where it can't run.
+        ValueError: "amx" was asked for a geometry or dtype that it does not take.
     """
+    if path == "amx" and not by_segment:
+        shape = {"limit": limit, "page_size": page_size, "group": group, "kv_heads": kv_heads}
+        return (plan_for_amx(positions, requests, rotary, dtype=dtype, **shape),)
     if path == "triton":
         whole = plan_for_triton(
             positions,
@@ -74,13 +82,18 @@ def plan_attention(
 
 
 def _path(plans: AttentionPlans, **_: object) -> str:
-    return "triton" if plans and isinstance(plans[0], TritonPlan) else "torch"
+    if plans and isinstance(plans[0], TritonPlan):
+        return "triton"
+    return "amx" if plans and isinstance(plans[0], AmxPlan) else "torch"
 
 
 def _read_bytes(plans: AttentionPlans, kv: Tensor, **_: object) -> int:
     """The pages of all segments: once for each request, or once for all of them where the GPU's kernel reads so."""
     pages = 0
     for plan in plans:
+        if isinstance(plan, AmxPlan):
+            pages += plan.pages
+            continue
         base = plan.base if isinstance(plan, CpuPlan) else plan
         pages += len(base.tables.pages if isinstance(base, TritonPlan) else base.pages)
     return pages * 2 * kv[0, 0].numel() * kv.element_size()
@@ -90,11 +103,13 @@ def _read_bytes(plans: AttentionPlans, kv: Tensor, **_: object) -> int:
 def cascade_attention(queries: Tensor, plans: AttentionPlans, kv: Tensor, scale: float) -> Tensor:
     """Attention of all requests; arguments and result as `reference.cascade_attention_reference` says.
 
-    A plan for the GPU goes through its kernel, float32 and bfloat16 on the CPU through torch's flash attention,
+    A plan for a kernel goes through it, float32 and bfloat16 on the CPU through torch's flash attention,
     everything else through the reference.
     """
     if plans and isinstance(plans[0], TritonPlan):
         return cascade_attention_triton(queries, plans[0], kv, scale)
+    if plans and isinstance(plans[0], AmxPlan):
+        return cascade_attention_amx(queries, plans[0], kv, scale)
     if cpu_plans := [plan for plan in plans if isinstance(plan, CpuPlan)]:
         return cascade_attention_cpu(queries, cpu_plans, kv, scale)
     return cascade_attention_reference(queries, [plan for plan in plans if isinstance(plan, RequestPlan)], kv, scale)
@@ -111,7 +126,7 @@ def cascade_attention_lse(queries: Tensor, plans: AttentionPlans, kv: Tensor, sc
     """
     if plans and isinstance(plans[0], TritonPlan):
         return cascade_attention_lse_triton(queries, plans[0], kv, scale)
-    if any(isinstance(plan, CpuPlan) for plan in plans):
+    if any(isinstance(plan, CpuPlan | AmxPlan) for plan in plans):
         raise ValueError("cascade_attention_lse: expected plans made with by_segment=True; plan the pass anew.")
     plain = [plan for plan in plans if isinstance(plan, RequestPlan)]
     return cascade_attention_lse_reference(queries, plain, kv, scale)

@@ -1,5 +1,7 @@
 """Final norm, LM head and greedy choice: checks, and which implementation runs."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from braidsdk.kernels.launch import (
 )
 from braidsdk.kernels.measure import measured
 from braidsdk.kernels.products import products
+from braidsdk.kernels.products.amx import norm_head_amx
 from braidsdk.kernels.rms_norm import rms_norm
 
 TILES: Tiles = {
@@ -35,25 +38,27 @@ _GREEDY_BLOCK = 4096
 
 @measured("head")
 def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, path: Path = "torch") -> Tensor:
-    """Logits of hidden states; in Triton's path summed in float32 and never rounded to a narrower dtype.
+    """Logits of hidden states; on all paths but torch's summed in float32 and never rounded to a narrower dtype.
 
     Args:
         hidden: [rows, hidden].
         norm: weights of the final norm, [hidden].
         head: [vocab_size, hidden].
         eps: of the norm.
-        path: which implementation; neither falls back to the other. Triton takes contiguous tensors in float32,
-            bfloat16 or float16.
+        path: which implementation; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
+            float16; "amx" contiguous ones in bfloat16 on the CPU.
 
     Returns:
         [rows, vocab_size], float32 (float64 for float64 inputs, which only torch takes).
 
     Raises:
-        RuntimeError: Triton can't run here.
-        ValueError: Triton was asked for, and shapes, dtypes or strides are not as above.
+        RuntimeError: what was asked for can't run here.
+        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above.
     """
     if path == "torch":
         return norm_head_reference(hidden, norm, head, eps)
+    if path == "amx":
+        return norm_head_amx(hidden, norm, head, eps)
     op, (rows, size), vocab = "norm_head", hidden.shape, len(head)
     check_triton(op, hidden, norm, head)
     check_shape(op, "norm", norm, size)
@@ -87,7 +92,7 @@ def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, path: P
     return logits
 
 
-def greedy(logits: Tensor, *, path: Path = "torch") -> tuple[Tensor, Tensor]:
+def greedy(logits: Tensor, *, path: Literal["triton", "torch"] = "torch") -> tuple[Tensor, Tensor]:
     """The likeliest token of each row, the lowest id among equals. Neither path synchronises with the host.
 
     Args:

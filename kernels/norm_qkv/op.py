@@ -18,6 +18,7 @@ from braidsdk.kernels.launch import (
 from braidsdk.kernels.measure import measured
 from braidsdk.kernels.norm_qkv.reference import NormQKVWeights, norm_qkv_reference
 from braidsdk.kernels.products import products
+from braidsdk.kernels.products.amx import norm_qkv_amx
 from braidsdk.kernels.rms_norm import rms_norm
 
 TILES: Tiles = {
@@ -77,18 +78,22 @@ def norm_qkv(
         cos, sin: at the position of each token in its segment's frame, float32 [tokens, head_dim / 2].
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
         slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
-        path: which implementation; neither falls back to the other. Triton takes contiguous tensors in float32,
-            bfloat16 or float16, and a head_dim that is a power of two, 16 at least.
+        path: which implementation; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
+            float16, and a head_dim that is a power of two, 16 at least; "amx" contiguous ones in bfloat16 on the CPU,
+            and a head_dim that is a multiple of 32.
 
     Returns:
         Normed, unrotated queries [tokens, q_heads, head_dim].
 
     Raises:
-        RuntimeError: Triton can't run here.
-        ValueError: Triton was asked for, and shapes, dtypes or strides are not as above.
+        RuntimeError: what was asked for can't run here.
+        IndexError: "amx" was asked for, and a slot lies beyond the memory.
+        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above.
     """
     if path == "torch":
         return norm_qkv_reference(hidden, weights, eps, cos, sin, kv, slots)
+    if path == "amx":
+        return norm_qkv_amx(hidden, weights, eps, cos, sin, kv, slots)
     rows = len(hidden)
     _, pages, kv_heads, page_size, head_dim = kv.shape
     heads = weights.qkv.shape[0] // head_dim

@@ -17,6 +17,7 @@ from braidsdk.kernels.launch import (
 from braidsdk.kernels.measure import measured
 from braidsdk.kernels.out_proj.reference import out_proj_reference
 from braidsdk.kernels.products import products
+from braidsdk.kernels.products.amx import out_proj_amx
 
 _LONG = {
     2: Tile(block_n=16, block_k=512, warps=4, stages=1),
@@ -70,25 +71,27 @@ _FINISH_BLOCK = 512
 
 @measured("out_proj")
 def out_proj(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, path: Path = "torch") -> Tensor:
-    """`residual + x @ weight.T + bias`; in Triton's path summed in float32 and rounded once.
+    """`residual + x @ weight.T + bias`; on all paths but torch's summed in float32 and rounded once.
 
     Args:
         x: [tokens, size].
         weight: [hidden, size].
         bias: [hidden], or None.
         residual: [tokens, hidden].
-        path: which implementation; neither falls back to the other. Triton takes contiguous tensors in float32,
-            bfloat16 or float16.
+        path: which implementation; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
+            float16; "amx" contiguous ones in bfloat16 on the CPU.
 
     Returns:
         [tokens, hidden], the dtype of `x`.
 
     Raises:
-        RuntimeError: Triton can't run here.
-        ValueError: Triton was asked for, and shapes, dtypes or strides are not as above.
+        RuntimeError: what was asked for can't run here.
+        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above.
     """
     if path == "torch":
         return out_proj_reference(x, weight, bias, residual)
+    if path == "amx":
+        return out_proj_amx(x, weight, bias, residual)
     op, (rows, size), hidden = "out_proj", x.shape, len(weight)
     check_triton(op, x, weight, bias, residual)
     check_shape(op, "weight", weight, hidden, size)

@@ -1,13 +1,15 @@
 """RMSNorm: checks, and which implementation runs."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.launch import Path, check_shape, check_triton, launch_options
+from braidsdk.kernels.launch import check_shape, check_triton, launch_options
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: Path = "torch") -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: Literal["triton", "torch"] = "torch") -> Tensor:
     """Normalise the last dimension by its root mean square, then scale it.
 
     Args:

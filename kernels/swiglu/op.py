@@ -15,6 +15,7 @@ from braidsdk.kernels.launch import (
 )
 from braidsdk.kernels.measure import measured
 from braidsdk.kernels.products import products
+from braidsdk.kernels.products.amx import norm_swiglu_amx
 from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
 
@@ -65,18 +66,20 @@ def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, pa
         norm: weights of the norm, [hidden].
         gate_up: gate and up projections stacked in this order, [2 * intermediate, hidden].
         eps: of the norm.
-        path: which implementation; neither falls back to the other. Triton takes contiguous tensors in float32,
-            bfloat16 or float16.
+        path: which implementation; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
+            float16; "amx" contiguous ones in bfloat16 on the CPU.
 
     Returns:
         [tokens, intermediate], the dtype of `hidden`.
 
     Raises:
-        RuntimeError: Triton can't run here.
-        ValueError: Triton was asked for, and shapes, dtypes or strides are not as above.
+        RuntimeError: what was asked for can't run here.
+        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above.
     """
     if path == "torch":
         return norm_swiglu_reference(hidden, norm, gate_up, eps)
+    if path == "amx":
+        return norm_swiglu_amx(hidden, norm, gate_up, eps)
     op, (rows, size), inner = "norm_swiglu", hidden.shape, len(gate_up) // 2
     check_triton(op, hidden, norm, gate_up)
     check_shape(op, "norm", norm, size)

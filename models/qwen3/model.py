@@ -1,7 +1,7 @@
 """Qwen3 over paged KV memory: attention, MLP, layer, model. One file for every device; `kernels` picks the path."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.paths import TORCH, Paths
-from braidsdk.kernels.projection import pack
+from braidsdk.kernels.projection import pack, unpack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
@@ -31,7 +31,7 @@ from braidsdk.models.weights import Weights, WeightsWarning
 
 @dataclass(frozen=True)
 class Layer:
-    """Packed weights of one decoder layer.
+    """Weights of one decoder layer, stacked and laid out as its operations read them.
 
     Attributes:
         qkv: input norm, QKV projection and QK norms.
@@ -80,14 +80,14 @@ class Qwen3:
             paths: which implementation each operation takes.
         """
         self.config = config
-        self.paths = paths
+        self._paths = paths
         self.fingerprint = fingerprint
         self.dtype = embedding.dtype
         self.device = embedding.device
         self._eps = eps
         self.rotary = rotary
         self._embedding = embedding
-        self._layers = layers
+        self._layers = list(layers)
         self._norm = norm
         self._head = head
 
@@ -116,9 +116,6 @@ class Qwen3:
         def take(*names: str) -> Tensor:
             return weights.take(names, dtype, device)
 
-        def matrix(*names: str) -> Tensor:
-            return pack(take(*names))
-
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
             attention, mlp = f"{at}.self_attn", f"{at}.mlp"
@@ -126,16 +123,16 @@ class Qwen3:
             return Layer(
                 qkv=NormQKVWeights(
                     norm=take(f"{at}.input_layernorm.weight"),
-                    qkv=matrix(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
+                    qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
                     bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if biased else None,
                     q_norm=take(f"{attention}.q_norm.weight"),
                     k_norm=take(f"{attention}.k_norm.weight"),
                 ),
-                out=matrix(f"{attention}.o_proj.weight"),
+                out=take(f"{attention}.o_proj.weight"),
                 out_bias=take(f"{attention}.o_proj.bias") if biased else None,
                 mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
-                gate_up=matrix(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
-                down=matrix(f"{mlp}.down_proj.weight"),
+                gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
+                down=take(f"{mlp}.down_proj.weight"),
             )
 
         embedding = take(EMBEDDING)
@@ -151,6 +148,27 @@ class Qwen3:
             head=embedding if tied else take(HEAD),
             fingerprint=_fingerprint(weights.finish(), source.rms_norm_eps),
         )
+
+    @property
+    def paths(self) -> Paths:
+        """Which implementation each operation takes. Setting it lays each weight out as its operation reads it fastest;
+        until then they lie as every path can read them."""
+        return self._paths
+
+    @paths.setter
+    def paths(self, paths: Paths) -> None:
+        def laid_out(path: str, weight: Tensor) -> Tensor:
+            return pack(weight) if path == "torch" else unpack(weight)
+
+        for index, layer in enumerate(self._layers):  # one by one: only one layer is ever there in both layouts
+            self._layers[index] = replace(
+                layer,
+                qkv=replace(layer.qkv, qkv=laid_out(paths.norm_qkv, layer.qkv.qkv)),
+                out=laid_out(paths.out_proj, layer.out),
+                gate_up=laid_out(paths.swiglu, layer.gate_up),
+                down=laid_out(paths.out_proj, layer.down),
+            )
+        self._paths = paths
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:

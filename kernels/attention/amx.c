@@ -1,0 +1,539 @@
+/* Attention over segments of paged memory, for bfloat16: what reference.py computes.
+
+   A task is one KV head and up to COLUMNS query rows of one request, its query heads beside one another: column c is
+   row c / group and query head c % group. It reads the request's pages in place, STEP keys at a time, and keeps one
+   running softmax over all segments:
+
+     S^T [keys, columns] = K . Q^T    A: keys as they lie in the page; B: Q^T, packed and rotated once per segment
+     P = exp2(S - m)                  down the lanes: a lane is a column, so there are no sums across lanes
+     O [columns, dims] += P . V       A: P, transposed while it is rounded to bf16; B: V, two keys interleaved */
+#include "../amx.h"
+
+#include <stdatomic.h>
+
+enum {
+    COLUMNS = 128,   /* of a task */
+    STEP = 128,      /* keys of a step at most; pages are whole steps, or smaller than one */
+    MAX_HEAD_DIM = 128,
+    BLOCKS = COLUMNS / 16,
+};
+
+typedef struct {
+    int64_t first_row, rows;
+    int64_t first_segment, segments;
+} Request;
+
+typedef struct {
+    int64_t origin;      /* absolute position of the entry's token 0 */
+    int64_t start, stop; /* tokens of the slice, at least one */
+    const int64_t *pages;
+    const uint8_t *hidden; /* which of its tokens no row sees, or NULL */
+    int64_t angles;        /* where its angles are */
+} Segment;
+
+typedef struct {
+    int64_t request, head, column;
+} Task;
+
+/* What all layers of a pass share. */
+typedef struct {
+    int64_t requests_count, tasks_count, kv_heads, page_size, head_dim, group;
+    const int64_t *positions; /* [tokens] */
+    const Request *requests;
+    const Segment *segments;
+    float *angles; /* of a segment [head_dim / 4, 4, rows]: cosines of dimensions 2 i and 2 i + 1, sines of them */
+    Task *tasks;
+} Plan;
+
+typedef struct {
+    const Plan *plan;
+    const bf16 *queries; /* [tokens, kv_heads * group, head_dim] */
+    bf16 *out;           /* likewise */
+    const bf16 *kv;      /* [2, pool_pages, kv_heads, page_size, head_dim] */
+    int64_t pool_pages;
+    float scale;
+    atomic_long next; /* task that nobody has taken yet */
+} Arguments;
+
+/* Sized so that what each part of a step reads again stays in a core's first cache. */
+typedef struct {
+    _Alignas(64) uint32_t unrotated[BLOCKS][MAX_HEAD_DIM / 2][16]; /* Q^T, dimensions 2 i and 2 i + 1 of each column */
+    _Alignas(64) uint32_t apart[4][16]; /* else what is read here and written there would look alike to the core */
+    _Alignas(64) uint32_t rotated[BLOCKS][MAX_HEAD_DIM / 2][16];
+    _Alignas(64) float scores[2][32][16];                /* of 32 keys, for one block or two */
+    _Alignas(64) bf16 weights[BLOCKS][STEP / 32][16][32]; /* P of the current step */
+    _Alignas(64) uint32_t values[STEP / 32][2][16][16];  /* V of the current step, 32 dimensions */
+    _Alignas(64) float sums[BLOCKS][MAX_HEAD_DIM / 16][16][16];
+    _Alignas(64) float highest[BLOCKS][16]; /* m: what scores are taken relative to, in powers of 2 */
+    _Alignas(64) float total[BLOCKS][16];
+    _Alignas(64) int32_t limits[BLOCKS][16]; /* keys of the current segment before this one are visible */
+    int64_t lowest_limit[BLOCKS], highest_limit[BLOCKS];
+    uint8_t seen[STEP];   /* of the current step: whether any row may see the key */
+    const char *ahead, *ahead_end; /* what of the next step's keys was not asked for yet, or of its values */
+    const char *then, *then_end;   /* its values, until all keys were */
+} Scratch;
+
+static const float NEVER = -1e30f;
+/* The weights of 32 keys may add up to so much before m moves and the sums are scaled anew. */
+static const float MOST = 1024.0f;
+
+/* 2^x to a relative 3e-6, a hundredth of what rounding to bfloat16 does; NaN stays NaN. */
+static inline __m512 power_of_two(__m512 x) {
+    __m512 n = _mm512_roundscale_ps(x, 8);
+    __m512 r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(9.582853236e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.590642594e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409862e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241933e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+/* Ask for some lines of the next step, a few at a time so that memory is read while this one is computed. */
+static inline void fetch_ahead(Scratch *s, const int lines) {
+    if (s->ahead == s->ahead_end) {
+        s->ahead = s->then;
+        s->ahead_end = s->then_end;
+        s->then = s->then_end;
+        if (s->ahead == s->ahead_end) return;
+    }
+    for (int i = 0; i < lines; i++) _mm_prefetch(s->ahead + 64 * i, _MM_HINT_T1);
+    s->ahead += 64 * lines;
+}
+
+static inline void transpose_dwords(__m512i v[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(v[i], v[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(v[8 + i], v[12 + i], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    }
+}
+
+/* From v[i] with keys i and 8 + i, v[8 + i] with keys 16 + i and 24 + i, 16 columns of each, to v[column] with all
+   keys in order. */
+static inline void transpose_keys(__m512i v[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi16(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi16(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) { /* v[i + j]: 4 keys of columns 2 j and 2 j + 1, in every lane */
+        v[i] = _mm512_unpacklo_epi32(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi32(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi32(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi32(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 16; i += 8)
+        for (int j = 0; j < 4; j++) { /* t[i + j]: 8 keys of column j, then of column 8 + j */
+            t[i + 2 * j] = _mm512_unpacklo_epi64(v[i + j], v[i + 4 + j]);
+            t[i + 2 * j + 1] = _mm512_unpackhi_epi64(v[i + j], v[i + 4 + j]);
+        }
+    for (int i = 0; i < 8; i++) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        v[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    }
+}
+
+/* One block's queries, transposed; columns that there are none for are zero. */
+static inline void take_queries(Scratch *s, int block, const bf16 *queries, int64_t column, int64_t columns,
+                                int64_t group, int64_t row_size, const int dim) {
+    for (int part = 0; part < dim / 32; part++) {
+        __m512i v[16];
+        for (int i = 0; i < 16; i++) {
+            int64_t at = column + i;
+            v[i] = at < columns ? _mm512_loadu_si512(queries + at / group * row_size + at % group * dim + part * 32)
+                                : _mm512_setzero_si512();
+        }
+        transpose_dwords(v);
+        for (int i = 0; i < 16; i++) _mm512_store_si512(s->unrotated[block][part * 16 + i], v[i]);
+    }
+}
+
+/* Turn all blocks' queries into a segment's frame, in float32, rounded once. */
+static inline void rotate(Scratch *s, int blocks, const float *angles, int64_t rows, int64_t column, int64_t group,
+                          const int dim) {
+    const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
+                                                22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i after[BLOCKS]; /* row of each column, after that of the block's first */
+    int64_t first[BLOCKS];
+    for (int block = 0; block < blocks; block++) {
+        _Alignas(64) int32_t at[16];
+        first[block] = (column + block * 16) / group;
+        for (int i = 0; i < 16; i++) at[i] = (int32_t)((column + block * 16 + i) / group - first[block]);
+        after[block] = _mm512_load_si512(at);
+    }
+    for (int i = 0; i < dim / 4; i++)
+        for (int block = 0; block < blocks; block++) {
+            __m512i low = _mm512_load_si512(s->unrotated[block][i]);
+            __m512i high = _mm512_load_si512(s->unrotated[block][i + dim / 4]);
+            __m512 turned_low[2], turned_high[2];
+            for (int j = 0; j < 2; j++) {
+                const float *at = angles + (4 * i + j) * rows + first[block];
+                __m512 x = _mm512_castsi512_ps(j ? _mm512_and_si512(low, odd) : _mm512_slli_epi32(low, 16));
+                __m512 y = _mm512_castsi512_ps(j ? _mm512_and_si512(high, odd) : _mm512_slli_epi32(high, 16));
+                __m512 cosine = _mm512_permutexvar_ps(after[block], _mm512_loadu_ps(at));
+                __m512 sine = _mm512_permutexvar_ps(after[block], _mm512_loadu_ps(at + 2 * rows));
+                turned_low[j] = _mm512_fmsub_ps(x, cosine, _mm512_mul_ps(y, sine));
+                turned_high[j] = _mm512_fmadd_ps(y, cosine, _mm512_mul_ps(x, sine));
+            }
+            _mm512_store_si512(s->rotated[block][i],
+                               _mm512_permutexvar_epi16(interleave, rounded(turned_low[0], turned_low[1])));
+            _mm512_store_si512(s->rotated[block][i + dim / 4],
+                               _mm512_permutexvar_epi16(interleave, rounded(turned_high[0], turned_high[1])));
+        }
+}
+
+/* 32 dimensions of a step's values, two keys beside each other in each 32 bits. Those dimensions that the unpacking
+   instructions put into the lower halves of their lanes make the first tile; `give` puts them in order again. What no
+   row may see is zero: it may be anything, and 0 x NaN is NaN. */
+static inline void take_values(Scratch *s, const bf16 *values, int count, int all_seen, const int dim) {
+    for (int key = 0; key < count; key += 2) {
+        const bf16 *at = values + key * dim;
+        __m512i even, odd;
+        if (all_seen) {
+            even = _mm512_loadu_si512(at);
+            odd = _mm512_loadu_si512(at + dim);
+        } else {
+            even = _mm512_maskz_loadu_epi16(s->seen[key] ? ~0u : 0, at);
+            odd = _mm512_maskz_loadu_epi16(s->seen[key + 1] ? ~0u : 0, at + dim);
+        }
+        _mm512_store_si512(s->values[key / 32][0][key % 32 / 2], _mm512_unpacklo_epi16(even, odd));
+        _mm512_store_si512(s->values[key / 32][1][key % 32 / 2], _mm512_unpackhi_epi16(even, odd));
+        if (key % 8 == 0) fetch_ahead(s, 8);
+    }
+}
+
+/* S^T of 32 keys, for one block or two. */
+static inline void score(Scratch *s, int block, const int two, const bf16 *keys, const int dim) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int part = 0; part < dim / 32; part++) {
+        _tile_loadd(4, keys + part * 32, dim * 2);
+        _tile_loadd(5, keys + 16 * dim + part * 32, dim * 2);
+        _tile_loadd(6, s->rotated[block][part * 16], 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        if (two) {
+            _tile_loadd(7, s->rotated[block + 1][part * 16], 64);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        fetch_ahead(s, 16);
+    }
+    _tile_stored(0, s->scores[0][0], 64);
+    _tile_stored(1, s->scores[0][16], 64);
+    if (two) {
+        _tile_stored(2, s->scores[1][0], 64);
+        _tile_stored(3, s->scores[1][16], 64);
+    }
+}
+
+/* Scores of what a column must not see become -inf. `first`: the segment's token of the first key, `seen` that key's. */
+static inline void hide(float (*scores)[16], const int32_t *limits, const uint8_t *seen, int64_t first) {
+    const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
+    __m512i limit = _mm512_load_si512(limits);
+    for (int key = 0; key < 32; key++) {
+        __mmask16 visible = seen[key] ? _mm512_cmpgt_epi32_mask(limit, _mm512_set1_epi32((int)first + key)) : 0;
+        _mm512_store_ps(scores[key], _mm512_mask_mov_ps(nothing, visible, _mm512_load_ps(scores[key])));
+    }
+}
+
+/* Move a block's m up to `peak` where that is higher, and scale what was taken relative to it: the sums, and the
+   weights of the step's first `groups` of 32 keys. */
+static inline void move(Scratch *s, int block, int groups, __m512 peak, const int dim) {
+    __m512 before = _mm512_load_ps(s->highest[block]), after = _mm512_max_ps(peak, before);
+    __m512 factor = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_sub_ps(before, after)));
+    _Alignas(64) float factors[16];
+    _mm512_store_ps(factors, factor);
+    _mm512_store_ps(s->highest[block], after);
+    _mm512_store_ps(s->total[block], _mm512_mul_ps(_mm512_load_ps(s->total[block]), factor));
+    for (int i = 0; i < 16; i++) {
+        __m512 by = _mm512_set1_ps(factors[i]);
+        for (int part = 0; part < dim / 16; part++) {
+            float *at = s->sums[block][part][i];
+            _mm512_store_ps(at, _mm512_mul_ps(_mm512_load_ps(at), by));
+        }
+        for (int group = 0; group < groups; group++) {
+            __m256i *at = (__m256i *)s->weights[block][group][i];
+            for (int half = 0; half < 2; half++)
+                _mm256_store_si256(at + half, rounded_half(_mm512_mul_ps(widened(_mm256_load_si256(at + half)), by)));
+        }
+    }
+}
+
+/* Scores of 32 keys to weights relative to m. If some sum shows that m is too low, it moves, and they are made anew. */
+static inline void weigh(Scratch *s, int slot, int block, int group, float scale, const int hiding, const int dim) {
+    const __m512 scaling = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-200.0f);
+    const float (*scores)[16] = (const float (*)[16])s->scores[slot];
+    for (;;) {
+        const __m512 highest = _mm512_load_ps(s->highest[block]);
+        __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512i v[16];
+        for (int i = 0; i < 16; i++) {
+            int key = i % 8 + i / 8 * 16;
+            __m512 low = _mm512_fmsub_ps(_mm512_load_ps(scores[key]), scaling, highest);
+            __m512 high = _mm512_fmsub_ps(_mm512_load_ps(scores[key + 8]), scaling, highest);
+            if (hiding) { /* -inf has no power */
+                low = _mm512_max_ps(lowest, low);
+                high = _mm512_max_ps(lowest, high);
+            }
+            low = power_of_two(low);
+            high = power_of_two(high);
+            totals[0] = _mm512_add_ps(totals[0], low);
+            totals[1] = _mm512_add_ps(totals[1], high);
+            v[i] = rounded(low, high);
+            if (i % 4 == 0) fetch_ahead(s, 4);
+        }
+        const __m512 total = _mm512_add_ps(totals[0], totals[1]);
+        if (!_mm512_cmp_ps_mask(total, _mm512_set1_ps(MOST), _CMP_GT_OQ)) {
+            _mm512_store_ps(s->total[block], _mm512_add_ps(_mm512_load_ps(s->total[block]), total));
+            transpose_keys(v);
+            for (int i = 0; i < 16; i++) _mm512_store_si512(s->weights[block][group][i], v[i]);
+            return;
+        }
+        __m512 peak = _mm512_load_ps(scores[0]);
+        for (int key = 1; key < 32; key++) peak = _mm512_max_ps(peak, _mm512_load_ps(scores[key]));
+        move(s, block, group, _mm512_mul_ps(peak, scaling), dim);
+    }
+}
+
+/* 32 dimensions of O += P . V for one block, or for two. */
+static inline void mix(Scratch *s, int block, const int two, int part, int count) {
+    _tile_loadd(0, s->sums[block][2 * part], 64);
+    _tile_loadd(1, s->sums[block][2 * part + 1], 64);
+    if (two) {
+        _tile_loadd(2, s->sums[block + 1][2 * part], 64);
+        _tile_loadd(3, s->sums[block + 1][2 * part + 1], 64);
+    }
+    for (int group = 0; group < count / 32; group++) {
+        _tile_loadd(6, s->values[group][0], 64);
+        _tile_loadd(7, s->values[group][1], 64);
+        _tile_loadd(4, s->weights[block][group], 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, s->weights[block + 1][group], 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        fetch_ahead(s, 16);
+    }
+    _tile_stored(0, s->sums[block][2 * part], 64);
+    _tile_stored(1, s->sums[block][2 * part + 1], 64);
+    if (two) {
+        _tile_stored(2, s->sums[block + 1][2 * part], 64);
+        _tile_stored(3, s->sums[block + 1][2 * part + 1], 64);
+    }
+}
+
+/* What a block's columns attended to, rounded once; zero for those that saw nothing. */
+static inline void give(const Scratch *s, int block, bf16 *out, int64_t column, int64_t columns, int64_t group,
+                        int64_t row_size, const int dim) {
+    const __m512i lower = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i upper = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    for (int i = 0; i < 16 && column + i < columns; i++) {
+        float total = s->total[block][i];
+        __m512 factor = _mm512_set1_ps(total == 0.0f ? 0.0f : 1.0f / total);
+        bf16 *at = out + (column + i) / group * row_size + (column + i) % group * dim;
+        for (int part = 0; part < dim / 32; part++) {
+            __m512 even = _mm512_mul_ps(_mm512_load_ps(s->sums[block][2 * part][i]), factor);
+            __m512 odd = _mm512_mul_ps(_mm512_load_ps(s->sums[block][2 * part + 1][i]), factor);
+            _mm512_storeu_si512(at + part * 32, rounded(_mm512_permutex2var_ps(even, lower, odd),
+                                                        _mm512_permutex2var_ps(even, upper, odd)));
+        }
+    }
+}
+
+/* What of a segment each column sees, and the lowest and highest for each block; returns the highest. */
+static inline int64_t look(Scratch *s, const Segment *segment, const int64_t *positions, int64_t column,
+                           int64_t columns, int64_t group) {
+    int64_t highest = 0;
+    for (int block = 0; column + block * 16 < columns; block++) {
+        int64_t low = segment->stop, high = 0;
+        for (int i = 0; i < 16; i++) {
+            int64_t at = column + block * 16 + i;
+            int64_t limit = positions[(at < columns ? at : columns - 1) / group] - segment->origin + 1;
+            limit = limit < segment->start ? 0 : limit < segment->stop ? limit : segment->stop;
+            s->limits[block][i] = (int32_t)limit;
+            low = limit < low ? limit : low;
+            high = limit > high ? limit : high;
+        }
+        s->lowest_limit[block] = low;
+        s->highest_limit[block] = high;
+        highest = high > highest ? high : highest;
+    }
+    return highest;
+}
+
+/* Which keys of a step some row may see; whether that is all of them. */
+static inline int see(Scratch *s, const Segment *segment, int64_t first, int64_t stop, int count) {
+    int all = 1;
+    for (int key = 0; key < count; key++) {
+        const int64_t token = first + key;
+        s->seen[key] = segment->start <= token && token < stop && !(segment->hidden && segment->hidden[token]);
+        all &= s->seen[key];
+    }
+    return all;
+}
+
+/* Where the step after this one is: of this segment from token `last` on, or the next segment's first. */
+static inline void look_ahead(Scratch *s, const Arguments *a, const Request *request, const Segment *segment,
+                              int64_t head, int64_t last, int64_t stop, const int dim) {
+    const Plan *plan = a->plan;
+    const int64_t page_size = plan->page_size;
+    s->ahead = s->ahead_end = s->then = s->then_end = NULL;
+    if (last >= stop) {
+        if (++segment == plan->segments + request->first_segment + request->segments) return;
+        last = segment->start / 32 * 32;
+        stop = segment->stop;
+    }
+    const int64_t inside = last % page_size;
+    int64_t keys = page_size - inside < STEP ? page_size - inside : STEP;
+    keys = keys < stop - last ? keys : (stop - last + 31) / 32 * 32;
+    const bf16 *next = a->kv + ((segment->pages[last / page_size] * plan->kv_heads + head) * page_size + inside) * dim;
+    s->ahead = (const char *)next;
+    s->ahead_end = s->ahead + keys / 32 * dim * 64;
+    s->then = (const char *)(next + a->pool_pages * plan->kv_heads * page_size * dim);
+    s->then_end = s->then + (s->ahead_end - s->ahead);
+}
+
+static inline void attend(const Arguments *a, const Task *task, Scratch *s, const int dim) {
+    const Plan *plan = a->plan;
+    const Request *request = plan->requests + task->request;
+    const int64_t head = task->head, column = task->column, group = plan->group, kv_heads = plan->kv_heads;
+    const int64_t columns = column + COLUMNS < request->rows * group ? column + COLUMNS : request->rows * group;
+    const int blocks = (int)((columns - column + 15) / 16);
+    const int64_t row_size = kv_heads * group * dim, page_size = plan->page_size;
+    const int64_t offset = request->first_row * row_size + head * group * dim;
+    const int64_t *positions = plan->positions + request->first_row;
+    const int64_t value_offset = a->pool_pages * kv_heads * page_size * dim;
+    const float scale = a->scale * 1.44269504f;
+
+    s->ahead = s->ahead_end = s->then = s->then_end = NULL;
+    for (int block = 0; block < blocks; block++) {
+        take_queries(s, block, a->queries + offset, column + block * 16, columns, group, row_size, dim);
+        for (int i = 0; i < dim / 16; i++)
+            for (int j = 0; j < 16; j++) _mm512_store_ps(s->sums[block][i][j], _mm512_setzero_ps());
+        _mm512_store_ps(s->highest[block], _mm512_set1_ps(NEVER));
+        _mm512_store_ps(s->total[block], _mm512_setzero_ps());
+    }
+    for (int64_t at = 0; at < request->segments; at++) {
+        const Segment *segment = plan->segments + request->first_segment + at;
+        const int64_t stop = look(s, segment, positions, column, columns, group);
+        if (stop <= segment->start) continue;
+        rotate(s, blocks, plan->angles + segment->angles, request->rows, column, group, dim);
+        const int64_t size = page_size < STEP ? page_size : STEP;
+        for (int64_t first = segment->start / 32 * 32; first < stop;) {
+            const int64_t page = first / page_size, inside = first % page_size;
+            int64_t last = (first / size + 1) * size; /* whole groups of 32 keys, to the step's end or the last seen */
+            last = last < stop ? last : (stop + 31) / 32 * 32;
+            const int count = (int)(last - first);
+            const int64_t tile = (segment->pages[page] * kv_heads + head) * page_size + inside;
+            const bf16 *keys = a->kv + tile * dim, *values = keys + value_offset;
+            look_ahead(s, a, request, segment, head, last, stop, dim);
+            const int all_seen = see(s, segment, first, stop, count);
+            for (int group = 0; group < count / 32; group++)
+                for (int block = 0; block < blocks; block += 2) {
+                    const int two = block + 1 < blocks;
+                    const bf16 *at = keys + group * 32 * dim;
+                    if (two)
+                        score(s, block, 1, at, dim);
+                    else
+                        score(s, block, 0, at, dim);
+                    for (int slot = 0; slot < 1 + two; slot++) {
+                        if (all_seen && last <= s->lowest_limit[block + slot]) {
+                            weigh(s, slot, block + slot, group, scale, 0, dim);
+                        } else {
+                            hide(s->scores[slot], s->limits[block + slot], s->seen + group * 32, first + group * 32);
+                            weigh(s, slot, block + slot, group, scale, 1, dim);
+                        }
+                    }
+                }
+            for (int part = 0; part < dim / 32; part++) {
+                take_values(s, values + part * 32, count, all_seen, dim);
+                for (int block = 0; block < blocks; block += 2) {
+                    if (block + 1 < blocks)
+                        mix(s, block, 1, part, count);
+                    else
+                        mix(s, block, 0, part, count);
+                }
+            }
+            first = last;
+        }
+    }
+    for (int block = 0; block < blocks; block++)
+        give(s, block, a->out + offset, column + block * 16, columns, group, row_size, dim);
+}
+
+/* Attention of all requests; the threads take the plan's tasks in order. */
+void attention(void *pointer, int thread, int threads) {
+    Arguments *a = pointer;
+    Scratch scratch;
+    (void)thread;
+    (void)threads;
+    const unsigned state = _mm_getcsr();
+    _mm_setcsr(state | 0x8040); /* numbers below 2^-126 are zero: else each costs the core a detour of 100 cycles */
+    full_tiles();
+    for (long next; (next = atomic_fetch_add(&a->next, 1)) < a->plan->tasks_count;) {
+        const Task *task = a->plan->tasks + next;
+        if (a->plan->head_dim == 128)
+            attend(a, task, &scratch, 128);
+        else if (a->plan->head_dim == 64)
+            attend(a, task, &scratch, 64);
+        else
+            attend(a, task, &scratch, (int)a->plan->head_dim);
+    }
+    _tile_release();
+    _mm_setcsr(state);
+}
+
+/* Fill in a plan's angles and tasks. Tables: [table_rows, head_dim / 2]. Gives the highest page id; -1 if some position
+   in a segment's frame is not in the tables, -2 if some page id is negative. */
+int64_t attention_plan(const Plan *plan, const float *cosines, const float *sines, int64_t table_rows) {
+    const int64_t half = plan->head_dim / 2;
+    int64_t highest = 0, tasks = 0;
+    for (int64_t at = 0; at < plan->requests_count; at++) {
+        const Request *request = plan->requests + at;
+        for (int64_t head = 0; head < plan->kv_heads; head++)
+            for (int64_t column = 0; column < request->rows * plan->group; column += COLUMNS)
+                plan->tasks[tasks++] = (Task){at, head, column};
+        for (int64_t index = 0; index < request->segments; index++) {
+            const Segment *segment = plan->segments + request->first_segment + index;
+            for (int64_t page = segment->start / plan->page_size; page * plan->page_size < segment->stop; page++) {
+                if (segment->pages[page] < 0) return -2;
+                highest = segment->pages[page] > highest ? segment->pages[page] : highest;
+            }
+            for (int64_t row = 0; row < request->rows; row++) {
+                /* A row before a segment's frame sees none of its keys, so any rotation will do. */
+                int64_t position = plan->positions[request->first_row + row] - segment->origin;
+                position = position < 0 ? 0 : position;
+                if (position >= table_rows) return -1;
+                float *angles = plan->angles + segment->angles + row;
+                for (int64_t i = 0; i < half; i++) {
+                    angles[(i / 2 * 4 + i % 2) * request->rows] = cosines[position * half + i];
+                    angles[(i / 2 * 4 + i % 2 + 2) * request->rows] = sines[position * half + i];
+                }
+            }
+        }
+    }
+    return highest;
+}

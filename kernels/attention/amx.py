@@ -1,0 +1,189 @@
+"""Grouped-query attention over segments on a CPU with Intel's AMX: planned once per pass, one call into C per layer."""
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from braidsdk.kernels import native
+from braidsdk.kernels.launch import check_shape
+from braidsdk.kernels.paging import Request
+from braidsdk.kernels.rope import RotaryTable
+
+HEAD_DIMS = (32, 64, 96, 128)
+
+_COLUMNS = 128
+"""Query rows of a task, as amx.c has it."""
+
+_READ_PAST = 16
+"""Numbers behind the last angles that amx.c may read, and multiplies by zero."""
+
+
+def _int64s(*names: str) -> tuple[tuple[str, type[ctypes.c_int64]], ...]:
+    return tuple((name, ctypes.c_int64) for name in names)
+
+
+def _pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
+    return tuple((name, ctypes.c_void_p) for name in names)
+
+
+class _Plan(ctypes.Structure):
+    """`Plan` of amx.c."""
+
+    _fields_ = (
+        *_int64s("requests_count", "tasks_count", "kv_heads", "page_size", "head_dim", "group"),
+        *_pointers("positions", "requests", "segments", "angles", "tasks"),
+    )
+
+
+class _Arguments(ctypes.Structure):
+    """`Arguments` of amx.c."""
+
+    _fields_ = (
+        *_pointers("plan", "queries", "out", "kv"),
+        ("pool_pages", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("next", ctypes.c_long),
+    )
+
+
+@dataclass(frozen=True)
+class AmxPlan:
+    """All requests of a pass.
+
+    Attributes:
+        tokens: rows of the batch.
+        planned: rows of requests; the others are zero.
+        pages: that all segments take, those of several requests counted for each.
+        highest_page: page id.
+        c: the plan as amx.c takes it.
+        kept: what its pointers point to.
+    """
+
+    tokens: int
+    planned: int
+    pages: int
+    highest_page: int
+    c: _Plan
+    kept: tuple[object, ...]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    made = native.library(Path(__file__).with_suffix(".c"))
+    made.attention_plan.argtypes = [ctypes.POINTER(_Plan), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    made.attention_plan.restype = ctypes.c_int64
+    return made
+
+
+def plan_for_amx(
+    positions: Tensor,
+    requests: Sequence[Request],
+    rotary: RotaryTable,
+    *,
+    limit: int,
+    page_size: int,
+    group: int,
+    kv_heads: int,
+    dtype: torch.dtype,
+) -> AmxPlan:
+    """Plan a pass on a CPU; arguments as in `op.plan_attention`.
+
+    Raises:
+        RuntimeError: C kernels can't run here.
+        ValueError: they don't take this geometry or dtype, a segment has not the pages that its slice needs,
+            or a position is not below `limit`.
+    """
+    if reason := native.obstacle():
+        raise RuntimeError(f"attention: path='amx' can't run here: {reason}; pass path='torch'.")
+    cos, sin = rotary.table(limit)
+    head_dim = 2 * cos.shape[1]
+    if (dtype, cos.dtype, positions.device.type) != (torch.bfloat16, torch.float32, "cpu"):
+        got = f"{dtype} with angles in {cos.dtype} on {positions.device}"
+        raise ValueError(f"attention: path='amx' takes bfloat16 with angles in float32 on the CPU, got {got}.")
+    if head_dim not in HEAD_DIMS or page_size % 32:
+        got = f"{head_dim} and {page_size}"
+        raise ValueError(
+            f"attention: path='amx' takes a head_dim of {HEAD_DIMS} and pages of a multiple of 32 tokens, got {got}."
+        )
+    positions = positions.contiguous()
+    rows, segments, kept = array("q"), array("q"), []
+    angles = tasks = planned = pages = 0
+    for request in requests:
+        count = request.rows.stop - request.rows.start
+        if count <= 0:
+            continue
+        if not 0 <= request.rows.start <= len(positions) - count:
+            raise ValueError(f"attention: expected rows among {len(positions)} tokens, got {request.rows}.")
+        planned += count
+        tasks += kv_heads * -(-count * group // _COLUMNS)
+        first = len(segments) // 6
+        for segment in request.segments:
+            if segment.stop <= segment.start:
+                continue
+            needed = -(-segment.stop // page_size)
+            table, hidden = segment.pages.contiguous(), segment.hidden
+            if len(table) < needed or table.dtype != torch.int64:
+                got = f"{len(table)} of {table.dtype}"
+                raise ValueError(f"attention: expected {needed} int64 page ids for a segment, got {got}.")
+            if hidden is not None:
+                hidden = torch.nn.functional.pad(hidden, (0, max(0, segment.stop - len(hidden)))).contiguous()
+            kept += [table, hidden]
+            pages += needed - segment.start // page_size
+            address = 0 if hidden is None else hidden.data_ptr()
+            segments.extend((segment.origin, segment.start, segment.stop, table.data_ptr(), address, angles))
+            angles += head_dim * count
+        rows.extend((request.rows.start, count, first, len(segments) // 6 - first))
+    angles_of_all, tasks_of_all = torch.zeros(angles + _READ_PAST), torch.empty(3 * tasks, dtype=torch.int64)
+    plan = _Plan(
+        len(rows) // 4,
+        tasks,
+        kv_heads,
+        page_size,
+        head_dim,
+        group,
+        positions.data_ptr(),
+        rows.buffer_info()[0],
+        segments.buffer_info()[0],
+        angles_of_all.data_ptr(),
+        tasks_of_all.data_ptr(),
+    )
+    highest = _library().attention_plan(ctypes.byref(plan), cos.data_ptr(), sin.data_ptr(), len(cos))
+    if highest < 0:
+        found = f"a position in a segment's frame that is not below {limit}" if highest == -1 else "a negative page id"
+        raise ValueError(f"attention: found {found}.")
+    kept_alive = (positions, rows, segments, angles_of_all, tasks_of_all, *kept)
+    return AmxPlan(len(positions), planned, pages, highest, plan, kept_alive)
+
+
+def cascade_attention_amx(queries: Tensor, plan: AmxPlan, kv: Tensor, scale: float) -> Tensor:
+    """What `cascade_attention_reference` computes, for bfloat16; arguments as there.
+
+    Raises:
+        ValueError: shapes are not those that were planned, a dtype is not bfloat16, a tensor is not contiguous or not
+            on the CPU, or the scale is not positive.
+    """
+    c = plan.c
+    for name, tensor, shape in (
+        ("queries", queries, (plan.tokens, c.kv_heads * c.group, c.head_dim)),
+        ("kv", kv, (2, kv.shape[1], c.kv_heads, c.page_size, c.head_dim)),
+    ):
+        if tensor.shape != shape:
+            check_shape("attention", name, tensor, *shape)
+        if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or not tensor.is_contiguous():
+            got = f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+            raise ValueError(f"attention: path='amx' takes contiguous bfloat16 tensors on the CPU, got {got}.")
+    if plan.highest_page >= kv.shape[1] or scale <= 0:
+        got = f"page {plan.highest_page} of {kv.shape[1]}, scale {scale}"
+        raise ValueError(f"attention: expected pages of the memory and a positive scale, got {got}.")
+    out = torch.empty_like(queries) if plan.planned == plan.tokens else torch.zeros_like(queries)
+    arguments = _Arguments(
+        ctypes.addressof(c), queries.data_ptr(), out.data_ptr(), kv.data_ptr(), kv.shape[1], scale, 0
+    )
+    native.parallel(_library().attention, arguments)
+    return out

@@ -1,0 +1,178 @@
+"""Kernels in C for CPUs with Intel's AMX: compiled on first use with the user's C compiler, loaded through ctypes.
+
+What was compiled is kept in `$XDG_CACHE_HOME/braidsdk/native`, or `~/.cache/braidsdk/native`, by the hash of all that
+it was made of.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FEATURES = (
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+    "fma",
+)
+"""What the kernels use, as /proc/cpuinfo names it."""
+
+FLAGS = (
+    "-std=c11",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    *(f"-m{feature.replace('avx512_', 'avx512').replace('_', '-')}" for feature in FEATURES),
+)
+"""Machine flags are spelled out, so that what is kept runs on every machine with these features."""
+
+_FOLDER = Path(__file__).resolve().parent
+_OPENMP = ("libgomp", "libiomp5", "libomp")
+
+
+class _Runtime(ctypes.Structure):
+    """`Runtime` of native.c: functions of the OpenMP library that torch has loaded."""
+
+    _fields_ = (("parallel", ctypes.c_void_p), ("thread", ctypes.c_void_p), ("threads", ctypes.c_void_p))
+
+
+@cache
+def cpu_obstacle() -> str | None:
+    """Why this machine's CPU can't run the kernels, whatever is installed; None if it can."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError as error:
+        return f"/proc/cpuinfo can't be read ({error.strerror})"
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    missing = [feature for feature in FEATURES if feature not in flags]
+    return f"this CPU lacks {', '.join(missing)}" if missing else None
+
+
+@cache
+def obstacle() -> str | None:
+    """Why C kernels can't run here; None if they can. The first call on a machine compiles all of them."""
+    if reason := cpu_obstacle():
+        return reason
+    try:
+        if library(_FOLDER / "native.c").braid_permit_tiles():
+            return "Linux does not grant AMX's tiles to this process; they need Linux 5.16"
+        for source in sorted(_FOLDER.rglob("*.c")):
+            library(source)  # now, where a fault leaves time for another path
+        _runtime()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@cache
+def library(source: Path) -> ctypes.CDLL:
+    """A C file's functions, compiled unless it was before. It may include "amx.h" and the headers beside it.
+
+    Raises:
+        RuntimeError: there is no C compiler, it does not compile, or what it makes can't be kept.
+    """
+    compiler = _compiler()
+    made_of = hashlib.sha256("\0".join((*compiler, _version(compiler), *FLAGS)).encode())
+    for file in (source, *sorted({*_FOLDER.glob("*.h"), *source.parent.glob("*.h")})):
+        made_of.update(file.read_bytes())
+    name = source.stem if source.parent == _FOLDER else f"{source.parent.name}-{source.stem}"
+    folder = _cache_folder()
+    built = folder / f"{name}-{made_of.hexdigest()[:24]}.so"
+    try:
+        if not built.exists():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _compile(compiler, source, Path(scratch) / built.name)
+                (Path(scratch) / built.name).replace(built)  # whole or not at all, whoever else compiles it meanwhile
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise RuntimeError(
+            f"compiled C kernels can't be kept in {folder} ({error}); set XDG_CACHE_HOME to another folder"
+        ) from error
+
+
+def parallel(function: "ctypes._NamedFuncPointer", arguments: ctypes.Structure, threads: int | None = None) -> None:
+    """Run `void function(void *arguments, int thread, int threads)` on torch's own threads, once on each.
+
+    Args:
+        function: of a `library`. It must give the same for every number of threads: there may be fewer than asked for.
+        arguments: what it takes. The memory under its pointers must stay until this returns.
+        threads: how many; None for `torch.get_num_threads()`.
+    """
+    address = ctypes.cast(function, ctypes.c_void_p)
+    _starter()(_runtime(), address, ctypes.byref(arguments), threads or torch.get_num_threads())
+
+
+@cache
+def _starter() -> "ctypes._NamedFuncPointer":
+    start = library(_FOLDER / "native.c").braid_parallel
+    start.argtypes = [ctypes.POINTER(_Runtime), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
+    start.restype = None
+    return start
+
+
+@cache
+def _runtime() -> _Runtime:
+    """The OpenMP library of torch: a second one would have threads of its own, and the two would wait on each other.
+
+    Raises:
+        RuntimeError: torch has none.
+    """
+    loaded = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    mine = sorted(path for path in loaded if Path(path).name.startswith(_OPENMP))
+    beside_torch = [path for path in mine if Path(path).is_relative_to(Path(torch.__file__).parent)]
+    for path in (*beside_torch, *mine):
+        openmp = ctypes.CDLL(path)
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        if all(hasattr(openmp, name) for name in names):
+            return _Runtime(*(ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in names))
+    raise RuntimeError("torch runs without an OpenMP library here; install torch's own wheel")
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "braidsdk" / "native"
+
+
+def _compiler() -> list[str]:
+    given = shlex.split(os.environ.get("CC", ""))
+    for command in (given,) if given else (["cc"], ["gcc"], ["clang"]):
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    raise RuntimeError(
+        f"the C compiler {given[0]!r} of $CC was not found" if given else "there is no C compiler; install gcc or clang"
+    )
+
+
+@cache
+def _version_of(command: tuple[str, ...]) -> str:
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout.partition("\n")[0]
+
+
+def _version(compiler: list[str]) -> str:
+    return _version_of(tuple(compiler))
+
+
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
+    command = [*compiler, *FLAGS, f"-I{_FOLDER}", "-o", str(target), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
+        raise RuntimeError(f"{compiler[0]} can't compile {source.name} (gcc 11 or clang 12 can):\n{said}")

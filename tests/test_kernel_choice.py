@@ -1,0 +1,73 @@
+"""Which kernels a model takes on a CPU."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+
+from braidsdk import Braid
+from braidsdk.errors import InputError
+from braidsdk.kernel_choice import KernelsWarning
+from braidsdk.kernels import native
+from braidsdk.kernels.paths import AMX, TORCH, Paths
+
+needs_amx = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+
+
+def paths(store: Path, kernels: str | None = None, dtype: str = "bfloat16") -> Paths:
+    with Braid("braid-tiny", store=store, device="cpu", dtype=dtype, kernels=kernels) as braid:
+        return braid._engine.model.paths
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: str | None, all_told: str | None) -> None:
+    monkeypatch.setattr(native, "cpu_obstacle", lambda: cpu)
+    monkeypatch.setattr(native, "obstacle", lambda: all_told)
+
+
+@needs_amx
+def test_bfloat16_takes_c_kernels_where_there_is_amx(tmp_path: Path) -> None:
+    assert paths(tmp_path) == paths(tmp_path, "amx") == AMX
+    assert paths(tmp_path, "torch") == paths(tmp_path, dtype="float32") == TORCH
+    assert paths(tmp_path, "auto,attention=torch").attention == "torch"
+    assert paths(tmp_path, "torch,attention=amx") == Paths(attention="amx")
+
+
+@needs_amx
+def test_the_path_is_taken_and_changes_no_answer(tmp_path: Path) -> None:
+    answers = []
+    for kernels in ("amx", "torch"):
+        with Braid("braid-tiny", store=tmp_path, device="cpu", dtype="bfloat16", kernels=kernels) as braid:
+            rules = braid.register_system("You answer questions from the documents.")
+            document = braid.register("The capital of Aistonia is Zorbin.")
+            answers.append(str(braid.ask("What is the capital of Aistonia?", chunks=[rules, document])))
+    assert answers == ["Zorbin.", "Zorbin."]
+
+
+def test_a_cpu_without_amx_takes_torch_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cpu="this CPU lacks amx_bf16", all_told="this CPU lacks amx_bf16")
+    assert paths(tmp_path) == TORCH
+    with pytest.raises(InputError, match="kernels='amx' can't run here: this CPU lacks amx_bf16"):
+        paths(tmp_path, "amx")
+
+
+def test_amx_without_a_compiler_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, cpu=None, all_told="there is no C compiler; install gcc or clang")
+    with pytest.warns(KernelsWarning, match="install gcc") as said:
+        assert paths(tmp_path) == TORCH
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert paths(tmp_path, "torch") == paths(tmp_path, dtype="float32") == TORCH
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_other_dtypes_are_refused_by_name(tmp_path: Path, dtype: str) -> None:
+    with pytest.raises(InputError, match=f"in torch.{dtype}; they take bfloat16"):
+        paths(tmp_path, "amx", dtype)
+
+
+def test_triton_still_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="kernels='triton' can't run here: the model is on cpu"):
+        paths(tmp_path, "triton")
+    with pytest.raises(InputError, match="'auto', 'triton', 'amx' or 'torch'"):
+        paths(tmp_path, "cuda")
