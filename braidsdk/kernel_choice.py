@@ -76,15 +76,20 @@ def obstacle(model: Model) -> str | None:
     return None
 
 
-def amx_obstacle(model: Model) -> str | None:
-    """Why the C kernels can't run this model; None if they can."""
+def _not_for_amx(model: Model) -> str | None:
+    """Why the C kernels would not run this model on any machine."""
     if model.device.type != "cpu":
         return f"the model is on {model.device}; they run on the CPU"
     if model.dtype != torch.bfloat16:
         return f"the model is in {model.dtype}; they take bfloat16"
     if model.config.head_dim not in HEAD_DIMS:
         return f"the model's head_dim is {model.config.head_dim}; they take {', '.join(map(str, HEAD_DIMS))}"
-    return native.obstacle()
+    return None
+
+
+def amx_obstacle(model: Model) -> str | None:
+    """Why the C kernels can't run this model here; None if they can. The first time it compiles them."""
+    return _not_for_amx(model) or native.obstacle()
 
 
 def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
@@ -97,7 +102,8 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
     Raises:
         InputError: "triton" or "amx" was asked for where it can't run.
     """
-    reasons = {"triton": obstacle(model), "amx": amx_obstacle(model)}
+    asked = {"auto", "amx"} & set(wanted.values())
+    reasons = {"triton": obstacle(model), "amx": amx_obstacle(model) if asked else "torch was asked for"}
     for path, reason in reasons.items():
         if reason and path in wanted.values():
             raise InputError(f"kernels={path!r} can't run here: {reason}. Use kernels='auto'.")
@@ -106,7 +112,7 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
             warnings.warn(
                 f"Running on torch's kernels, which are slower: {reasons['triton']}.", KernelsWarning, stacklevel=4
             )
-        return _cpu_paths(wanted, reasons["amx"])
+        return _cpu_paths(wanted, model, reasons["amx"])
     troubles = _troubles(model) if "auto" in wanted.values() else {}
     fallen = {op: troubles[op] for op, choice in wanted.items() if choice == "auto" and op in troubles}
     if fallen:
@@ -122,10 +128,10 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
     return Paths(**paths)
 
 
-def _cpu_paths(wanted: dict[str, str], reason: str | None) -> Paths:
+def _cpu_paths(wanted: dict[str, str], model: Model, reason: str | None) -> Paths:
     """Where Triton's kernels can't run: the C kernels, unless there is a reason against them."""
-    if reason and reason == native.obstacle() != native.cpu_obstacle() and "auto" in wanted.values():
-        # The processor could, and something else is missing.
+    could = _not_for_amx(model) is None and native.cpu_obstacle() is None
+    if reason and could and "auto" in wanted.values():
         warnings.warn(f"Running on torch's kernels, which are slower: {reason}.", KernelsWarning, stacklevel=5)
     by_op: dict[str, Path] = {
         op: "torch" if reason or choice == "torch" else getattr(AMX, op) for op, choice in wanted.items()

@@ -37,11 +37,13 @@ FLAGS = (
     "-fPIC",
     "-Wall",
     "-Wextra",
+    "-ffp-contract=off",
     *(f"-m{feature.replace('avx512_', 'avx512').replace('_', '-')}" for feature in FEATURES),
 )
 """Machine flags are spelled out, so that what is kept runs on every machine with these features."""
 
 _FOLDER = Path(__file__).resolve().parent
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 
 
@@ -72,11 +74,11 @@ def obstacle() -> str | None:
         return reason
     try:
         if library(_FOLDER / "native.c").braid_permit_tiles():
-            return "Linux does not grant AMX's tiles to this process; they need Linux 5.16"
+            return "Linux does not grant AMX's tiles to this process: it is older than 5.16, or a sandbox forbids them"
         for source in sorted(_FOLDER.rglob("*.c")):
             library(source)  # now, where a fault leaves time for another path
         _runtime()
-    except RuntimeError as error:
+    except (RuntimeError, OSError, ValueError) as error:
         return str(error)
     return None
 
@@ -96,16 +98,34 @@ def library(source: Path) -> ctypes.CDLL:
     folder = _cache_folder()
     built = folder / f"{name}-{made_of.hexdigest()[:24]}.so"
     try:
-        if not built.exists():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
+        if not _whole(built):
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                _compile(compiler, source, Path(scratch) / built.name)
-                (Path(scratch) / built.name).replace(built)  # whole or not at all, whoever else compiles it meanwhile
+                made = Path(scratch) / built.name
+                _compile(compiler, source, made)
+                code = made.read_bytes()
+                made.write_bytes(code + hashlib.sha256(code).digest())
+                made.replace(built)  # at once, whoever else compiles it meanwhile
         return ctypes.CDLL(str(built))
     except OSError as error:
         raise RuntimeError(
             f"compiled C kernels can't be kept in {folder} ({error}); set XDG_CACHE_HOME to another folder"
         ) from error
+
+
+def _whole(built: Path) -> bool:
+    """Whether a kept file is there and ends in the digest of the rest: loading half a file would end the process."""
+    code = built.read_bytes() if built.exists() else b""
+    return hashlib.sha256(code[:-_DIGEST_BYTES]).digest() == code[-_DIGEST_BYTES:]
+
+
+def _check_owner(folder: Path) -> None:
+    status = folder.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise RuntimeError(
+            f"others could write to {folder}, where compiled C kernels are kept; set XDG_CACHE_HOME to your own folder"
+        )
 
 
 def parallel(function: "ctypes._NamedFuncPointer", arguments: ctypes.Structure, threads: int | None = None) -> None:
@@ -137,7 +157,7 @@ def _runtime() -> _Runtime:
     """
     loaded = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
     mine = sorted(path for path in loaded if Path(path).name.startswith(_OPENMP))
-    beside_torch = [path for path in mine if Path(path).is_relative_to(Path(torch.__file__).parent)]
+    beside_torch = [path for path in mine if Path(path).is_relative_to(Path(torch.__file__).resolve().parent)]
     for path in (*beside_torch, *mine):
         openmp = ctypes.CDLL(path)
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
@@ -162,7 +182,7 @@ def _compiler() -> list[str]:
 
 @cache
 def _version_of(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, errors="replace", check=False)
     return done.stdout.partition("\n")[0]
 
 
@@ -171,8 +191,8 @@ def _version(compiler: list[str]) -> str:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    command = [*compiler, *FLAGS, f"-I{_FOLDER}", "-o", str(target), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*compiler, *FLAGS, f"-I{_FOLDER}", "-o", str(target), str(source), "-lm"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
         raise RuntimeError(f"{compiler[0]} can't compile {source.name} (gcc 11 or clang 12 can):\n{said}")

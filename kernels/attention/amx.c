@@ -9,6 +9,7 @@
      O [columns, dims] += P . V       A: P, transposed while it is rounded to bf16; B: V, two keys interleaved */
 #include "../amx.h"
 
+#include <float.h>
 #include <stdatomic.h>
 
 enum {
@@ -73,7 +74,7 @@ typedef struct {
     const char *then, *then_end;   /* its values, until all keys were */
 } Scratch;
 
-static const float NEVER = -1e30f;
+static const float NEVER = -FLT_MAX;
 /* The weights of 32 keys may add up to so much before m moves and the sums are scaled anew. */
 static const float MOST = 1024.0f;
 
@@ -257,10 +258,10 @@ static inline void hide(float (*scores)[16], const int32_t *limits, const uint8_
     }
 }
 
-/* Move a block's m up to `peak` where that is higher, and scale what was taken relative to it: the sums, and the
+/* Move a block's m up to the whole number that `peak` is not above, where that is higher, and, by a power of 2, scale what was taken relative to it: the sums, and the
    weights of the step's first `groups` of 32 keys. */
 static inline void move(Scratch *s, int block, int groups, __m512 peak, const int dim) {
-    __m512 before = _mm512_load_ps(s->highest[block]), after = _mm512_max_ps(peak, before);
+    __m512 before = _mm512_load_ps(s->highest[block]), after = _mm512_max_ps(_mm512_roundscale_ps(peak, 10), before);
     __m512 factor = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_sub_ps(before, after)));
     _Alignas(64) float factors[16];
     _mm512_store_ps(factors, factor);
@@ -280,7 +281,8 @@ static inline void move(Scratch *s, int block, int groups, __m512 peak, const in
     }
 }
 
-/* Scores of 32 keys to weights relative to m. If some sum shows that m is too low, it moves, and they are made anew. */
+/* Scores of 32 keys to weights relative to m. If some sum shows that m is too low, it moves, and they are made anew.
+   Scaled scores are rounded as m is, so that none lies above it then, however large they are. */
 static inline void weigh(Scratch *s, int slot, int block, int group, float scale, const int hiding, const int dim) {
     const __m512 scaling = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-200.0f);
     const float (*scores)[16] = (const float (*)[16])s->scores[slot];
@@ -290,8 +292,8 @@ static inline void weigh(Scratch *s, int slot, int block, int group, float scale
         __m512i v[16];
         for (int i = 0; i < 16; i++) {
             int key = i % 8 + i / 8 * 16;
-            __m512 low = _mm512_fmsub_ps(_mm512_load_ps(scores[key]), scaling, highest);
-            __m512 high = _mm512_fmsub_ps(_mm512_load_ps(scores[key + 8]), scaling, highest);
+            __m512 low = _mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores[key]), scaling), highest);
+            __m512 high = _mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores[key + 8]), scaling), highest);
             if (hiding) { /* -inf has no power */
                 low = _mm512_max_ps(lowest, low);
                 high = _mm512_max_ps(lowest, high);

@@ -17,8 +17,8 @@ from braidsdk.kernels.rope import RotaryTable
 
 HEAD_DIMS = (32, 64, 96, 128)
 
-_COLUMNS = 128
-"""Query rows of a task, as amx.c has it."""
+_COLUMNS = _STEP = 128
+"""Query rows of a task, and keys of a step, as amx.c has them."""
 
 _READ_PAST = 16
 """Numbers behind the last angles that amx.c may read, and multiplies by zero."""
@@ -106,12 +106,13 @@ def plan_for_amx(
     if (dtype, cos.dtype, positions.device.type) != (torch.bfloat16, torch.float32, "cpu"):
         got = f"{dtype} with angles in {cos.dtype} on {positions.device}"
         raise ValueError(f"attention: path='amx' takes bfloat16 with angles in float32 on the CPU, got {got}.")
-    if head_dim not in HEAD_DIMS or page_size % 32:
+    if head_dim not in HEAD_DIMS or page_size % 32 or (page_size > _STEP and page_size % _STEP):
         got = f"{head_dim} and {page_size}"
         raise ValueError(
-            f"attention: path='amx' takes a head_dim of {HEAD_DIMS} and pages of a multiple of 32 tokens, got {got}."
+            f"attention: path='amx' takes a head_dim of {HEAD_DIMS} and pages of 32, 64, 96 tokens or a multiple "
+            f"of {_STEP}, got {got}."
         )
-    positions = positions.contiguous()
+    positions = positions.to(torch.int64).contiguous()
     rows, segments, kept = array("q"), array("q"), []
     angles = tasks = planned = pages = 0
     for request in requests:
@@ -128,18 +129,21 @@ def plan_for_amx(
                 continue
             needed = -(-segment.stop // page_size)
             table, hidden = segment.pages.contiguous(), segment.hidden
-            if len(table) < needed or table.dtype != torch.int64:
-                got = f"{len(table)} of {table.dtype}"
-                raise ValueError(f"attention: expected {needed} int64 page ids for a segment, got {got}.")
+            if len(table) < needed or table.dtype != torch.int64 or not table.is_cpu:
+                got = f"{len(table)} of {table.dtype} on {table.device}"
+                raise ValueError(f"attention: expected {needed} int64 page ids on the CPU for a segment, got {got}.")
             if hidden is not None:
-                hidden = torch.nn.functional.pad(hidden, (0, max(0, segment.stop - len(hidden)))).contiguous()
+                hidden = torch.nn.functional.pad(hidden.cpu(), (0, max(0, segment.stop - len(hidden)))).contiguous()
             kept += [table, hidden]
             pages += needed - segment.start // page_size
             address = 0 if hidden is None else hidden.data_ptr()
             segments.extend((segment.origin, segment.start, segment.stop, table.data_ptr(), address, angles))
             angles += head_dim * count
         rows.extend((request.rows.start, count, first, len(segments) // 6 - first))
-    angles_of_all, tasks_of_all = torch.zeros(angles + _READ_PAST), torch.empty(3 * tasks, dtype=torch.int64)
+    angles_of_all, tasks_of_all = (
+        torch.zeros(angles + _READ_PAST, dtype=torch.float32, device="cpu"),
+        torch.empty(3 * tasks, dtype=torch.int64, device="cpu"),
+    )
     plan = _Plan(
         len(rows) // 4,
         tasks,

@@ -309,14 +309,14 @@ static void finish_sums(const Arguments *a, const Finished *f) {
     }
 }
 
-/* silu(gate) * up, where silu(x) = x / (1 + e^-x): e^-x is bounded, so that it stays finite. */
+/* silu(gate) * up, where silu(x) = x / (1 + e^-x): x is bounded below, so that e^-x stays finite. */
 static void finish_gates(const Arguments *a, const Finished *f) {
     __mmask16 real = lanes(a->outputs - f->first);
     for (int64_t row = 0; row < f->rows; row++) {
         const float *product = f->product + row * f->width;
         ask_share(f, row);
-        __m512 gate = _mm512_loadu_ps(product), up = _mm512_loadu_ps(product + TILE);
-        __m512 power = exponential(_mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_sub_ps(_mm512_setzero_ps(), gate)));
+        __m512 gate = _mm512_max_ps(_mm512_set1_ps(-88.0f), _mm512_loadu_ps(product)); /* NaN stays NaN */
+        __m512 up = _mm512_loadu_ps(product + TILE), power = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
         __m512 silu = _mm512_div_ps(gate, _mm512_add_ps(power, _mm512_set1_ps(1.0f)));
         store((bf16 *)a->out + (f->row + row) * a->outputs + f->first, _mm512_mul_ps(silu, up), real);
     }

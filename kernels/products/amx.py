@@ -1,7 +1,6 @@
 """The linear operations on a CPU with AMX: checks, and the launch of amx.c."""
 
 import ctypes
-import threading
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +130,7 @@ def norm_head_amx(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> Ten
     _check(op, hidden, norm, head)
     check_shape(op, "norm", norm, size)
     check_shape(op, "head", head, vocab, size)
-    out = torch.empty(rows, vocab, dtype=torch.float32)
+    out = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")
     _run(
         kind=_LOGITS,
         rows=rows,
@@ -166,6 +165,12 @@ def _check_as(op: str, dtype: torch.dtype, *tensors: Tensor) -> None:
             raise ValueError(f"{op}: path='amx' needs contiguous tensors of {dtype} on the CPU, got {got}.")
 
 
+_NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+_free: list[Tensor] = []
+"""Scratch memory that no call uses: as many pieces as calls ever ran at once."""
+
+
 def _run(**given: Any) -> None:
     """Compute products on all threads; tensors are given by their addresses."""
     if not given["rows"]:
@@ -175,8 +180,13 @@ def _run(**given: Any) -> None:
     threads = torch.get_num_threads()
     c = _library()
     arguments.scratch_bytes = c.braid_scratch_bytes(ctypes.byref(arguments))
-    arguments.scratch = _scratch(threads * arguments.scratch_bytes).data_ptr()
+    size = threads * arguments.scratch_bytes
+    scratch = _free.pop() if _free else _NOTHING  # one pop, one thread: lists see to that
+    if len(scratch) < size:
+        scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+    arguments.scratch = scratch.data_ptr()
     native.parallel(c.braid_products, arguments, threads)
+    _free.append(scratch)
 
 
 @cache
@@ -187,18 +197,3 @@ def _library() -> ctypes.CDLL:
     c.braid_largest.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     c.braid_largest.restype = ctypes.c_int64
     return c
-
-
-class _Kept(threading.local):
-    """Scratch memory of one thread of Python's: two of them may each compute."""
-
-    memory = torch.empty(0, dtype=torch.uint8)
-
-
-_kept = _Kept()
-
-
-def _scratch(size: int) -> Tensor:
-    if len(_kept.memory) < size:
-        _kept.memory = torch.empty(size, dtype=torch.uint8)
-    return _kept.memory

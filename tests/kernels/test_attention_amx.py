@@ -177,10 +177,48 @@ def test_scores_that_grow_from_key_to_key(assert_as_good: Callable[..., None]) -
     assert_as_good(results)
 
 
-def test_scores_beyond_reason_stay_finite() -> None:
-    made = Case(2, 2, 128, size=1e4)
+@pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e17])
+def test_scores_beyond_reason_stay_finite(size: float) -> None:
+    made = Case(2, 2, 128, size=size)
     made.ask([PagedSegment(made.entry(300), 0, 300, 0)], list(range(260, 300)))
     assert torch.isfinite(cascade_attention_amx(made.queries(), made.plan(), made.kv, made.scale)).all()
+
+
+def test_a_score_far_below_zero_still_weighs() -> None:
+    made = Case(1, 1, 64)
+    entry = made.entry(1)
+    made.ask([PagedSegment(entry, 0, 1, 0)], [0])
+    made.kv[0, entry[0], 0, 0] = -1e18
+    queries = torch.full((1, 1, 64), 1e18, dtype=torch.bfloat16)
+    found = cascade_attention_amx(queries, made.plan(), made.kv, made.scale)
+    assert torch.equal(found[0, 0], made.kv[1, entry[0], 0, 0])
+
+
+def test_the_default_dtype_of_torch_does_not_matter() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = Case(2, 2, 128)
+        made.ask([PagedSegment(made.entry(300), 0, 300, 0)], list(range(260, 300)))
+        angles = made.plan().kept[3]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert angles.dtype == torch.float32
+
+
+@pytest.mark.parametrize("page_size", [48, 160, 192])
+def test_pages_that_are_no_whole_steps_are_refused(page_size: int) -> None:
+    made = Case(1, 1, 64)
+    with pytest.raises(ValueError, match="a multiple of 128"):
+        plan_for_amx(
+            torch.zeros(1, dtype=torch.int64),
+            [],
+            made.tables[torch.float32],
+            limit=8,
+            page_size=page_size,
+            group=1,
+            kv_heads=1,
+            dtype=torch.bfloat16,
+        )
 
 
 def test_high_positions() -> None:
@@ -247,7 +285,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     beyond.requests = [Request(slice(0, 2), beyond.requests[0].segments)]
     with pytest.raises(ValueError, match="rows among 1 tokens"):
         beyond.plan()
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(ValueError, match="multiple of 128"):
         Case(1, 1, 64, page=48).plan()
 
 

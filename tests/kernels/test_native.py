@@ -85,12 +85,33 @@ def test_what_was_compiled_is_kept_until_its_source_changes(source: Path, cache:
     assert len(list(cache.glob("*.so"))) == 2
 
 
+@needs_amx
+@pytest.mark.parametrize("left", [0, 5000])
+def test_a_damaged_file_is_compiled_anew(source: Path, cache: Path, left: int) -> None:
+    native.library.__wrapped__(source)
+    (kept,) = cache.glob("*.so")
+    whole = kept.read_bytes()
+    kept.unlink()  # it is loaded here
+    kept.write_bytes(whole[:left])
+    assert native.library.__wrapped__(source).count
+    assert kept.read_bytes() == whole
+
+
+@needs_amx
+def test_a_folder_that_others_could_write_to_is_refused(source: Path, cache: Path) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    cache.chmod(0o777)
+    with pytest.raises(RuntimeError, match="others could write"):
+        native.library.__wrapped__(source)
+
+
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
         ({"CC": "no-such-compiler"}, "'no-such-compiler' of $CC was not found"),
         ({"CC": "", "PATH": ""}, "no C compiler; install gcc"),
         ({"CC": "false"}, "can't compile native.c"),
+        ({"CC": "gcc '"}, "quotation"),
         ({"XDG_CACHE_HOME": "/dev/null/x"}, "set XDG_CACHE_HOME"),
     ],
 )
