@@ -94,33 +94,6 @@ static Scratch scratch_of(const Arguments *a, int thread) {
     return s;
 }
 
-/* out[16 rows, `stride` apart] = the transpose of 16 rows of 16 dwords, each a value or a pair of bf16. */
-static inline void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) { /* quarters of 4 dwords are now columns i, 4 + i, 8 + i, 12 + i of four rows */
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-
 static inline float mean_square(const bf16 *x, int64_t columns) {
     __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int64_t i = 0; i < columns; i += 2 * TILE)
@@ -173,7 +146,7 @@ static void pack(const Arguments *a, int64_t first, int64_t count, const Scratch
             __m512i r[16];
             for (int row = 0; row < TILE; row++)
                 r[row] = _mm512_loadu_si512(s->normed + row * padded + step);
-            transpose(r);
+            transpose_dwords(r);
             for (int pair = 0; pair < TILE; pair++)
                 _mm512_store_si512(to + 2 * step * TILE + pair * STEP, r[pair]);
         }
@@ -233,7 +206,7 @@ static inline void put(const float *tile, float *to, int64_t stride) {
     __m512i r[16];
     for (int i = 0; i < TILE; i++)
         r[i] = _mm512_load_si512(tile + i * TILE);
-    transpose(r);
+    transpose_dwords(r);
     for (int i = 0; i < TILE; i++)
         _mm512_storeu_si512(to + i * stride, r[i]);
 }
