@@ -9,7 +9,7 @@ import typer
 from braidsdk.cli import options as opt
 from braidsdk.cli.opening import open_braid
 from braidsdk.cli.output import Output
-from braidsdk.cli.select import choose
+from braidsdk.cli.select import reading_order, select
 from braidsdk.cli.sources import STDIN
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def ask(
     with open_braid(
         out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
     ) as braid:
-        chunks = choose(braid, chunk)
+        chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)
         if not chunks:
             out.warn(f"no chunks in namespace {namespace!r}: the model answers from nothing. `braid add` adds some.")
         context = braid.compose(chunks, mode=mode)

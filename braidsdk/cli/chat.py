@@ -12,7 +12,7 @@ from braidsdk.cli.conversation import Conversation
 from braidsdk.cli.exits import FAILED
 from braidsdk.cli.opening import open_braid
 from braidsdk.cli.output import Output
-from braidsdk.cli.select import choose
+from braidsdk.cli.select import reading_order, select
 
 _QUOTES = '"""'
 
@@ -47,7 +47,8 @@ def chat(
         out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
     ) as braid:
         braid.warm_up(progress=out.shows_progress)
-        conversation = Conversation(out, braid, choose(braid, chunk), mode, sampling)
+        chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)
+        conversation = Conversation(out, braid, chunks, mode, sampling)
         out.note(f"Answers come from {conversation.described}. /help says what else can be done.")
         for text in _texts(out, interactive):
             conversation.take(text)

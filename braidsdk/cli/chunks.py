@@ -1,5 +1,6 @@
 """`braid ls`, `show` and `rm`: the registered chunks. None of them loads a model."""
 
+import glob
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import typer
 from braidsdk.cli.opening import model_names, open_store
 from braidsdk.cli.options import NamespaceOption, StoreOption
 from braidsdk.cli.output import Output, ask_yes_no, counted, one_line
-from braidsdk.cli.select import is_glob, reading_order, select
+from braidsdk.cli.select import StoredChunks, is_glob, reading_order, select
 from braidsdk.errors import InputError
 from braidsdk.store import ChunkRow, ChunkStore
 from braidsdk.types import size
@@ -31,8 +32,12 @@ def ls(
 
     Columns: name, level, start of the id, start of the text. Piped, they are separated by tabs, and the id is whole.
     """
-    wanted = pattern if pattern is None or is_glob(pattern) else f"{pattern}*"
     with open_store(store) as opened:
+        wanted = pattern
+        if pattern is not None and not is_glob(pattern):
+            wanted = f"{pattern}*"
+        elif pattern is not None and opened.find_chunk(namespace, pattern):  # as for `rm`: a name goes before a glob
+            wanted = glob.escape(pattern)
         rows = opened.list_chunks(namespace, name=wanted, level=level, limit=limit)
         more = limit is not None and opened.count_chunks(namespace, name=wanted, level=level) - len(rows)
     rows = reading_order(rows)
@@ -57,7 +62,7 @@ def show(
 ) -> None:
     """Show chunks: text, names, metadata, and which models' KV entries are stored."""
     with open_store(store) as opened:
-        rows = select(opened, namespace, names)
+        rows = select(StoredChunks(opened, namespace), names)
         entries = [_entries(opened, row) for row in rows]
     if out.json:
         out.document([{**_described(row), "entries": its} for row, its in zip(rows, entries, strict=True)])
@@ -82,7 +87,7 @@ def rm(
     Asks first; where there is no terminal to ask on, it needs --yes.
     """
     with open_store(store) as opened:
-        rows = select(opened, namespace, names)
+        rows = select(StoredChunks(opened, namespace), names)
         if not yes:
             _confirm(rows)
         gone = opened.delete_chunks(namespace, [row.id for row in rows])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from braidsdk.cli.exits import report
 from braidsdk.cli.output import Output, counted, one_line
-from braidsdk.cli.select import choose
+from braidsdk.cli.select import select
 from braidsdk.errors import BraidError, InputError, UnknownChunkError, did_you_mean
 from braidsdk.types import LEVEL_SYSTEM, milliseconds
 
@@ -101,7 +101,7 @@ class Conversation:
 
     def _add(self, words: Sequence[str]) -> None:
         known = {chunk.id for chunk in self._chunks}
-        new = [chunk for chunk in choose(self._braid, _needed(words, "/add")) if chunk.id not in known]
+        new = [chunk for chunk in select(self._braid.chunks, _needed(words, "/add")) if chunk.id not in known]
         together = [*self._chunks, *new]
         if together and together[0].level != LEVEL_SYSTEM:  # a system prompt is one only where it stands first
             together.sort(key=lambda chunk: chunk.level)
@@ -109,13 +109,7 @@ class Conversation:
         self._out.note(f"Answers come from {self.described}.")
 
     def _drop(self, words: Sequence[str]) -> None:
-        gone: set[str] = set()
-        for word in _needed(words, "/drop"):
-            fits = {chunk.id for chunk in self._chunks if fnmatchcase(chunk.name or "", word) or word in _names(chunk)}
-            if not fits:
-                hint = did_you_mean(word, [chunk.label for chunk in self._chunks])
-                raise UnknownChunkError(f"{word!r} is not among the chunks here.{hint} /chunks lists them.")
-            gone |= fits
+        gone = {chunk.id for chunk in select(_ChunksHere(self._chunks), _needed(words, "/drop"))}
         self._compose([chunk for chunk in self._chunks if chunk.id not in gone])
         self._out.note(f"Answers come from {self.described}.")
 
@@ -130,6 +124,23 @@ class Conversation:
     def _compose(self, chunks: Sequence["Chunk"]) -> None:
         self._context = self._braid.compose(chunks, mode=self._mode)
         self._chunks = list(chunks)
+
+
+class _ChunksHere:
+    """The chunks of a conversation as a `Catalogue`: one that is deleted meanwhile can still be dropped."""
+
+    def __init__(self, chunks: Sequence["Chunk"]) -> None:
+        self._chunks = chunks
+
+    def get(self, name_or_id: str) -> "Chunk":
+        for chunk in self._chunks:
+            if name_or_id in (chunk.id, chunk.label):
+                return chunk
+        hint = did_you_mean(name_or_id, [chunk.label for chunk in self._chunks])
+        raise UnknownChunkError(f"{name_or_id[:80]!r} is not among the chunks here.{hint} /chunks lists them.")
+
+    def list(self, *, name: str) -> Sequence["Chunk"]:
+        return [chunk for chunk in self._chunks if fnmatchcase(chunk.name or "", name)]
 
 
 @contextmanager
@@ -169,7 +180,3 @@ def _needed(words: Sequence[str], command: str) -> Sequence[str]:
     if not words:
         raise InputError(f"{command} needs names, ids or globs, as in `{command} guide*`.")
     return words
-
-
-def _names(chunk: "Chunk") -> tuple[str, ...]:
-    return (chunk.id, chunk.label)

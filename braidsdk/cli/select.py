@@ -1,13 +1,10 @@
-"""Which chunks a command means: names, ids and globs, in the order in which they are read."""
+"""Which chunks a word means: one rule for every command that takes names, ids and globs."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from braidsdk.errors import UnknownChunkError
 from braidsdk.store import ChunkRow, ChunkStore
-
-if TYPE_CHECKING:
-    from braidsdk import Braid, Chunk
 
 GLOB = "*?["
 """A pattern holds one of these characters."""
@@ -25,39 +22,77 @@ class Registered(Protocol):
 
 
 C = TypeVar("C", bound=Registered)
+C_co = TypeVar("C_co", bound=Registered, covariant=True)
+
+
+class Catalogue(Protocol[C_co]):
+    """Where chunks are looked up. `Braid.chunks` is one."""
+
+    def get(self, name_or_id: str) -> C_co:
+        """The chunk of that name or id.
+
+        Raises:
+            UnknownChunkError: there is none.
+        """
+        ...
+
+    def list(self, *, name: str) -> Sequence[C_co]:
+        """The chunks with a name that fits this glob."""
+        ...
+
+
+class StoredChunks:
+    """The chunks of one namespace of a store, for commands that load no model."""
+
+    def __init__(self, store: ChunkStore, namespace: str) -> None:
+        self._store = store
+        self._namespace = namespace
+
+    def get(self, name_or_id: str) -> ChunkRow:
+        """See `Catalogue`."""
+        row = self._store.find_chunk(self._namespace, name_or_id)
+        if row is None:
+            close = self._store.close_names(self._namespace, name_or_id)
+            hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "`braid ls` lists them."
+            raise UnknownChunkError(f"No chunk {name_or_id[:80]!r} in namespace {self._namespace!r}. {hint}")
+        return row
+
+    def list(self, *, name: str) -> Sequence[ChunkRow]:
+        """See `Catalogue`."""
+        return self._store.list_chunks(self._namespace, name=name)
 
 
 def is_glob(word: str) -> bool:
-    """Whether a word is a pattern, if it is no chunk's name."""
+    """Whether a word is a pattern, if no chunk has it as its name."""
     return any(char in word for char in GLOB)
 
 
-def select(store: ChunkStore, namespace: str, words: Iterable[str]) -> list[ChunkRow]:
-    """The chunks that these names, ids and globs mean, each once, in their order; within a glob in reading order.
+def select(catalogue: Catalogue[C], words: Iterable[str]) -> list[C]:
+    """The chunks that these words mean, each once, in the order of the words.
+
+    A word is first a name or an id: a chunk called `notes[1].txt` is found by that name, whatever the glob would fit. A
+    word that is neither and holds `*`, `?` or `[` is a glob: all chunks with a name that fits, in reading order.
 
     Raises:
-        UnknownChunkError: a name or an id is not there, or a glob fits none.
+        UnknownChunkError: a word means no chunk.
     """
-    found: dict[str, ChunkRow] = {}
+    found: dict[str, C] = {}
     for word in words:
-        exact = store.find_chunk(namespace, word)
-        rows = [exact] if exact else reading_order(store.list_chunks(namespace, name=word)) if is_glob(word) else []
-        if not rows:
-            raise _unknown(store, namespace, word)
-        for row in rows:
-            found.setdefault(row.id, row)
-    return list(found.values())
-
-
-def choose(braid: "Braid", words: Iterable[str] | None) -> list["Chunk"]:
-    """`select` for an open Braid; None is all chunks in reading order."""
-    if words is None:
-        return reading_order(braid.chunks.list())
-    found: dict[str, Chunk] = {}
-    for word in words:
-        for chunk in (is_glob(word) and reading_order(braid.chunks.list(name=word))) or [braid.chunks.get(word)]:
+        for chunk in _meant(catalogue, word):
             found.setdefault(chunk.id, chunk)
     return list(found.values())
+
+
+def _meant(catalogue: Catalogue[C], word: str) -> Sequence[C]:
+    try:
+        return [catalogue.get(word)]
+    except UnknownChunkError:
+        if not is_glob(word):
+            raise
+    fitting = reading_order(catalogue.list(name=word))
+    if not fitting:
+        raise UnknownChunkError(f"No chunk has a name that fits {word[:80]!r}. Check the pattern.")
+    return fitting
 
 
 def reading_order(chunks: Sequence[C]) -> list[C]:
@@ -82,13 +117,3 @@ def piece_of(name: str) -> int:
     """The number behind `#` in the name of a piece; 0 in that of a whole text."""
     base, _, number = name.rpartition("#")
     return int(number) if base and number.isascii() and number.isdigit() else 0
-
-
-def _unknown(store: ChunkStore, namespace: str, word: str) -> UnknownChunkError:
-    if is_glob(word):
-        return UnknownChunkError(
-            f"No chunk's name in namespace {namespace!r} fits {word[:80]!r}. `braid ls` lists them."
-        )
-    close = store.close_names(namespace, word)
-    hint = f"Did you mean {' or '.join(map(repr, close))}?" if close else "`braid ls` lists them."
-    return UnknownChunkError(f"No chunk {word[:80]!r} in namespace {namespace!r}. {hint}")
