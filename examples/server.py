@@ -42,8 +42,10 @@ def create_app(model: str = "braid-tiny") -> FastAPI:
 
     @app.post("/ask")
     async def ask(asked: Question) -> StreamingResponse:
-        context = app.state.braid.compose(["rules", *asked.documents])
-        answer = context.astream(asked.question, max_new_tokens=asked.max_new_tokens)
+        # `astream` composes in a thread too: that tokenizes and reads the store, which would block the event loop here.
+        answer = app.state.braid.astream(
+            asked.question, chunks=["rules", *asked.documents], max_new_tokens=asked.max_new_tokens
+        )
         # The first piece is waited for here: what can't be answered is an error with a status, not a broken stream.
         first = await anext(answer, "")
 

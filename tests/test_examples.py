@@ -1,5 +1,6 @@
 """Every example runs, from the clone, as a user would start it, and does what its first line says."""
 
+import asyncio
 import importlib.util
 import os
 import re
@@ -12,9 +13,11 @@ from pathlib import Path
 from threading import Thread
 from time import monotonic, sleep
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+from braidsdk import Braid, Context
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -112,6 +115,31 @@ def test_the_server_streams_answers_over_the_documents_that_were_asked_for(clien
         with client.stream("POST", "/ask", json=asked) as response:
             assert response.status_code == 200
             assert "".join(response.iter_text()) == "Flubarg."
+
+
+def test_the_server_composes_in_a_thread_and_not_in_the_event_loop(
+    client: "TestClient", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Composing tokenizes and reads the store: in the loop it would hold up every other request."""
+    in_loop: list[bool] = []
+    compose = Braid.compose
+
+    def watched(self: Braid, *arguments: Any, **options: Any) -> Context:
+        in_loop.append(runs_in_event_loop())
+        return compose(self, *arguments, **options)
+
+    monkeypatch.setattr(Braid, "compose", watched)
+    asked = {"question": "What is the capital of Aistonia?", "documents": ["aistonia"]}
+    assert client.post("/ask", json=asked).text == "Flubarg."
+    assert in_loop == [False]
+
+
+def runs_in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def test_the_server_says_what_is_wrong_with_a_request(client: "TestClient") -> None:
