@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,24 @@ def test_the_command_line_uses_the_public_surface_and_the_store_alone() -> None:
                 found[f"{path.stem}.{getattr(node, 'name', '')}"] = used
     assert found == BEHIND_THE_SURFACE
     assert behind_the_surface(ast.parse("braid._engine.model")) == {"braid._engine"}
+
+
+def packages_on_disk(root: Path) -> set[str]:
+    """Folders with Python files, as they are called when installed."""
+    return {
+        ".".join([FOLDERS[folder], *path.relative_to(root / folder).parent.parts])
+        for folder in FOLDERS
+        for path in (root / folder).rglob("*.py")
+    }
+
+
+def test_the_packages_that_are_listed_are_the_folders_on_disk(tmp_path: Path) -> None:
+    """One that is not listed works from the clone, and is missing from the wheel."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(packages_on_disk(ROOT))
+    (tmp_path / "kernels" / "new" / "one").mkdir(parents=True)
+    (tmp_path / "kernels" / "new" / "one" / "op.py").touch()
+    assert packages_on_disk(tmp_path) == {"braidsdk.kernels.new.one"}
 
 
 def test_the_public_names_are_these() -> None:
