@@ -1,6 +1,7 @@
 """Shared fixtures: random Qwen3 checkpoints saved by transformers, and an open Braid over a temporary store."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -87,6 +88,15 @@ def save_checkpoint() -> Callable[..., Path]:
 def tiny_checkpoint() -> Path:
     """braid-tiny's folder; do not write to it."""
     return TINY
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Processes that a test starts take SIGINT: where this one ignores it, as a script's background job does, so would
+    they."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

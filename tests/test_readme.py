@@ -19,7 +19,12 @@ def blocks(language: str) -> list[str]:
 
 def test_two_commands_do_all_the_set_up() -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python3 -m venv")]
-    assert lines == [f"{SETUP}braid demo", f"{SETUP}pytest"]
+    assert lines == [f"{SETUP}braid demo", f"{SETUP}pytest -n auto"]
+
+
+def test_ci_finds_the_test_command() -> None:
+    (pattern,) = re.findall(r"grep -E '(.*)' README.md", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    assert [found[0] for found in re.finditer(pattern, README, flags=re.MULTILINE)] == [f"{SETUP}pytest -n auto"]
 
 
 def test_python_snippets_run_twice_and_the_second_run_computes_only_the_question(tmp_path: Path) -> None:

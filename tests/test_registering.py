@@ -291,6 +291,7 @@ with Braid(sys.argv[1], store=sys.argv[2], device="cpu") as braid:
 """
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_everything_that_was_published(random_checkpoint: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     child = subprocess.Popen(

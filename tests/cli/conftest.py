@@ -69,7 +69,7 @@ def cli(files: Path) -> Cli:
 
 
 @pytest.fixture
-def child(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def child(files: Path, monkeypatch: pytest.MonkeyPatch, ctrl_c: None) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts a command as a process with pipes."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # Python then takes a write to a closed pipe for a good one
     with ExitStack() as started:
