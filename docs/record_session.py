@@ -1,4 +1,4 @@
-"""Record the terminal sessions of `docs/session.md` anew: run what its console blocks type, keep what is printed.
+"""Record the terminal sessions of `docs/session.md`: run what its console blocks type, keep what is printed.
 
 A line after "$ " is a command of the shell, one after "> " is typed into the command that runs. All blocks share one
 folder, empty at first, whose path is shown as "~". Text around the blocks stays as it is.

@@ -20,7 +20,7 @@ def reference() -> str:
 
 
 def page(text: str) -> str:
-    """The page with what follows the mark made anew.
+    """The page with what follows the mark written again.
 
     Raises:
         ValueError: the mark is not there, or more than once.

@@ -1,4 +1,4 @@
-"""A conversation over documents: past turns stay resident, and the documents can change on the way."""
+"""A conversation over documents: past turns stay resident, and the documents can change between turns."""
 
 from braidsdk import Braid
 
@@ -7,7 +7,7 @@ DOCUMENTS = {
     "belmora": "The longest river of Belmora is the Droune. The highest mountain of Belmora is Plamint.",
     "thessily": "The capital of Thessily is Troick. The favourite dish of Thessily is Tathulo.",
 }
-# The third document comes in on the way. It stands before the conversation, so the turns so far are computed once more.
+# The third document is added later. It stands before the conversation, so the turns so far are computed again.
 TURNS = [
     (["aistonia", "belmora"], "Which city is the capital of Aistonia?"),
     (["aistonia", "belmora"], "Which river flows through Belmora?"),

@@ -7,7 +7,7 @@ from braidsdk import Braid, Chunk
 
 
 def register_folder(braid: Braid, folder: Path, rules: Chunk) -> list[Chunk]:
-    """One chunk per file, named by its path. Equal text computes nothing; a name moves with its file's new text."""
+    """One chunk per file, named by its path. Unchanged text computes nothing; a changed file keeps its name."""
     files = sorted(folder.rglob("*.txt"))
     texts = [file.read_text(encoding="utf-8") for file in files]
     names = [file.relative_to(folder).as_posix() for file in files]

@@ -1,6 +1,6 @@
-"""Let a retriever choose the documents of each question: every choice is answered from the same stored entries.
+"""Let a retriever choose the documents for each question: all choices are answered from the same stored entries.
 
-The retriever is BM25 on words, in thirty lines; put yours in its place. All that it has to give back is names.
+The retriever is BM25 on words, in thirty lines; put yours in its place. It only has to return names.
 """
 
 import math

@@ -46,11 +46,11 @@ def create_app(model: str = "braid-tiny") -> FastAPI:
         answer = app.state.braid.astream(
             asked.question, chunks=["rules", *asked.documents], max_new_tokens=asked.max_new_tokens
         )
-        # The first piece is waited for here: what can't be answered is an error with a status, not a broken stream.
+        # Wait for the first piece here: a bad request then ends in an error with a status, not in a broken stream.
         first = await anext(answer, "")
 
         async def pieces() -> AsyncIterator[str]:
-            # A client that goes away cancels this generator; closing the answer stops the model and frees its memory.
+            # A client that disconnects cancels this generator; closing the answer stops the model and frees its memory.
             async with aclosing(answer):
                 yield first
                 async for piece in answer:

@@ -49,7 +49,7 @@ def test_add_list_and_ask(tmp_path: Path) -> None:
         (["ask", "Who?", "-c", "nobody"], 3, "braid: No chunk 'nobody'"),
         (["add", "missing.txt"], 3, "braid: missing.txt can't be read"),
         (["ask", "Who?", "--model", "nowhere"], 3, "braid: No checkpoint at 'nowhere'"),
-        (["add", "a", "b", "--name", "c"], 2, "--name names one text"),
+        (["add", "a", "b", "--name", "c"], 2, "--name must be given for one file only"),
         (["fly"], 2, "No such command"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

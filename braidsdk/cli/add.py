@@ -33,34 +33,32 @@ class Added:
 def add(
     out: Output,
     files: Annotated[list[str], typer.Argument(help="Files, folders, globs such as 'docs/**/*.md', or - for stdin.")],
-    name: Annotated[str | None, typer.Option("--name", help="Name of the text; with one file only.")] = None,
-    system: Annotated[bool, typer.Option("--system", help="They are system prompts (level 0).")] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the text, if there is one file only.")] = None,
+    system: Annotated[bool, typer.Option("--system", help="Register the texts as system prompts (level 0).")] = False,
     anchor: Annotated[
-        str | None, typer.Option("--anchor", help="Name of the system prompt that they will stand after.")
+        str | None, typer.Option("--anchor", help="Name or id of the system prompt that the texts will follow.")
     ] = None,
     chunk_tokens: Annotated[
         int,
         typer.Option(
             "--chunk-tokens",
             min=0,
-            help="Longer texts are cut into pieces of at most so many tokens; 0 keeps files whole.",
+            help="Cut longer texts into pieces of at most this many tokens; 0 keeps files whole.",
         ),
     ] = CHUNK_TOKENS,
     globs: Annotated[
         list[str] | None,
         typer.Option(
             "--glob",
-            help="Which files of folders, such as '*.md'; may be repeated.",
+            help="Which files to take from folders, such as '*.md'; can be repeated.",
             show_default="text and source code",
         ),
     ] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let names move here from texts of other files, or of none.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Move names here that belong to other texts.")] = False,
     prune: Annotated[
-        bool, typer.Option("--prune", help="Delete chunks of these files and folders that are not in them any more.")
+        bool, typer.Option("--prune", help="Delete chunks whose text is no longer in these files and folders.")
     ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Fail on what would be left out, before anything.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Register nothing if any text would be skipped.")] = False,
     model: ModelOption = TINY,
     store: StoreOption = None,
     device: DeviceOption = "auto",
@@ -69,11 +67,11 @@ def add(
 ) -> None:
     """Register texts: files, folders, globs or stdin.
 
-    Long texts are cut at the ends of paragraphs or sentences; pieces are called guide.md#1, guide.md#2, and
-    so on. Run it again after a change: only what changed is computed. System prompts are never cut.
+    Long texts are cut at the ends of paragraphs or sentences; pieces are named guide.md#1, guide.md#2, and so on.
+    System prompts are never cut. Run it again after a change: only what changed is computed.
     """
     if name is not None and len(files) > 1:
-        raise InputError(f"--name names one text; got {len(files)} files. Leave it out: files are named by themselves.")
+        raise _one_name_for(len(files))
     reading = _named(read_sources(files, globs or []), name)
     _report_unread(out, reading, strict)
     level = LEVEL_SYSTEM if system else LEVEL_CONTEXT
@@ -105,7 +103,7 @@ def add(
                 on_error="raise" if strict else "skip",
             )
         except KeyboardInterrupt:
-            out.error("interrupted. What was computed is stored: run the same command again to go on.")
+            out.error("interrupted. What was computed is stored: run the same command again to continue.")
             raise typer.Exit(INTERRUPTED) from None
         took = perf_counter() - started
         known = {row.id for row in held}
@@ -126,23 +124,27 @@ def _named(reading: Reading, name: str | None) -> Reading:
     if name is None:
         return reading
     if len(reading.sources) > 1:
-        raise InputError(f"--name names one text; got {len(reading.sources)} files. Leave it out.")
+        raise _one_name_for(len(reading.sources))
     return Reading(tuple(Source(name, each.path, each.text) for each in reading.sources), reading.unread, ())
 
 
+def _one_name_for(files: int) -> InputError:
+    return InputError(f"--name must be given for one file only; got {files:,}. Without it, files keep their own names.")
+
+
 def _report_unread(out: Output, reading: Reading, strict: bool) -> None:
-    """Say which files hold no text.
+    """Report which files hold no text.
 
     Raises:
         BraidError: there are such files, and `strict`; or nothing is left.
     """
     for each in [] if strict else reading.unread:
-        out.note(f"braid: left out {each}")
+        out.note(f"braid: skipped {each}")
     if reading.unread and (strict or not reading.sources):
         some = "; ".join(map(str, reading.unread[:10])) + ("; ..." if len(reading.unread) > 10 else "")
-        raise BraidError(f"These hold no text: {some}. Leave them out, or convert them to UTF-8 text.")
+        raise BraidError(f"These files hold no text: {some}. Leave them out, or convert them to UTF-8.")
     if not reading.sources:
-        raise BraidError("No text files there. --glob chooses which files of a folder are taken, as in --glob '*.xyz'.")
+        raise BraidError("No text files found. Choose files of a folder with --glob, as in --glob '*.xyz'.")
 
 
 def _report(
@@ -168,8 +170,8 @@ def _report(
     rows = [(each.id, f"{each.tokens:>6} tokens", "new" if each.new else "", each.name or "") for each in added]
     out.table(("id", "tokens", "", "name"), rows)
     for name, reason in skipped:
-        out.note(f"braid: left out {name}: {reason}")
+        out.note(f"braid: skipped {name}: {reason}")
     if gone:
         some = ", ".join(row.name or row.id[:8] for row in gone[:5]) + (", ..." if len(gone) > 5 else "")
-        what = "deleted" if pruned else "still there, and still answering: --prune deletes them"
+        what = "deleted" if pruned else "still registered, and still read by answers. --prune deletes them"
         out.note(f"{counted(len(gone), 'chunk')} no longer in these files ({some}): {what}.")

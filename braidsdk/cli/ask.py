@@ -25,7 +25,8 @@ def ask(
     thinking: opt.ThinkingOption = False,
     stream: Annotated[bool, typer.Option("--stream", "-s", help="Print the answer as it arrives.")] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Say what comes from the cache, expected before and real after.")
+        bool,
+        typer.Option("--explain", help="Show what comes from the cache, before the answer and after it."),
     ] = False,
     max_new_tokens: opt.MaxNewTokensOption = None,
     temperature: opt.TemperatureOption = None,
@@ -43,8 +44,8 @@ def ask(
 ) -> None:
     """Answer a question over registered chunks.
 
-    With --json the answer comes with its token ids, counts and times; with --stream --json as JSON lines: one per
-    piece, and the last one holds the whole answer.
+    --json prints the answer with its token ids, counts and times. --stream --json prints JSON lines: one for each
+    piece, then one with the whole answer.
     """
     if question == STDIN:
         question = sys.stdin.read()
@@ -54,7 +55,7 @@ def ask(
     ) as braid:
         chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)
         if not chunks:
-            out.warn(f"no chunks in namespace {namespace!r}: the model answers from nothing. `braid add` adds some.")
+            out.warn(f"no chunks in namespace {namespace!r}: the model answers without context. `braid add` adds some.")
         context = braid.compose(chunks, mode=mode)
         explanation = context.explain() if explain else None
         if explanation and not out.json:

@@ -36,10 +36,10 @@ def chat(
     dtype: opt.DtypeOption = "auto",
     namespace: opt.NamespaceOption = "default",
 ) -> None:
-    """Talk over registered chunks. /help says what can be done within the conversation.
+    """Chat over registered chunks. /help lists the commands of the conversation.
 
-    Lines piped into it are asked one after another; with --json each answer is a line of JSON. Ctrl-C stops an answer,
-    Ctrl-D leaves.
+    Lines that are piped in are asked one after another; with --json each answer is a line of JSON. Ctrl-C stops an
+    answer, Ctrl-D quits.
     """
     sampling = opt.sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop)
     interactive = sys.stdin.isatty()
@@ -49,7 +49,7 @@ def chat(
         braid.warm_up(progress=out.shows_progress)
         chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)
         conversation = Conversation(out, braid, chunks, mode, sampling)
-        out.note(f"Answers come from {conversation.described}. /help says what else can be done.")
+        out.note(f"Answers come from {conversation.described}. /help lists the commands.")
         for text in _texts(out, interactive):
             conversation.take(text)
             if conversation.ended:
@@ -76,7 +76,7 @@ def _texts(out: Output, interactive: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            out.say("\n/quit or Ctrl-D leaves.")
+            out.say("\n/quit or Ctrl-D quits.")
             continue
         if text.strip():
             yield text.strip()

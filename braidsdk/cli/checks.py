@@ -47,7 +47,7 @@ PROBE_BYTES = 64 * 2**20
 """Written and read to measure the disk."""
 
 SLOW_DISK_BYTES_PER_S = 200e6
-"""Below it, reading an entry may take longer than computing it anew."""
+"""Below it, reading an entry may take longer than computing it again."""
 
 LITTLE_DISK_BYTES = 2 * 2**30
 
@@ -141,8 +141,8 @@ def check_store(subject: Subject) -> Finding:
         nearest = _nearest(folder)
         if not os.access(nearest, os.W_OK):
             remedy = f"Make {nearest} writable, or choose another folder with --store."
-            return Finding("fail", f"{folder} is not there and can't be made", remedy)
-        return Finding("ok", f"{folder} is not there yet; the first `braid add` makes it")
+            return Finding("fail", f"{folder} does not exist and can't be created", remedy)
+        return Finding("ok", f"{folder} does not exist yet; the first `braid add` creates it")
     with ChunkStore(folder) as store:
         held = store.stats()
     mode = stat.filemode(folder.stat().st_mode)
@@ -169,11 +169,11 @@ def check_integrity(subject: Subject) -> Finding:
             continue
         except blobs.DamagedFile:
             bad.append(path.name)
-    looked = f"{len(files):,} entries there, the newest {min(len(files), VERIFIED_ENTRIES)} verified"
+    looked = f"all {len(files):,} entries are there, the newest {min(len(files), VERIFIED_ENTRIES)} verified"
     facts = {"entries": len(files), "damaged": bad, "set_aside": aside}
     if bad:
         remedy = (
-            "Nothing is lost: they are set aside when they are read, and computed again. If it recurs, check the disk."
+            "Nothing is lost: they are set aside when read, and computed again. If this happens again, check the disk."
         )
         return Finding("warn", f"{len(bad):,} entries missing or damaged, such as {bad[0]}", remedy, facts)
     detail = looked + (f"; {aside:,} damaged files were set aside earlier" if aside else "")
@@ -217,7 +217,7 @@ def check_disk_speed(subject: Subject) -> Finding:
         file.seek(0)
         started = perf_counter()
         if file.read() != data:
-            return Finding("fail", "what was written was not read back", "Check the disk.")
+            return Finding("fail", "what was read back differs from what was written", "Check the disk.")
         read = PROBE_BYTES / (perf_counter() - started)
     facts = {"write_bytes_per_s": written, "read_bytes_per_s": read}
     detail = f"{size(int(written))}/s written, {size(int(read))}/s read{'' if past_cache else ', perhaps from memory'}"

@@ -22,9 +22,9 @@ _START = 200  # characters of a text that one row shows at most
 
 def ls(
     out: Output,
-    pattern: Annotated[str | None, typer.Argument(help="Only names that fit this glob, such as 'guide*'.")] = None,
+    pattern: Annotated[str | None, typer.Argument(help="Only names that match this glob, such as 'guide*'.")] = None,
     level: Annotated[int | None, typer.Option("--level", min=0, max=1, help="0: system prompts, 1: context.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", "-l", min=1, help="At most so many.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-l", min=1, help="Show at most this many.")] = None,
     store: StoreOption = None,
     namespace: NamespaceOption = "default",
 ) -> None:
@@ -48,7 +48,7 @@ def ls(
     cells = [(row.name or "", str(row.level), row.id[:shown], one_line(row.text[:_START])) for row in rows]
     out.table(("name", "level", "id", "text"), cells, fill=3)
     if not rows:
-        out.note(f"No chunks {'fit' if pattern else 'are'} there, in namespace {namespace!r}.")
+        out.note(f"No chunks{f' match {pattern!r}' if pattern else ''} in namespace {namespace!r}.")
     if more:
         out.note(f"... and {more:,} more.")
 
@@ -56,11 +56,11 @@ def ls(
 def show(
     out: Output,
     names: Annotated[list[str], typer.Argument(help=_WORDS)],
-    text: Annotated[bool, typer.Option("--text", help="Print the text alone.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print only the text.")] = False,
     store: StoreOption = None,
     namespace: NamespaceOption = "default",
 ) -> None:
-    """Show chunks: text, names, metadata, and which models' KV entries are stored."""
+    """Show chunks: text, names, metadata, and the models that have KV entries of them."""
     with open_store(store) as opened:
         rows = select(StoredChunks(opened, namespace), names)
         entries = [_entries(opened, row) for row in rows]
@@ -78,13 +78,13 @@ def show(
 def rm(
     out: Output,
     names: Annotated[list[str], typer.Argument(help=_WORDS)],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     store: StoreOption = None,
     namespace: NamespaceOption = "default",
 ) -> None:
-    """Delete chunks, with every KV entry that was computed with sight of them.
+    """Delete chunks and every KV entry that depends on them.
 
-    Asks first; where there is no terminal to ask on, it needs --yes.
+    Asks for confirmation. Where there is no terminal to ask on, --yes is required.
     """
     with open_store(store) as opened:
         rows = select(StoredChunks(opened, namespace), names)
@@ -103,10 +103,12 @@ def rm(
 
 def _confirm(rows: Sequence[ChunkRow]) -> None:
     if not sys.stdin.isatty():
-        raise InputError(f"Deleting {counted(len(rows), 'chunk')} needs --yes where there is no terminal to ask on.")
+        raise InputError(
+            f"Deleting {counted(len(rows), 'chunk')} must be confirmed, and there is no terminal to ask on. Pass --yes."
+        )
     some = ", ".join(one_line(row.name or row.id[:8]) for row in rows[:5])
     more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
-    if not ask_yes_no(f"Delete {some}{more}, and every KV entry computed with sight of them?"):
+    if not ask_yes_no(f"Delete {some}{more}, and every KV entry that depends on them?"):
         raise typer.Exit(1)
 
 

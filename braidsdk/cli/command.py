@@ -33,7 +33,7 @@ _VERBOSE_KERNELS = Parameter(
         typer.Option(
             "--verbose-kernels",
             envvar=_VERBOSE,
-            help="At the end, show calls, time and bytes of the model's operations; without CUDA graphs.",
+            help="At the end, show calls, time and bytes of the model's operations. Turns CUDA graphs off.",
         ),
     ],
 )

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 HELP = """\
 /add NAME...   answer from these chunks too: names, ids or globs such as guide*
 /drop NAME...  answer without these chunks
-/chunks        the chunks that answers come from
-/explain       what the next answer would take from the cache
+/chunks        list the chunks that answers come from
+/explain       show what the next answer would take from the cache
 /clear         forget the conversation, keep the chunks
-/quit          leave; so does Ctrl-D
-A text of several lines stands between two lines of three quotes. Ctrl-C stops an answer."""
+/quit          quit; so does Ctrl-D
+To ask a question of several lines, type three quotes on a line before it and after it. Ctrl-C stops an answer."""
 
 
 class Conversation:
@@ -70,7 +70,7 @@ class Conversation:
         return f"{counted(len(labels), 'chunk')} of {len(self._context.input_ids):,} tokens ({some})"
 
     def take(self, text: str) -> None:
-        """Follow a command, or answer a question. What fails is said, and the conversation goes on."""
+        """Follow a command, or answer a question. A failure is reported, and the conversation goes on."""
         word, *words = text.split()
         try:
             if not (word.startswith("/") and word[1:].isalpha()):
@@ -78,7 +78,9 @@ class Conversation:
             elif word in self._commands:
                 self._commands[word](words)
             else:
-                raise InputError(f"No command {word!r}.{did_you_mean(word, self._commands)} /help lists them.")
+                raise InputError(
+                    f"Unknown command {word!r}.{did_you_mean(word, self._commands)} /help lists the commands."
+                )
         except BraidError as error:
             self.failed = True
             report(self._out, error)
@@ -116,7 +118,7 @@ class Conversation:
     def _explain(self) -> None:
         self._out.say(str(self._context.explain()))
         if self._history:
-            self._out.say(f"  and {counted(len(self._history) // 2, 'turn')} of this conversation behind them")
+            self._out.say(f"  and {counted(len(self._history) // 2, 'turn')} of this conversation after them")
 
     def _leave(self) -> None:
         self.ended = True
@@ -137,7 +139,7 @@ class _ChunksHere:
             if name_or_id in (chunk.id, chunk.label):
                 return chunk
         hint = did_you_mean(name_or_id, [chunk.label for chunk in self._chunks])
-        raise UnknownChunkError(f"{name_or_id[:80]!r} is not among the chunks here.{hint} /chunks lists them.")
+        raise UnknownChunkError(f"{name_or_id[:80]!r} is not a chunk of this conversation.{hint} /chunks lists them.")
 
     def list(self, *, name: str) -> Sequence["Chunk"]:
         return [chunk for chunk in self._chunks if fnmatchcase(chunk.name or "", name)]
@@ -169,7 +171,7 @@ def _ctrl_c_stops(stream: "Stream") -> Iterator[Callable[[], bool]]:
 def _counts(answer: "Answer") -> str:
     usage, timings = answer.usage, answer.timings
     rate = "" if timings.decode_tokens_per_s is None else f"; {timings.decode_tokens_per_s:,.0f} tokens/s"
-    cut = "; cut off at its longest" if answer.finish_reason == "length" else ""
+    cut = "; stopped at --max-new-tokens" if answer.finish_reason == "length" else ""
     return (
         f"  [{usage.cached_tokens:,} tokens cached, {usage.computed_tokens:,} computed; "
         f"first token {milliseconds(timings.first_token_ms)}{rate}{cut}]"
@@ -178,5 +180,5 @@ def _counts(answer: "Answer") -> str:
 
 def _needed(words: Sequence[str], command: str) -> Sequence[str]:
     if not words:
-        raise InputError(f"{command} needs names, ids or globs, as in `{command} guide*`.")
+        raise InputError(f"{command} must be followed by names, ids or globs; got none. Example: {command} guide*")
     return words

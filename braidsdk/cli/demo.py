@@ -85,7 +85,7 @@ def run_demo(store: Path | None, *, device: str, model: str, as_json: bool, quie
     child = [sys.executable, "-P", "-m", "braidsdk.cli.demo", "--store", str(folder), "--device", device]
     done = subprocess.run([*child, "--model", model], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise BraidError(f"The second process ended with code {done.returncode}; its message stands above.")
+        raise BraidError(f"The second process failed with exit code {done.returncode}. Its message is above.")
     report = json.loads(done.stdout)
     results = [Result(**answer) for answer in report["answers"]]
     if as_json:
@@ -189,8 +189,9 @@ def _summary(results: list[Result], *, reloaded: bool) -> str:
     ratios = sorted(result.full_prefill_ms / result.ttft_ms for result in results)
     source = "every context token came from the store" if reloaded else "some context tokens were computed again"
     return (
-        f"{right} of {len(results)} right; {source}. Times are first tokens: against a full prefill of the same ids "
-        f"by transformers, {ratios[len(ratios) // 2]:.1f} times faster in the median, {ratios[0]:.1f} at the least."
+        f"{right} of {len(results)} right; {source}. Times are TTFT, time to the first token: "
+        f"{ratios[len(ratios) // 2]:.1f} times faster in the median than a full prefill of the same ids by "
+        f"transformers, {ratios[0]:.1f} times in the worst case."
     )
 
 

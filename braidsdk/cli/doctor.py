@@ -1,4 +1,4 @@
-"""`braid doctor`: looks for what may be wrong, and says what to do about it."""
+"""`braid doctor`: looks for problems and suggests what to do about them."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,20 +25,18 @@ def doctor(
     dtype: DtypeOption = "auto",
     layers: Annotated[
         str | None,
-        typer.Option(
-            "--layers", metavar="MODEL", help="Look at this model alone: each layer against that of transformers."
-        ),
+        typer.Option("--layers", metavar="MODEL", help="Compare each layer of this model with transformers' instead."),
     ] = None,
 ) -> None:
-    """Check this machine, the store and the model, and say what to do about each trouble.
+    """Check this machine, the store and the model, and suggest a fix for each problem.
 
-    Versions, device, dtype, disk, store, the prompt's seams against the chat template, logits against transformers, and
-    on CUDA the kernels. Ends with 1 if a check fails.
+    Checks versions, device, dtype, disk, store, prompts against the chat template, logits against transformers, and on
+    CUDA the kernels. The exit code is 1 if a check fails.
 
-    With --layers, a row for each layer instead: the largest magnitude among its K-norm weights; then, over the tokens
-    of documents, of a question and of an answer, our error, and its ratio to transformers' error in the same dtype.
-    Errors are measured from transformers' layer in float64, relative to what the layer adds to its input. All are given
-    the input that transformers computed. Ends with 1 if a ratio is too large.
+    With --layers it prints a row for each layer instead: the largest magnitude among its K-norm weights; then, over the
+    tokens of documents, of a question and of an answer, our error and its ratio to transformers' error in the same
+    dtype. Errors are measured from transformers' layer in float64, relative to what the layer adds to its input. All
+    get the input that transformers computed. The exit code is 1 if a ratio is too large.
     """
     if layers is not None:
         _compare_layers(out, layers, device, dtype)
@@ -106,8 +104,8 @@ def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
         )
     if report.failed:
         out.error(
-            f"{counted(len(report.failed), 'layer')} further from the truth than {RATIO} times transformers: "
-            f"{', '.join(map(str, report.failed[:20]))}. BRAID_KERNELS=torch tells our kernels from the rest; "
-            "--dtype float32 shows small faults. Please report what you see."
+            f"{counted(len(report.failed), 'layer')} with more than {RATIO} times transformers' error: "
+            f"{', '.join(map(str, report.failed[:20]))}. BRAID_KERNELS=torch shows whether our kernels are the cause, "
+            "--dtype float32 shows small faults. Please report the output."
         )
         raise typer.Exit(FAILED)

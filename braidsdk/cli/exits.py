@@ -16,9 +16,9 @@ from braidsdk.errors import BraidError, InputError
 FAILED, USAGE, NOT_FOUND, INCOMPATIBLE, INTERRUPTED, PIPE_CLOSED = 1, 2, 3, 4, 130, 141
 
 MEANINGS = {
-    0: "fine",
+    0: "success",
     FAILED: "failed",
-    USAGE: "used wrongly: an option or argument can't be used",
+    USAGE: "usage error: an option or argument can't be used",
     NOT_FOUND: "not found: no such chunk, model, file or store",
     INCOMPATIBLE: "incompatible or corrupt: the store or the model",
     INTERRUPTED: "interrupted (Ctrl-C)",
@@ -82,4 +82,4 @@ def report(out: Output, error: Exception) -> None:
     if isinstance(error, BraidError):
         out.error(str(error))
     else:
-        out.error(f"{type(error).__name__}: {error}\nThis was not foreseen. --debug shows where it happened.")
+        out.error(f"{type(error).__name__}: {error}\nThis error is not expected. --debug shows where it happened.")

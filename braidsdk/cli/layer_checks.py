@@ -100,8 +100,8 @@ def check_layers(model: str, device: str, dtype: str) -> LayersReport:
     needed, free = 2 * weight_bytes(folder), free_memory(target)
     if needed > free:
         raise BraidError(
-            f"Two copies of {model!r} take some {size(needed)}, and {size(free)} are free. End other programs, or look "
-            "at a smaller model of the same family."
+            f"Two copies of {model!r} need about {size(needed)}; {size(free)} are free. Close other programs, or check "
+            "a smaller model of the same family."
         )
     ours = load_model(folder, device=target, dtype=parse_dtype(dtype))
     ours.paths = choose_paths(parse_kernels(None), ours)

@@ -41,16 +41,16 @@ _NOT_OPEN = Finding("skip", "the model could not be opened")
 def check_model(subject: Subject) -> Finding:
     """Whether the model opens, and whether it warned of something."""
     folder = find_checkpoint(subject.model)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.braid = Braid(subject.model, store=subject.scratch, device=subject.device, dtype=subject.dtype)
     config, weights = read_json(folder / "config.json"), weight_bytes(folder)
     window = config.get("max_position_embeddings")
     detail = f"{folder}: {config.get('num_hidden_layers')} layers, {size(weights)} of weights, window {window}"
     facts = {"folder": str(folder), "weight_bytes": weights, "window": window}
-    if said:
-        words = "; ".join(str(each.message) for each in said)
-        return Finding("warn", f"{detail}; it warned: {words}", "The warnings say what they are about.", facts)
+    if caught:
+        words = "; ".join(str(each.message) for each in caught)
+        return Finding("warn", f"{detail}; it warned: {words}", "See what the warnings ask for.", facts)
     return Finding("ok", detail, facts=facts)
 
 
@@ -110,8 +110,8 @@ def check_numerics(subject: Subject) -> Finding:
     folder = find_checkpoint(subject.model)
     needed, free = 2 * weight_bytes(folder), free_memory(braid.device)
     if needed > free:
-        detail = f"a second copy of the model takes some {size(needed)}, and {size(free)} are free"
-        return Finding("skip", detail, "End other programs, or look at a smaller model of the same family.")
+        detail = f"a second copy of the model needs about {size(needed)}; {size(free)} are free"
+        return Finding("skip", detail, "Close other programs, or check a smaller model of the same family.")
     peer: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=braid.dtype)
     peer.to(braid.device).eval()
     context = _context(braid)
@@ -120,7 +120,7 @@ def check_numerics(subject: Subject) -> Finding:
     facts = {"error": worst, "limit": limit, "prompts": len(QUESTIONS)}
     detail = f"logits differ from transformers' by {worst:.1e} at most (RMS over RMS; limit {limit:.0e})"
     if not worst <= limit:  # NaN is no success
-        remedy = "Answers can't be trusted here. Try --device cpu --dtype float32, and report what you see."
+        remedy = "Answers can't be trusted here. Try --device cpu --dtype float32, and report the output."
         return Finding("fail", detail, remedy, facts)
     return Finding("ok", detail, facts=facts)
 
@@ -134,23 +134,23 @@ def check_kernels(subject: Subject) -> Finding:
     if reason := obstacle(model):
         if model.device.type == "cpu" and model.paths != TORCH:
             return Finding("ok", f"the model runs on {model.paths}", facts={"paths": str(model.paths)})
-        reason = f"{reason}; {amx_obstacle(model) or 'torch was asked for'}" if model.device.type == "cpu" else reason
-        return Finding("skip", f"torch's own run: {reason}")
+        reason = f"{reason}; {amx_obstacle(model) or 'torch was requested'}" if model.device.type == "cpu" else reason
+        return Finding("skip", f"the model runs on torch: {reason}")
     results = self_test(model, timed=True)
     braid.warm_up(progress=False)
     launches = captured()
     facts = {"paths": str(model.paths), "launches": launches, "cases": [asdict(result) for result in results]}
-    passes = ", ".join(f"{name}: {count}" for name, count in launches.items() if "drawn" not in name)
+    passes = ", ".join(f"{name}: {count}" for name, count in launches.items() if "," not in name)
     graphs = f"in CUDA graphs; kernels of each: {passes}" if passes else "no CUDA graphs"
     lines = [
         f"the model runs on {model.paths}, {graphs}",
-        "each kernel, memory cold: relative error against float64, time, and bytes per second beside a large copy's",
+        "each kernel, caches cold: relative error against float64, time, and bandwidth as a share of a large copy's",
     ]
     widths = [max(len(getattr(result, name)) for result in results) for name in ("op", "case")]
     lines += [f"{result.op:<{widths[0]}}  {result.case:<{widths[1]}}  {_measured(result)}" for result in results]
     if all(result.ok for result in results):
         return Finding("ok", "\n      ".join(lines), facts=facts)
-    remedy = "Set BRAID_KERNELS=torch meanwhile; newer versions of torch and triton together may help."
+    remedy = "Set BRAID_KERNELS=torch for now; newer versions of torch and triton together may help."
     return Finding("fail", "\n      ".join(lines), remedy, facts)
 
 

@@ -28,7 +28,7 @@ def open_store(store: Path | None) -> Iterator[ChunkStore]:
     """
     folder = store_folder(store)
     if not folder.exists():
-        raise NotFoundError(f"No store at {str(folder)!r}. `braid add FILE` makes one; --store names another.")
+        raise NotFoundError(f"No store at {str(folder)!r}. `braid add FILE` makes one; --store chooses another.")
     with ChunkStore(folder) as opened:
         yield opened
 

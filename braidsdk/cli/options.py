@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 TINY = "braid-tiny"
 
-_MODEL, _SAMPLING = "Model and store", "How the answer is chosen"
+_MODEL, _SAMPLING = "Model and store", "Sampling"
 
 ModelOption = Annotated[
     str,
@@ -26,7 +26,7 @@ StoreOption = Annotated[
     typer.Option(
         "--store",
         envvar="BRAID_STORE",
-        help="The chunk store's folder.",
+        help="Folder of the chunk store.",
         show_default="the user's data folder",
         rich_help_panel=_MODEL,
     ),
@@ -40,14 +40,14 @@ DtypeOption = Annotated[
     typer.Option(
         "--dtype",
         envvar="BRAID_DTYPE",
-        help="auto (what the checkpoint names), float32, bfloat16 or float64.",
+        help="auto (the checkpoint's own), float32, bfloat16 or float64.",
         rich_help_panel=_MODEL,
     ),
 ]
 NamespaceOption = Annotated[
     str,
     typer.Option(
-        "--namespace", envvar="BRAID_NAMESPACE", help="Chunks of other namespaces are not seen.", rich_help_panel=_MODEL
+        "--namespace", envvar="BRAID_NAMESPACE", help="Only chunks of this namespace are seen.", rich_help_panel=_MODEL
     ),
 ]
 
@@ -56,8 +56,8 @@ ChunksOption = Annotated[
     typer.Option(
         "--chunk",
         "-c",
-        help="Name, id or glob ('guide*') of the chunks to answer from, in this order; may be repeated.",
-        show_default="all of them",
+        help="Name, id or glob ('guide*') of the chunks to answer from, in this order; can be repeated.",
+        show_default="all",
     ),
 ]
 ModeOption = Annotated[
@@ -66,7 +66,7 @@ ModeOption = Annotated[
 ]
 ThinkingOption = Annotated[
     bool,
-    typer.Option("--thinking", envvar="BRAID_THINKING", help="Let the model think before it answers, if it can."),
+    typer.Option("--thinking", envvar="BRAID_THINKING", help="Let the model think before it answers, where it can."),
 ]
 
 MaxNewTokensOption = Annotated[
@@ -74,7 +74,7 @@ MaxNewTokensOption = Annotated[
     typer.Option(
         "--max-new-tokens",
         "-n",
-        help="At most so many tokens are generated.",
+        help="Generate at most this many tokens.",
         show_default="256",
         rich_help_panel=_SAMPLING,
     ),
@@ -84,31 +84,39 @@ TemperatureOption = Annotated[
     typer.Option(
         "--temperature",
         "-t",
-        help="Above 0, tokens are drawn at random.",
-        show_default="0, the likeliest",
+        help="Above 0, tokens are sampled.",
+        show_default="0, greedy",
         rich_help_panel=_SAMPLING,
     ),
 ]
 TopPOption = Annotated[
-    float | None, typer.Option("--top-p", help="Keep the likeliest tokens up to this sum.", rich_help_panel=_SAMPLING)
+    float | None,
+    typer.Option(
+        "--top-p", help="Sample from the likeliest tokens up to this total probability.", rich_help_panel=_SAMPLING
+    ),
 ]
 TopKOption = Annotated[
-    int | None, typer.Option("--top-k", help="Keep so many of the likeliest tokens.", rich_help_panel=_SAMPLING)
+    int | None,
+    typer.Option("--top-k", help="Sample from this many of the likeliest tokens.", rich_help_panel=_SAMPLING),
 ]
 MinPOption = Annotated[
     float | None,
-    typer.Option("--min-p", help="Keep tokens this likely, as a share of the likeliest.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        "--min-p",
+        help="Leave out tokens below this share of the likeliest one's probability.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 PenaltyOption = Annotated[
     float | None,
     typer.Option("--repetition-penalty", help="Above 1, repeated tokens are less likely.", rich_help_panel=_SAMPLING),
 ]
 SeedOption = Annotated[
-    int | None, typer.Option("--seed", help="The same seed draws the same answer.", rich_help_panel=_SAMPLING)
+    int | None, typer.Option("--seed", help="The same seed gives the same answer.", rich_help_panel=_SAMPLING)
 ]
 StopOption = Annotated[
     list[str] | None,
-    typer.Option("--stop", help="End before this text; may be repeated.", rich_help_panel=_SAMPLING),
+    typer.Option("--stop", help="Stop before this text; can be repeated.", rich_help_panel=_SAMPLING),
 ]
 
 

@@ -62,8 +62,8 @@ def check_names(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> None:
         if row and row.id != piece.id and not _is_from(row, piece.source):
             origin = row.metadata.get(SOURCE)
             raise NameTakenError(
-                f"The name {piece.name!r} stands for another text, {f'from {origin}' if origin else row.id}. "
-                "--replace moves the name to the new text, --name gives another one, --namespace keeps them apart."
+                f"The name {piece.name!r} belongs to another text, {f'from {origin}' if origin else row.id}. Move it "
+                "to the new text with --replace, choose another with --name, or keep the texts apart with --namespace."
             )
 
 

@@ -37,7 +37,7 @@ class Catalogue(Protocol[C_co]):
         ...
 
     def list(self, *, name: str) -> Sequence[C_co]:
-        """The chunks with a name that fits this glob."""
+        """The chunks with a name that matches this glob."""
         ...
 
 
@@ -70,8 +70,8 @@ def is_glob(word: str) -> bool:
 def select(catalogue: Catalogue[C], words: Iterable[str]) -> list[C]:
     """The chunks that these words mean, each once, in the order of the words.
 
-    A word is first a name or an id: a chunk called `notes[1].txt` is found by that name, whatever the glob would fit. A
-    word that is neither and holds `*`, `?` or `[` is a glob: all chunks with a name that fits, in reading order.
+    A word is first a name or an id: a chunk called `notes[1].txt` is found by that name, whatever the glob would match.
+    A word that is neither and holds `*`, `?` or `[` is a glob: all chunks with a name that matches, in reading order.
 
     Raises:
         UnknownChunkError: a word means no chunk.
@@ -91,7 +91,7 @@ def _meant(catalogue: Catalogue[C], word: str) -> Sequence[C]:
             raise
     fitting = reading_order(catalogue.list(name=word))
     if not fitting:
-        raise UnknownChunkError(f"No chunk has a name that fits {word[:80]!r}. Check the pattern.")
+        raise UnknownChunkError(f"No chunk has a name that matches {word[:80]!r}. Check the pattern.")
     return fitting
 
 

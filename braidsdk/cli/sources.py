@@ -128,7 +128,7 @@ def _expand(pattern: Path) -> tuple[Path, list[Path]]:
     fitting = sorted(base.glob(str(Path(*pattern.parts[split:]))))
     files = [path for path in fitting if path.is_file() and not _is_hidden(path.relative_to(base))]
     if not files:
-        raise NotFoundError(f"No file fits {str(pattern)!r}. Check the pattern; `**` stands for any folders.")
+        raise NotFoundError(f"No file matches {str(pattern)!r}. Check the pattern; `**` matches any number of folders.")
     return base, files
 
 
@@ -166,7 +166,7 @@ def _check_names(sources: Iterable[Source]) -> None:
             continue
         if source.name in known:
             raise InputError(
-                f"Two files would be called {source.name!r}: {known[source.name]} and {source.path}. Give the folder "
+                f"Two files have the name {source.name!r}: {known[source.name]} and {source.path}. Pass the folder "
                 "that holds both: its files are named by their path in it."
             )
         known[source.name] = source.path

@@ -9,7 +9,7 @@ from braidsdk.types import size
 
 
 def stats(out: Output, store: StoreOption = None) -> None:
-    """Show what the store holds, by model and level, and how often it had what was asked for.
+    """Show what the store holds, by model and level, and its hit rate.
 
     A hit is a KV entry that a question found; a miss is one that it had to compute.
     """

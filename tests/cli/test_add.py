@@ -46,7 +46,7 @@ class TestReading:
 
     def test_a_quoted_glob_is_expanded(self, cli: Cli, docs: Path) -> None:
         assert names(cli("add", "docs/**/*.txt", "--json")) == ["more/b.txt"]
-        assert "No file fits" in cli("add", "docs/*.rst", code=3).stderr
+        assert "No file matches" in cli("add", "docs/*.rst", code=3).stderr
 
     def test_stdin_is_named_on_request(self, cli: Cli) -> None:
         assert names(cli("add", "-", "--name", "piped", "--json", stdin="One.\r\nTwo.")) == ["piped"]
@@ -63,7 +63,7 @@ class TestReading:
             ("docs/empty.txt", "is empty"),
             ("docs/latin.txt", "is not UTF-8 text"),
         ]
-        assert "left out docs/binary.txt: is binary" in ended.stderr
+        assert "skipped docs/binary.txt: is binary" in ended.stderr
 
     def test_strict_fails_before_anything_is_registered(self, cli: Cli, docs: Path) -> None:
         (docs / "empty.txt").write_text("")
@@ -79,10 +79,10 @@ class TestReading:
 
     def test_two_files_of_one_name_are_refused(self, cli: Cli, docs: Path) -> None:
         (docs / "more" / "a.md").write_text("Another.")
-        assert "Two files would be called 'a.md'" in cli("add", "docs/a.md", "docs/more/a.md", code=2).stderr
+        assert "Two files have the name 'a.md'" in cli("add", "docs/a.md", "docs/more/a.md", code=2).stderr
 
     def test_a_name_is_for_one_file(self, cli: Cli) -> None:
-        assert "--name names one text" in cli("add", "a", "b", "--name", "c", code=2).stderr
+        assert "--name must be given for one file only" in cli("add", "a", "b", "--name", "c", code=2).stderr
 
 
 class TestCutting:

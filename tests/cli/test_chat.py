@@ -84,9 +84,9 @@ def test_what_fails_is_said_and_the_conversation_goes_on(added: Cli) -> None:
     ended = added("chat", "-c", "rules", "-c", "aistonia.txt", stdin="\n".join(lines), code=1)
     assert ended.stdout == "Flubarg.\n"
     assert "Did you mean '/add'" in ended.stderr
-    assert "/add needs names" in ended.stderr
+    assert "/add must be followed by names" in ended.stderr
     assert "No chunk 'nobody'" in ended.stderr
-    assert "'nobody' is not among the chunks here" in ended.stderr
+    assert "'nobody' is not a chunk of this conversation" in ended.stderr
     assert "window" in ended.stderr
 
 
@@ -122,5 +122,5 @@ def test_on_a_terminal_it_prompts_ctrl_c_only_hints_and_ctrl_d_leaves(added: Cli
     chat = terminal("chat", "-q", "-c", "rules", "-c", "aistonia.txt")
     chat.answer("> ", f"{CAPITAL}\n")
     chat.interrupt("Flubarg.\n> ")
-    chat.answer("/quit or Ctrl-D leaves.\n> ", "\x04")
+    chat.answer("/quit or Ctrl-D quits.\n> ", "\x04")
     assert chat.end()[0] == 0

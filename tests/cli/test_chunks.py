@@ -58,7 +58,7 @@ class TestLs:
         ]
         nothing = cli("ls", "nothing*")
         assert nothing.stdout == ""
-        assert "No chunks fit" in nothing.stderr
+        assert "No chunks match 'nothing*'" in nothing.stderr
 
     def test_level_limit_and_namespace(self, cli: Cli) -> None:
         assert [each["name"] for each in cli("ls", "--level", "0", "--json").json] == ["rules"]
@@ -92,7 +92,7 @@ class TestShow:
 
     def test_a_misspelt_name_gets_a_suggestion(self, cli: Cli) -> None:
         assert "Did you mean 'notes.txt'?" in cli("show", "nots.txt", code=3).stderr
-        assert "fits 'x*'" in cli("show", "x*", code=3).stderr
+        assert "matches 'x*'" in cli("show", "x*", code=3).stderr
 
 
 @pytest.mark.usefixtures("store")

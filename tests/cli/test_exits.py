@@ -101,7 +101,7 @@ def test_what_nobody_foresaw_is_a_sentence_too(cli: Cli, monkeypatch: pytest.Mon
 
     cli("add", "rules.txt", "-q")
     monkeypatch.setattr(ChunkStore, "list_chunks", broken)
-    assert "ZeroDivisionError: by nothing\nThis was not foreseen" in cli("ls", code=1).stderr
+    assert "ZeroDivisionError: by nothing\nThis error is not expected" in cli("ls", code=1).stderr
     assert "Traceback" in cli("ls", "--debug", code=1).stderr
 
 

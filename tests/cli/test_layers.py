@@ -116,7 +116,7 @@ def test_a_fault_shows_in_its_layer_and_pass_alone(
     }
     assert wrong == {(FAULTY, name) for name in where}
     assert ended.json["ok"] is False
-    assert "1 layer further from the truth" in ended.stderr
+    assert "1 layer with more than 1.25 times transformers' error" in ended.stderr
 
 
 def test_nan_is_a_fault(cli: Cli, random_checkpoint: Path, plant: Callable) -> None:

@@ -14,7 +14,7 @@ QUESTION = "What is the capital of Aistonia?"
 
 @pytest.fixture
 def notes(cli: Cli, tmp_path: Any) -> Cli:
-    """Three texts. The name of the first is a glob that fits the second, and does not fit itself."""
+    """Three texts. The name of the first is a glob that matches the second, and not itself."""
     with ChunkStore(tmp_path / "store") as store:
         for name, text in (("notes[1]", "The first."), ("notes1", "The second."), ("notes2", "The third.")):
             store.add_chunk(namespace="default", level=1, text=text, name=name)
@@ -61,7 +61,7 @@ COMMANDS = [shown, removed, asked, chatted, added, dropped]
         (["notes[12]"], ["notes1", "notes2"]),
         (["notes*"], ["notes[1]", "notes1", "notes2"]),
     ],
-    ids=["a name that is a glob", "a glob", "a glob that fits a name with brackets"],
+    ids=["a name that is a glob", "a glob", "a glob that matches a name with brackets"],
 )
 def test_every_command_takes_a_word_for_the_same_chunks(
     notes: Cli, chosen: Callable[..., list[str]], words: list[str], expected: list[str]
@@ -80,5 +80,5 @@ def test_a_listing_shows_what_a_name_that_is_a_glob_stands_for(notes: Cli) -> No
 
 
 @pytest.mark.parametrize("arguments", [("show",), ("rm", "--yes"), ("ask", QUESTION, "-c"), ("chat", "-c")])
-def test_a_glob_that_fits_nothing_is_not_found(notes: Cli, arguments: tuple[str, ...]) -> None:
-    assert "No chunk has a name that fits 'x*'." in notes(*arguments, "x*", code=3).stderr
+def test_a_glob_that_matches_nothing_is_not_found(notes: Cli, arguments: tuple[str, ...]) -> None:
+    assert "No chunk has a name that matches 'x*'." in notes(*arguments, "x*", code=3).stderr
