@@ -57,13 +57,12 @@ class Index:
                     "Open the store again in the new process."
                 )
             try:
-                self._db.conn.execute(begin)
                 try:
+                    self._db.conn.execute(begin)  # within: Ctrl-C while it waits for the lock comes once it holds it
                     yield self._db
                     self._db.commit()
-                except BaseException:
-                    self._db.rollback()
-                    raise
+                finally:
+                    _end(self._db)
             except sqlite3.Error as error:
                 raise translate(error, self._path) from error
             except OSError as error:
@@ -71,3 +70,15 @@ class Index:
                     f"Could not change the files of the store at {self._path.parent}: {error.strerror}. "
                     "Free some space or correct what fails; the store is as it was before."
                 ) from error
+
+
+def _end(db: Database) -> None:
+    """Undo a transaction that is still open, however often that is interrupted: it would lock every process out."""
+    interrupt = None
+    while db.conn.in_transaction:
+        try:
+            db.rollback()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt:
+        raise interrupt

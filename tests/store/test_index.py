@@ -1,6 +1,7 @@
 """The index and the folder: opening, migrations, rebuilding, sweeping, and what can't be opened."""
 
 import os
+import signal
 import sqlite3
 import threading
 import time
@@ -240,6 +241,55 @@ def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(folder: Pa
     with ChunkStore(folder) as store:
         assert {name: not (folder / name).exists() for name in names} == names
         assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
+class Interrupted:
+    """A connection on which Ctrl-C comes right after some statements, counted from 1."""
+
+    def __init__(self, connection: sqlite3.Connection, *after: int) -> None:
+        self._connection, self._after, self._count = connection, after, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, *arguments: Any) -> sqlite3.Cursor:
+        self._count += 1
+        cursor = self._connection.execute(*arguments)
+        if self._count in self._after:
+            raise KeyboardInterrupt
+        return cursor
+
+
+@pytest.mark.parametrize("after", [(1,), (2,), (1, 2)], ids=["begin", "commit", "begin and rollback"])
+def test_an_interrupt_leaves_no_transaction_open(
+    store: ChunkStore, folder: Path, monkeypatch: pytest.MonkeyPatch, after: tuple[int, ...]
+) -> None:
+    db = store._index._db
+    assert db is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(db, "conn", Interrupted(db.conn, *after))
+        with pytest.raises(KeyboardInterrupt), store._index.write():
+            pass
+    assert not db.conn.in_transaction
+    with closing(sqlite3.connect(folder / "index.db", timeout=0)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+
+def test_ctrl_c_while_waiting_for_the_write_lock_leaves_it_free(store: ChunkStore, folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "index.db", check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+
+        def interrupt() -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            other.rollback()
+
+        thread = threading.Timer(0.1, interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt), store._index.write():
+            pass
+        thread.join()
+        other.execute("BEGIN IMMEDIATE")
 
 
 def test_a_store_used_after_a_fork_says_so(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
