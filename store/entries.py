@@ -14,6 +14,7 @@ from sqlite_utils import Database
 from braidsdk.store import reasons
 from braidsdk.store.blobs import Slab
 from braidsdk.store.chunks import now, parts, placeholders
+from braidsdk.store.files import Layout, entry_name
 from braidsdk.store.keys import EntryKey, record_chunk_ids
 from braidsdk.store.reasons import Miss
 from braidsdk.store.schema import MODELS_INDEX
@@ -84,12 +85,11 @@ class EntryRow:
     tokens_sha256: str
     tokens: int
     bytes: int
-    file: str
     payload_digest: str
     chunks: tuple[str, ...]
 
 
-def look_up(db: Database, keys: Sequence[EntryKey], root: Path) -> list[Hit | Miss]:
+def look_up(db: Database, keys: Sequence[EntryKey], layout: Layout) -> list[Hit | Miss]:
     """Return a hit or the reason of the miss for each key, in order."""
     rows: dict[str, dict[str, Any]] = {}
     for part in parts(list(dict.fromkeys(key.digest for key in keys))):
@@ -97,7 +97,7 @@ def look_up(db: Database, keys: Sequence[EntryKey], root: Path) -> list[Hit | Mi
         rows.update((row["digest"], row) for row in found)
     absent = [key for key in keys if key.digest not in rows]
     misses = dict(zip((id(key) for key in absent), reasons.explain(db, absent), strict=True)) if absent else {}
-    return [misses[id(key)] if key.digest not in rows else _hit(key, rows[key.digest], root) for key in keys]
+    return [misses[id(key)] if key.digest not in rows else _hit(key, rows[key.digest], layout) for key in keys]
 
 
 def known(db: Database, digests: Iterable[str]) -> set[str]:
@@ -109,6 +109,11 @@ def known(db: Database, digests: Iterable[str]) -> set[str]:
     return found
 
 
+def newest_digests(db: Database) -> list[str]:
+    """Return the digests of all entries, the newest first."""
+    return [row["digest"] for row in db.table("entries").rows_where(select="digest", order_by="rowid desc")]
+
+
 def all_digests(db: Database) -> set[str]:
     """Return the digests of all entries."""
     return {row["digest"] for row in db.table("entries").rows_where(select="digest")}
@@ -117,9 +122,14 @@ def all_digests(db: Database) -> set[str]:
 def insert(db: Database, rows: Sequence[EntryRow]) -> None:
     """Add entries; their chunks must be registered, their digests unknown."""
     created = now()
-    fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "file", "payload_digest")
+    fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "payload_digest")
     db.table("entries").insert_all(
-        [{name: getattr(row, name) for name in fields} | _grouped(row) | {"created": created} for row in rows]
+        [
+            {name: getattr(row, name) for name in fields}
+            | _grouped(row)
+            | {"file": entry_name(row.digest), "created": created}  # `file` is for people: nothing reads it
+            for row in rows
+        ]
     )
     saw = [{"digest": row.digest, "chunk_id": chunk} for row in rows for chunk in row.chunks]
     if saw:
@@ -178,7 +188,7 @@ def groups(db: Database) -> list[EntryGroup]:
 
 def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
     """Return a chunk's own entries, oldest first."""
-    fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, file, payload_digest"
+    fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, payload_digest"
     found = db.table("entries").rows_where("chunk_id = ?", [chunk_id], select=fields, order_by="rowid")
     return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
 
@@ -189,7 +199,7 @@ def _grouped(row: EntryRow) -> dict[str, Any]:
     return {"weights": record["model"]["weights"], "dtype": record["model"]["dtype"], "level": record["level"]}
 
 
-def _hit(key: EntryKey, row: Mapping[str, Any], root: Path) -> Hit | Miss:
+def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | Miss:
     if row["record"] != key.record_json or row["tokens_sha256"] != key.token_sha256:
         return Miss("collision", "another entry has the same digest; this one can't be stored beside it")
-    return Hit(key.digest, row["tokens"], row["bytes"], root / row["file"])
+    return Hit(key.digest, row["tokens"], row["bytes"], layout.entry(key.digest))

@@ -5,7 +5,8 @@
     tmp/                                 files being written; what a killed process left goes after an hour
     damaged/                             entries that were set aside
 
-Knows nothing of what is inside a file or in the index.
+Every path comes from a digest, or from a name that `set_aside` gives: an index may come from anyone, so nothing that it
+says leads out of the store. Knows nothing of what is inside a file or in the index.
 """
 
 import contextlib
@@ -17,12 +18,14 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from braidsdk.errors import StorePathError
+from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
 LEFTOVER_AGE_S = 3600.0
 """Age from which a file that no row of the index names is taken for a killed process's."""
 
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
+_DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.safetensors")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.part|\.tmp[0-9A-Za-z]{6}")  # ours, and safetensors' own
 
 Stamp = tuple[int, int, int]
@@ -84,8 +87,8 @@ class Layout:
         return self.root / "damaged"
 
     def entry(self, digest: str) -> Path:
-        """Where the entry of this digest lies."""
-        return self.entries / digest[:2] / f"{digest}.safetensors"
+        """Where the entry of this digest lies; raises as `entry_name`."""
+        return self.root / entry_name(digest)
 
     def temporary(self, digest: str) -> Path:
         """A new path to write an entry to before it is moved to its place."""
@@ -104,26 +107,47 @@ class Layout:
         for folder in folders:
             sync_folder(folder)
 
-    def set_aside(self, path: Path) -> Path | None:
-        """Move a damaged file away and return where to; None if it is gone already."""
-        target = self.damaged / f"{path.stem}.{secrets.token_hex(4)}{path.suffix}"
+    def set_aside(self, digest: str) -> str | None:
+        """Move an entry's damaged file to damaged/ and return its name there; None if it is gone already."""
+        name = f"{digest}.{secrets.token_hex(4)}.safetensors"
         try:
-            path.replace(target)
+            self.entry(digest).replace(self.damaged / name)
         except FileNotFoundError:
             return None
-        return target
+        return name
+
+    def remove_damaged(self, name: str) -> None:
+        """Remove a file that was set aside under this name. A name that `set_aside` never gives is no file of ours."""
+        if _DAMAGED.fullmatch(name):
+            remove(self.damaged / name)
 
     def entry_files(self) -> Iterator[Path]:
         """Every file in an entry's place."""
         for folder in sorted(self.entries.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
-                yield from (path for path in sorted(folder.iterdir()) if _ENTRY.fullmatch(path.name))
+                for path in sorted(folder.iterdir()):
+                    if _ENTRY.fullmatch(path.name) and path.name.startswith(folder.name):
+                        yield path
 
     def sweep_temporaries(self) -> None:
         """Remove what killed writers left in tmp/. Files that aren't ours are left alone."""
         for path in self.tmp.iterdir():
             if _TEMPORARY.fullmatch(path.name) and is_old(path):
                 remove(path)
+
+
+def entry_name(digest: str) -> str:
+    """Where the entry of this digest lies, relative to its store.
+
+    Raises:
+        StoreCorruptError: it is no digest.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise StoreCorruptError(
+            f"An entry's digest must be 32 hex digits; got {shown(digest)}. Move the index aside (index.db, "
+            "index.db-wal, index.db-shm): the next open rebuilds it from the entries."
+        )
+    return f"entries/{digest[:2]}/{digest}.safetensors"
 
 
 def is_old(path: Path) -> bool:

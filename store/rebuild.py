@@ -25,10 +25,10 @@ def rebuild(db: Database, layout: Layout) -> None:
             header = blobs.read_header(path)
             if header.metadata.get("format") != str(FORMAT_VERSION):
                 continue  # another version's: left where it is
-            row = _row(path, header, layout)
+            row = _row(path, header)
         except blobs.DamagedFile as error:
-            moved = layout.set_aside(path)
-            entries.record_damage(db, path.stem, chunks=[], file=moved.name if moved else None, why=str(error))
+            moved = layout.set_aside(path.stem)
+            entries.record_damage(db, path.stem, chunks=[], file=moved, why=str(error))
             continue
         except FileNotFoundError:
             continue
@@ -42,7 +42,7 @@ def rebuild(db: Database, layout: Layout) -> None:
         entries.insert(db, [row for _, row in sorted(found, key=lambda item: item[0])])
 
 
-def _row(path: Path, header: blobs.Header, layout: Layout) -> EntryRow:
+def _row(path: Path, header: blobs.Header) -> EntryRow:
     token_bytes = blobs.read_token_bytes(path, header)
     try:
         record = canonical_json(header.key)
@@ -66,7 +66,6 @@ def _row(path: Path, header: blobs.Header, layout: Layout) -> EntryRow:
         tokens_sha256=hashlib.sha256(token_bytes).hexdigest(),
         tokens=header.tokens,
         bytes=header.nbytes,
-        file=str(path.relative_to(layout.root)),
         payload_digest=header.digest,
         chunks=saw,
     )

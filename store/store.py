@@ -255,11 +255,12 @@ class ChunkStore:
             # A chunk without a row may still have been seen by entries: a rebuilt index can know it by id alone.
             free = [each for each, owner in owners.items() if owner in (namespace, None)]
             gone = entries.delete_of_chunks(db, free)
+            _ = [self._layout.entry(digest) for digest in gone]  # raises, and undoes, for one that is no digest
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known = sum(owner == namespace for owner in owners.values())
         for name in aside:
-            remove(self._layout.damaged / name)
+            self._layout.remove_damaged(name)
         self._remove_entries(list(gone))
         return Deleted(known, tuple(gone), sum(gone.values()))
 
@@ -268,12 +269,23 @@ class ChunkStore:
     def look_up(self, keys: Sequence[EntryKey]) -> list[Hit | Miss]:
         """Say for each key, in order, whether the index has its entry, or why not. Opens no entry's file."""
         with self._index.read() as db:
-            return entries.look_up(db, keys, self.path)
+            return entries.look_up(db, keys, self._layout)
 
     def entries_of(self, chunk_id: str) -> list[EntryRow]:
         """Return what the index keeps of a chunk's own entries, oldest first. Opens no entry's file."""
         with self._index.read() as db:
             return entries.of_chunk(db, chunk_id)
+
+    def entry_files(self) -> list[Path]:
+        """Return where the files of all entries that the index knows should lie, the newest entry's first."""
+        with self._index.read() as db:
+            return [self._layout.entry(digest) for digest in entries.newest_digests(db)]
+
+    def index_troubles(self) -> list[str]:
+        """Return what SQLite finds wrong with the index, at most five things; nothing if it is sound."""
+        with self._index.read() as db:
+            found = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
+        return [] if found == ["ok"] else found
 
     def load(self, keys: Sequence[EntryKey]) -> list[Entry | Miss]:
         """Read and verify the entry of each key, in order, or say why not.
@@ -425,10 +437,10 @@ class ChunkStore:
             if entries.known(db, [key.digest]):
                 if stamp(path) != read:
                     return None
-                moved = self._layout.set_aside(path)
+                moved = self._layout.set_aside(key.digest)
                 _log.warning("set aside entry %s: %s", key.digest, why)
-                entries.delete_damaged(db, key.digest, file=moved.name if moved else None, why=why)
-            found = entries.look_up(db, [key], self.path)[0]
+                entries.delete_damaged(db, key.digest, file=moved, why=why)
+            found = entries.look_up(db, [key], self._layout)[0]
             return found if isinstance(found, Miss) else None
 
     def _write(self, publication: Publication, records: Mapping[str, Any], written: dict[str, Path]) -> EntryRow:
@@ -450,7 +462,6 @@ class ChunkStore:
             tokens_sha256=key.token_sha256,
             tokens=len(key.token_ids),
             bytes=sum(slab.nbytes for slab in slabs),
-            file=str(self._layout.entry(key.digest).relative_to(self.path)),
             payload_digest=payload_digest,
             chunks=key.chunk_ids(),
         )

@@ -13,7 +13,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -157,7 +157,7 @@ def check_integrity(subject: Subject) -> Finding:
         return Finding("skip", "there is no store yet")
     with ChunkStore(subject.store) as store:
         aside = store.damaged_count
-    troubles, files = _inside_index(subject.store)
+        files, troubles = store.entry_files(), store.index_troubles()
     if troubles:
         remedy = "Move index.db, index.db-wal and index.db-shm aside: the next open rebuilds them from the entries."
         return Finding("fail", f"the index is damaged: {'; '.join(troubles)[:300]}", remedy)
@@ -178,17 +178,6 @@ def check_integrity(subject: Subject) -> Finding:
         return Finding("warn", f"{len(bad):,} entries missing or damaged, such as {bad[0]}", remedy, facts)
     detail = looked + (f"; {aside:,} damaged files were set aside earlier" if aside else "")
     return Finding("ok", detail, facts=facts)
-
-
-def _inside_index(folder: Path) -> tuple[list[str], list[Path]]:
-    """What SQLite finds wrong with the index, and the entries' files, newest first.
-
-    The one place where the command line reads the index by itself: the store has no call for it yet.
-    """
-    with closing(sqlite3.connect(folder / "index.db")) as index:
-        found = [str(row[0]) for row in index.execute("PRAGMA quick_check(5)")]
-        files = [folder / row[0] for row in index.execute("select file from entries order by rowid desc")]
-    return ([] if found == ["ok"] else found), files
 
 
 def check_disk_space(subject: Subject) -> Finding:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from braidsdk.errors import InputError, StoreError, UnknownChunkError
+from braidsdk.errors import InputError, StoreCorruptError, StoreError, UnknownChunkError
 from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Place, blobs, sha256_of_tokens
 
 SHA = sha256_of_tokens
@@ -390,6 +390,56 @@ def test_what_was_set_aside_of_a_deleted_chunk_goes_too(store: ChunkStore, folde
     assert files(folder) == []
     assert only(store.look_up([key]), Miss).reason == "absent"
     assert store.damaged_count == 1
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """A file of somebody else's, beside the store."""
+    path = tmp_path / "precious.safetensors"
+    path.write_text("mine")
+    return path
+
+
+@pytest.mark.parametrize("where", ["absolute", "relative"])
+def test_a_row_that_leads_out_of_the_store_moves_nothing(
+    store: ChunkStore, folder: Path, chunk: str, precious: Path, make: Any, where: str
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    with store._index.write() as db:
+        db.execute("update entries set file = ?", [str(precious) if where == "absolute" else f"../{precious.name}"])
+    assert only(store.look_up([key]), Hit).path.is_relative_to(folder)
+    only(store.load([key]), Entry)
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["absolute", "relative", "another folder of the store"])
+def test_a_record_of_damage_that_leads_out_of_its_folder_removes_nothing(
+    store: ChunkStore, folder: Path, chunk: str, precious: Path, make: Any, where: str
+) -> None:
+    kept = make.key(None)
+    store.publish([(kept, make.slabs(), {})])
+    name = {"absolute": str(precious), "relative": f"../../{precious.name}"}.get(where, f"../{files(folder)[0]}")
+    with store._index.write() as db:
+        db.table("damage").insert({"digest": "x", "chunks": f'["{chunk}"]', "file": name, "why": "", "created": ""})
+    store.delete_chunk("default", chunk)
+    assert precious.read_text() == "mine"
+    only(store.load([kept]), Entry)
+
+
+def test_a_row_whose_digest_is_a_path_is_refused_and_removes_nothing(
+    store: ChunkStore, chunk: str, precious: Path, make: Any
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.slabs(), {})])
+    with store._index.write() as db:
+        db.execute("PRAGMA defer_foreign_keys=ON")
+        for table in ("entries", "entry_chunks"):
+            db.execute(f"update {table} set digest = '../precious'")
+    with pytest.raises(StoreCorruptError, match=r"digest must be 32 hex digits; got '\.\./precious'"):
+        store.delete_chunk("default", chunk)
+    assert precious.read_text() == "mine"
+    assert store.find_chunk("default", chunk), "all or none"
 
 
 @pytest.mark.parametrize("role", ["own", "before"])

@@ -192,6 +192,19 @@ def test_a_rebuild_sets_aside_what_is_not_an_entry(folder: Path, make: Any) -> N
         ]
 
 
+def test_a_rebuild_knows_entries_in_their_own_places_only(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.slabs(), {})])
+    (path,) = folder.glob("entries/*/*.safetensors")
+    other = folder / "entries" / "zz" / path.name
+    other.parent.mkdir()
+    path.rename(other)
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert store.stats().entries == 0
+    assert other.exists()
+
+
 def test_a_rebuild_leaves_the_files_of_another_format_alone(
     folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
