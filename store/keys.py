@@ -177,10 +177,9 @@ def canonical_json(value: object) -> str:
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Name what differs between two key records, the gravest first.
+    """Name what differs between two key records of one namespace, the gravest first.
 
-    Ids of chunks hold the namespace, and token hashes hang on the tokenizer: what follows from a difference already
-    named is not named again.
+    Token hashes hang on the tokenizer: what follows from a difference already named is not named again.
     """
     model, other = wanted["model"], found["model"]
     named: list[Difference] = []
@@ -206,8 +205,6 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Di
         note("codec", f"packed as {other['codec']}; this model asks for {model['codec']}")
     if model["rope"] != other["rope"]:
         note("rope", "computed with another RoPE config; relocating its keys would be wrong")
-    if wanted["namespace"] != found["namespace"]:
-        note("namespace", f"computed in namespace {found['namespace']!r}; this one is {wanted['namespace']!r}")
     if wanted["level"] != found["level"]:
         note("level", f"computed as level {found['level']}; wanted as level {wanted['level']}")
     if _after_differs(wanted, found):
@@ -218,8 +215,6 @@ def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Di
 def _after_differs(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     same_ids = wanted["after"] == found["after"]
     same_tokens = wanted["after_sha256"] == found["after_sha256"]
-    if wanted["namespace"] != found["namespace"]:
-        same_ids = len(wanted["after"]) == len(found["after"])
     if wanted["model"]["tokenizer"] != found["model"]["tokenizer"]:
         return not same_ids
     return not (same_ids and same_tokens)

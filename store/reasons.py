@@ -1,6 +1,7 @@
-"""Why a look-up missed: the closest stored entry, and what differs.
+"""Why a look-up missed: the closest stored entry of the same namespace, and what differs.
 
-Runs inside the caller's transaction, reads only.
+Another namespace's entries are never told of, not even that there are any. Runs inside the caller's transaction, reads
+only.
 """
 
 import json
@@ -17,8 +18,11 @@ CANDIDATES = 64
 """Stored entries of one chunk that are compared at most, the newest first: a chunk may be part of many chains."""
 
 _NEWEST = """
-    select {column} as found_by, record from (
-        select {column}, record, row_number() over (partition by {column} order by rowid desc) as nth
+    select found_by, namespace, record from (
+        select {column} as found_by, json_extract(record, '$.namespace') as namespace, record,
+            row_number() over (
+                partition by {column}, json_extract(record, '$.namespace') order by rowid desc
+            ) as nth
         from entries where {where}
     ) where nth <= ?
 """
@@ -29,9 +33,9 @@ class Miss:
     """An entry that can't be had.
 
     Attributes:
-        reason: "absent" (never computed), "version", "model", "tokenizer", "dtype", "codec", "rope", "namespace",
-            "level", "after" (computed only after something else), "tokens" (the same text gave other token ids),
-            "collision" (another entry has the same digest), or "damaged" (its file was set aside).
+        reason: "absent" (never computed), "version", "model", "tokenizer", "dtype", "codec", "rope", "level",
+            "after" (computed only after something else), "tokens" (the same text gave other token ids), "collision"
+            (another entry has the same digest), or "damaged" (its file was set aside).
         detail: one sentence for people.
     """
 
@@ -40,34 +44,27 @@ class Miss:
 
 
 def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
-    """Say for each key why the store has no entry of it."""
+    """Say for each key why the store has no entry of it, from entries of its own namespace alone."""
     damaged = _damaged(db, [key.digest for key in keys])
-    by_chunk = _newest(db, "chunk_id", [key.chunk_id for key in keys if key.chunk_id is not None])
+    by_chunk = _newest(db, "chunk_id", [key.chunk_id for key in keys])
     by_tokens = _newest(db, "tokens_sha256", [key.token_sha256 for key in keys])
-    headers: list[str] = []
-    if any(key.chunk_id is None for key in keys):
-        headers = [
-            row["record"] for row in db.query(_NEWEST.format(column="chunk_id", where="chunk_id is null"), [CANDIDATES])
-        ]
     misses = []
     for key in keys:
         if key.digest in damaged:
             misses.append(Miss("damaged", f"its file was set aside: {damaged[key.digest]}"))
             continue
-        own = headers if key.chunk_id is None else by_chunk.get(key.chunk_id, [])
-        misses.append(_closest(key, own, by_tokens.get(key.token_sha256, [])))
+        own = by_chunk.get((key.chunk_id, key.namespace), [])
+        misses.append(_closest(key, own, by_tokens.get((key.token_sha256, key.namespace), [])))
     return misses
 
 
 def _closest(key: EntryKey, own: Iterable[str], same_tokens: Iterable[str]) -> Miss:
     wanted = key.record()
-    # The same chunk id is the same text; the same token ids count only where another namespace or level has them.
+    # The same chunk id is the same text; the same token ids count only where another level has them.
     candidates = [json.loads(record) for record in own]
-    candidates += [
-        record
-        for record in map(json.loads, same_tokens)
-        if (record["namespace"], record["level"]) != (key.namespace, key.level)
-    ]
+    candidates += [record for record in map(json.loads, same_tokens) if record["level"] != key.level]
+    # Again, because SQLite ends a namespace at a null character.
+    candidates = [record for record in candidates if record["namespace"] == key.namespace]
     best: tuple[tuple[int, int], Miss] | None = None
     for rank, found in enumerate(candidates):
         named = differences(wanted, found)
@@ -81,12 +78,15 @@ def _closest(key: EntryKey, own: Iterable[str], same_tokens: Iterable[str]) -> M
     return best[1] if best else Miss("absent", "never computed in this store")
 
 
-def _newest(db: Database, column: str, values: Sequence[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for part in parts(list(dict.fromkeys(values))):
-        sql = _NEWEST.format(column=column, where=f"{column} in ({placeholders(part)})")
-        for row in db.query(sql, [*part, CANDIDATES]):
-            found.setdefault(row["found_by"], []).append(row["record"])
+def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], list[str]]:
+    """Return the newest records by the value of a column (None: null) and by namespace."""
+    conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(sorted({*values} - {None}))]
+    if None in values:
+        conditions.append((f"{column} is null", []))
+    found: dict[tuple[str | None, str], list[str]] = {}
+    for where, arguments in conditions:
+        for row in db.query(_NEWEST.format(column=column, where=where), [*arguments, CANDIDATES]):
+            found.setdefault((row["found_by"], row["namespace"]), []).append(row["record"])
     return found
 
 

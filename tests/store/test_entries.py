@@ -180,12 +180,25 @@ def test_another_dtype_is_told_in_a_sentence(store: ChunkStore, chunk: str, make
     assert store.look_up([wanted]) == [Miss("dtype", "computed in bfloat16; this model runs in float32")]
 
 
-def test_the_same_text_in_another_namespace_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
-    other = store.add_chunk(namespace="other", level=1, text="The capital of Aistonia is Zorbin.\n")
-    miss = only(store.look_up([make.key(other.id, namespace="other")]), Miss)
-    assert miss.reason == "namespace"
-    assert "'default'" in miss.detail
+@pytest.mark.parametrize("secret", ["default", "other\0more"], ids=ascii)
+def test_a_miss_never_tells_of_another_namespace(store: ChunkStore, make: Any, secret: str) -> None:
+    text = "The capital of Aistonia is Zorbin.\n"
+    theirs, ours = (store.add_chunk(namespace=name, level=1, text=text).id for name in (secret, "other"))
+    known = [make.key(theirs), make.key(theirs, level=0), make.key(None), make.key(None, level=0)]
+    store.publish([(dataclasses.replace(key, namespace=secret), make.slabs(), {}) for key in known])
+    keys = [make.key(ours, namespace="other"), make.key(None, level=0, namespace="other")]
+    assert store.look_up(keys) == [Miss("absent", "never computed in this store")] * 2
+
+
+def test_another_namespaces_entries_do_not_hide_the_closest_one(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braidsdk.store.reasons.CANDIDATES", 1)
+    other = store.add_chunk(namespace="other", level=1, text="text\n")
+    keys = [make.key(chunk, level=0), make.key(other.id, namespace="other", level=0)]
+    store.publish([(key, make.slabs(), {}) for key in keys])
+    mine = store.add_chunk(namespace="default", level=1, text="text\n")
+    assert only(store.look_up([make.key(mine.id)]), Miss).reason == "level"
 
 
 def test_an_entry_after_something_else_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:

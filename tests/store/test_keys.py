@@ -151,13 +151,6 @@ def test_hashes_that_follow_from_another_tokenizer_are_not_a_second_difference(m
     assert [difference.reason for difference in differences(wanted.record(), found.record())] == ["tokenizer"]
 
 
-def test_ids_that_follow_from_another_namespace_are_not_a_second_difference(make: Any) -> None:
-    sha = sha256_of_tokens((1,))
-    wanted = make.key("c" * 32, after=("d" * 32,), after_sha256=sha)
-    found = make.key("e" * 32, namespace="other", after=("f" * 32,), after_sha256=sha)
-    assert [difference.reason for difference in differences(wanted.record(), found.record())] == ["namespace"]
-
-
 def test_importing_the_store_imports_no_torch() -> None:
     code = "import sys, braidsdk.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
