@@ -16,7 +16,7 @@ from braidsdk.handover import to_dynamic_cache
 from braidsdk.history import conversation, parse_history
 from braidsdk.pool import Resident
 from braidsdk.sampling import SamplingOptions, resolve
-from braidsdk.store import EntryKey, Hit, Miss
+from braidsdk.store import EntryKey, Hit
 from braidsdk.stream import Stream
 from braidsdk.types import Answer, ExplainedChunk, Explanation
 
@@ -168,15 +168,17 @@ class Context:
         segments = self._composition.segments
         with self._engine.working():
             places = self._engine.locate(self._keys)
+            absent = [key for key, found in zip(self._keys, places, strict=True) if found is None]
+            misses = dict(zip(absent, self._engine.store.explain(absent), strict=True))
             sizes = [self._engine.pool.bytes_for(len(segment.token_ids)) for segment in segments]
-        for segment, found, kv_bytes in zip(segments, places, sizes, strict=True):
+        for segment, key, found, kv_bytes in zip(segments, self._keys, places, sizes, strict=True):
             where: Literal["memory", "store", "nowhere"] = (
                 "memory" if isinstance(found, Resident) else "store" if isinstance(found, Hit) else "nowhere"
             )
             seconds: float | None = 0.0
             if isinstance(found, Hit):
                 seconds = rates.seconds_for("load", found.nbytes)
-            elif isinstance(found, Miss):
+            elif found is None:
                 seconds = rates.seconds_for("compute", len(segment.token_ids))
             rows.append(
                 ExplainedChunk(
@@ -187,7 +189,7 @@ class Context:
                     after=tuple(segments[index].label for index in segment.after),
                     hit=where != "nowhere",
                     where=where,
-                    reason=found.detail if isinstance(found, Miss) else f"in {where}",
+                    reason=f"in {where}" if found else misses[key].detail,
                     kv_bytes=kv_bytes,
                     expected_ms=None if seconds is None else seconds * 1e3,
                 )

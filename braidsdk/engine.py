@@ -26,7 +26,7 @@ from braidsdk.lease import Lease
 from braidsdk.models.base import Model
 from braidsdk.pool import Pool, Resident
 from braidsdk.rates import Rates
-from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, ModelIdentity, Place, Slab
+from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, ModelIdentity, Place, Slab
 from braidsdk.tokens import PromptLayout
 from braidsdk.workers import Workers
 
@@ -178,8 +178,8 @@ class Engine:
         """The key of each segment's entry; `known`: those of the first segments, where the caller has them."""
         return composition.keys(self.identity, self.namespace, known)
 
-    def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | Miss]:
-        """Where each entry is, without loading or computing any."""
+    def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | None]:
+        """Where each entry is, None: nowhere. Loads and computes none."""
         found = dict(zip(keys, self.store.look_up(keys), strict=True))
         return [self.pool.peek(key.digest) or found[key] for key in keys]
 

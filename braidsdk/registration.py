@@ -16,7 +16,7 @@ from braidsdk.encode import BATCH_TOKENS, Run, compute
 from braidsdk.engine import Engine
 from braidsdk.errors import InputError, PoolFullError, StoreFullError
 from braidsdk.pool import Pool
-from braidsdk.store import ChunkRow, EntryKey, Miss, NewChunk, chunk_id
+from braidsdk.store import ChunkRow, EntryKey, NewChunk, chunk_id
 from braidsdk.tokens import normalise
 from braidsdk.types import (
     LEVEL_CONTEXT,
@@ -162,7 +162,7 @@ def plan(engine: Engine, candidates: Sequence[Candidate], anchor: Chunk | None, 
     alone = [compose([anchor, chunk] if anchor else [chunk], layout=engine.layout) for chunk in chunks]
     keys = [engine.keys(composition, before)[-1] for composition in alone]
     found = engine.store.look_up([*before, *keys])
-    lacking = [isinstance(each, Miss) for each in found]
+    lacking = [each is None for each in found]
     return Plan(
         anchor=anchor,
         deferred=False,

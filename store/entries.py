@@ -11,12 +11,10 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from braidsdk.store import reasons
 from braidsdk.store.blobs import Slab
 from braidsdk.store.chunks import now, parts, placeholders
 from braidsdk.store.files import Layout, entry_name
 from braidsdk.store.keys import EntryKey, record_chunk_ids
-from braidsdk.store.reasons import Miss
 from braidsdk.store.schema import MODELS_INDEX
 
 
@@ -89,15 +87,13 @@ class EntryRow:
     chunks: tuple[str, ...]
 
 
-def look_up(db: Database, keys: Sequence[EntryKey], layout: Layout) -> list[Hit | Miss]:
-    """Return a hit or the reason of the miss for each key, in order."""
+def look_up(db: Database, keys: Sequence[EntryKey], layout: Layout) -> list[Hit | None]:
+    """Return for each key, in order, what the index knows of its entry; None: nothing."""
     rows: dict[str, dict[str, Any]] = {}
     for part in parts(list(dict.fromkeys(key.digest for key in keys))):
         found = db.table("entries").rows_where(f"digest in ({placeholders(part)})", part)
         rows.update((row["digest"], row) for row in found)
-    absent = [key for key in keys if key.digest not in rows]
-    misses = dict(zip((id(key) for key in absent), reasons.explain(db, absent), strict=True)) if absent else {}
-    return [misses[id(key)] if key.digest not in rows else _hit(key, rows[key.digest], layout) for key in keys]
+    return [_hit(key, rows[key.digest], layout) if key.digest in rows else None for key in keys]
 
 
 def known(db: Database, digests: Iterable[str]) -> set[str]:
@@ -199,7 +195,7 @@ def _grouped(row: EntryRow) -> dict[str, Any]:
     return {"weights": record["model"]["weights"], "dtype": record["model"]["dtype"], "level": record["level"]}
 
 
-def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | Miss:
+def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | None:
     if row["record"] != key.record_json or row["tokens_sha256"] != key.token_sha256:
-        return Miss("collision", "another entry has the same digest; this one can't be stored beside it")
+        return None  # two keys with one digest
     return Hit(key.digest, row["tokens"], row["bytes"], layout.entry(key.digest))

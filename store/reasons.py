@@ -5,7 +5,7 @@ only.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ CANDIDATES = 64
 """Stored entries of one chunk that are compared at most, the newest first: a chunk may be part of many chains."""
 
 _NEWEST = """
-    select found_by, namespace, record from (
-        select {column} as found_by, json_extract(record, '$.namespace') as namespace, record,
+    select found_by, namespace, digest, record from (
+        select {column} as found_by, json_extract(record, '$.namespace') as namespace, digest, record,
             row_number() over (
                 partition by {column}, json_extract(record, '$.namespace') order by rowid desc
             ) as nth
@@ -44,25 +44,31 @@ class Miss:
 
 
 def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
-    """Say for each key why the store has no entry of it, from entries of its own namespace alone."""
+    """Say for each key why the store has no entry of it, from entries of its own namespace alone.
+
+    An entry that came since it was looked up is not counted.
+    """
+    there = _there(db, [key.digest for key in keys])
     damaged = _damaged(db, [key.digest for key in keys])
     by_chunk = _newest(db, "chunk_id", [key.chunk_id for key in keys])
     by_tokens = _newest(db, "tokens_sha256", [key.token_sha256 for key in keys])
     misses = []
     for key in keys:
-        if key.digest in damaged:
+        if there.get(key.digest, (key.record_json, key.token_sha256)) != (key.record_json, key.token_sha256):
+            misses.append(Miss("collision", "another entry has the same digest; this one can't be stored beside it"))
+        elif key.digest in damaged:
             misses.append(Miss("damaged", f"its file was set aside: {damaged[key.digest]}"))
-            continue
-        own = by_chunk.get((key.chunk_id, key.namespace), [])
-        misses.append(_closest(key, own, by_tokens.get((key.token_sha256, key.namespace), [])))
+        else:
+            own = by_chunk.get((key.chunk_id, key.namespace), {})
+            misses.append(_closest(key, own, by_tokens.get((key.token_sha256, key.namespace), {})))
     return misses
 
 
-def _closest(key: EntryKey, own: Iterable[str], same_tokens: Iterable[str]) -> Miss:
+def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, str]) -> Miss:
     wanted = key.record()
     # The same chunk id is the same text; the same token ids count only where another level has them.
-    candidates = [json.loads(record) for record in own]
-    candidates += [record for record in map(json.loads, same_tokens) if record["level"] != key.level]
+    candidates = [json.loads(record) for digest, record in own.items() if digest != key.digest]
+    candidates += [record for record in map(json.loads, same_tokens.values()) if record["level"] != key.level]
     # Again, because SQLite ends a namespace at a null character.
     candidates = [record for record in candidates if record["namespace"] == key.namespace]
     best: tuple[tuple[int, int], Miss] | None = None
@@ -78,15 +84,26 @@ def _closest(key: EntryKey, own: Iterable[str], same_tokens: Iterable[str]) -> M
     return best[1] if best else Miss("absent", "never computed in this store")
 
 
-def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], list[str]]:
-    """Return the newest records by the value of a column (None: null) and by namespace."""
+def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], dict[str, str]]:
+    """Return the newest records, by their digests, for each value of a column (None: null) and each namespace."""
     conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(sorted({*values} - {None}))]
     if None in values:
         conditions.append((f"{column} is null", []))
-    found: dict[tuple[str | None, str], list[str]] = {}
+    found: dict[tuple[str | None, str], dict[str, str]] = {}
     for where, arguments in conditions:
         for row in db.query(_NEWEST.format(column=column, where=where), [*arguments, CANDIDATES]):
-            found.setdefault((row["found_by"], row["namespace"]), []).append(row["record"])
+            found.setdefault((row["found_by"], row["namespace"]), {})[row["digest"]] = row["record"]
+    return found
+
+
+def _there(db: Database, digests: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Return record and tokens' hash of the entries that have these digests."""
+    found: dict[str, tuple[str, str]] = {}
+    for part in parts(list(dict.fromkeys(digests))):
+        rows = db.table("entries").rows_where(
+            f"digest in ({placeholders(part)})", part, select="digest, record, tokens_sha256"
+        )
+        found.update((row["digest"], (row["record"], row["tokens_sha256"])) for row in rows)
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any, Self
 from sqlite_utils import Database
 
 from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
-from braidsdk.store import blobs, chunks, entries, memory, rebuild
+from braidsdk.store import blobs, chunks, entries, memory, reasons, rebuild
 from braidsdk.store.blobs import DamagedFile, Place, Slab
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
@@ -266,10 +266,15 @@ class ChunkStore:
 
     # entries
 
-    def look_up(self, keys: Sequence[EntryKey]) -> list[Hit | Miss]:
-        """Say for each key, in order, whether the index has its entry, or why not. Opens no entry's file."""
+    def look_up(self, keys: Sequence[EntryKey]) -> list[Hit | None]:
+        """Say for each key, in order, whether the index has its entry; None: it has not. Opens no entry's file."""
         with self._index.read() as db:
             return entries.look_up(db, keys, self._layout)
+
+    def explain(self, keys: Sequence[EntryKey]) -> list[Miss]:
+        """Say for each key whose entry was not found, in order, why. Slower than `look_up`; opens no entry's file."""
+        with self._index.read() as db:
+            return reasons.explain(db, keys)
 
     def entries_of(self, chunk_id: str) -> list[EntryRow]:
         """Return what the index keeps of a chunk's own entries, oldest first. Opens no entry's file."""
@@ -287,10 +292,11 @@ class ChunkStore:
             found = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
         return [] if found == ["ok"] else found
 
-    def load(self, keys: Sequence[EntryKey]) -> list[Entry | Miss]:
-        """Read and verify the entry of each key, in order, or say why not.
+    def load(self, keys: Sequence[EntryKey]) -> list[Entry | None]:
+        """Read and verify the entry of each key, in order; None: there is none.
 
-        A file that is damaged or missing is set aside and counted, and becomes a miss: wrong data never leaves here.
+        A file that is damaged or missing is set aside and counted, and its entry is None; `explain` then says
+        "damaged". Wrong data never leaves here.
 
         Raises:
             StoreError: a file can't be read for a reason that is not its content.
@@ -299,19 +305,17 @@ class ChunkStore:
 
     def stream(
         self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place] | None = None
-    ) -> Generator[Entry | Miss, None, None]:
+    ) -> Generator[Entry | None, None, None]:
         """Like `load`, one at a time, while the next ones are read in threads: few are in memory at once.
 
         Args:
             keys: which.
             place: memory that an entry is read into if it fits there; asked for all that the index has before any is
-                read. The memory of a miss may have been written to. Threads write to it until this iterator has ended
-                or was closed.
+                read. That of an entry that was set aside may have been written to. Threads write to it until this
+                iterator has ended or was closed.
         """
         found = self.look_up(keys)
-        places = [
-            place(key) if place and isinstance(each, Hit) else None for key, each in zip(keys, found, strict=True)
-        ]
+        places = [place(key) if place and each else None for key, each in zip(keys, found, strict=True)]
         jobs = iter(list(zip(keys, found, places, strict=True)))
         with _threads(READERS) as readers:
             ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
@@ -324,7 +328,7 @@ class ChunkStore:
     def publish(self, publications: Sequence[Publication]) -> None:
         """Store entries durably, all or none; those that the store has already are left as they are.
 
-        A key whose digest is another entry's is not stored: `look_up` keeps saying "collision".
+        A key whose digest is another entry's is not stored: `explain` keeps saying "collision".
 
         Raises:
             InputError: the slabs are not those of the key's model.
@@ -408,8 +412,8 @@ class ChunkStore:
                 memory.remember(db, values)
                 memory.count(db, add or {})
 
-    def _load(self, key: EntryKey, hit: Hit | Miss, place: Place | None) -> Entry | Miss:
-        while isinstance(hit, Hit):
+    def _load(self, key: EntryKey, hit: Hit | None, place: Place | None) -> Entry | None:
+        while hit:
             before = stamp(hit.path)
             try:
                 blob = blobs.read(hit.path, place)
@@ -426,22 +430,21 @@ class ChunkStore:
                 if error.errno != errno.EIO:
                     raise StoreError(f"Expected to read {hit.path}, got: {error.strerror}.") from error
                 why = "the disk failed to read it"
-            missed = self._set_aside(key, hit.path, before, why)
-            if missed is not None:
-                return missed
-        return hit
+            hit = self._set_aside(key, hit.path, before, why)
+        return None
 
-    def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Miss | None:
-        """Take a damaged file out of the store; None if another file has come to its place since it was read."""
+    def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Hit | None:
+        """Take a damaged file out of the store, unless another has come to its place since it was read.
+
+        Returns:
+            The entry's other file; None: it has none now.
+        """
         with self._index.write() as db:
-            if entries.known(db, [key.digest]):
-                if stamp(path) != read:
-                    return None
+            if entries.known(db, [key.digest]) and stamp(path) == read:
                 moved = self._layout.set_aside(key.digest)
                 _log.warning("set aside entry %s: %s", key.digest, why)
                 entries.delete_damaged(db, key.digest, file=moved, why=why)
-            found = entries.look_up(db, [key], self._layout)[0]
-            return found if isinstance(found, Miss) else None
+            return entries.look_up(db, [key], self._layout)[0]
 
     def _write(self, publication: Publication, records: Mapping[str, Any], written: dict[str, Path]) -> EntryRow:
         key, slabs, provenance = publication

@@ -6,6 +6,7 @@ import resource
 import stat
 import threading
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -30,7 +31,8 @@ def only(results: list[Any], kind: type) -> Any:
 
 def test_an_entry_is_a_miss_then_published_then_loaded(store: ChunkStore, chunk: str, make: Any) -> None:
     key, slabs = make.key(chunk), make.slabs()
-    assert store.look_up([key]) == store.load([key]) == [Miss("absent", "never computed in this store")]
+    assert store.look_up([key]) == store.load([key]) == [None]
+    assert store.explain([key]) == [Miss("absent", "never computed in this store")]
     store.publish([(key, slabs, {"torch": "2.13"})])
     hit = only(store.look_up([key]), Hit)
     assert (hit.digest, hit.tokens, hit.nbytes) == (key.digest, 5, sum(slab.nbytes for slab in slabs))
@@ -39,6 +41,22 @@ def test_an_entry_is_a_miss_then_published_then_loaded(store: ChunkStore, chunk:
     assert make.content(entry.slabs) == make.content(slabs)
     assert (entry.key, entry.page_size, entry.nbytes) == (key, 4, hit.nbytes)
     assert entry.provenance == {"torch": "2.13"}
+
+
+def test_looking_up_and_loading_ask_for_no_reason(
+    store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [make.key(chunk), make.key(None)]
+    store.publish([(key, make.slabs(), {}) for key in keys])
+    only(store.look_up(keys[:1]), Hit).path.unlink()
+    monkeypatch.setattr("braidsdk.store.reasons.explain", lambda *_: pytest.fail("it was asked why"))
+    assert [type(found) for found in store.load([*keys, make.key(chunk, level=0)])] == [NoneType, Entry, NoneType]
+    assert [type(found) for found in store.look_up([*keys, make.key(chunk, level=0)])] == [NoneType, Hit, NoneType]
+
+
+def test_an_entry_that_came_since_it_was_looked_up_is_no_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    store.publish([(make.key(chunk), make.slabs(), {})])
+    assert only(store.explain([make.key(chunk)]), Miss).reason == "absent"
 
 
 def test_another_opening_finds_the_entry(folder: Path, make: Any) -> None:
@@ -61,7 +79,7 @@ def test_hits_and_misses_come_in_the_order_of_the_keys(store: ChunkStore, make: 
     store.publish([(key, make.slabs(), {}) for key in keys[:4:2]])
     found = store.look_up([*keys, keys[0]])
     assert [i for i, result in enumerate(found) if isinstance(result, Hit)] == [0, 2, 1000]
-    assert [type(result) for result in store.load(keys[:4])] == [Entry, Miss, Entry, Miss]
+    assert [type(result) for result in store.load(keys[:4])] == [Entry, NoneType, Entry, NoneType]
 
 
 def test_entries_are_read_into_the_callers_memory(store: ChunkStore, make: Any) -> None:
@@ -78,7 +96,7 @@ def test_entries_are_read_into_the_callers_memory(store: ChunkStore, make: Any) 
         return Place("bfloat16", make.shape, [[memoryview(layer)] for layer in memory[key.digest]])
 
     found = list(store.stream(keys, place))
-    assert [type(each) for each in found] == [Entry, Miss, Entry, Miss]
+    assert [type(each) for each in found] == [Entry, NoneType, Entry, NoneType]
     assert list(memory) == [key.digest for key in keys[:3]]
     for each in (found[0], found[2]):
         assert each.slabs is None
@@ -112,7 +130,7 @@ def test_a_late_removal_spares_what_was_published_again(store: ChunkStore, chunk
 def test_another_text_with_the_same_token_ids_is_absent(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk), make.slabs(), {})])
     other = store.add_chunk(namespace="default", level=1, text="Another text.\n")
-    assert only(store.look_up([make.key(other.id)]), Miss).reason == "absent"
+    assert only(store.explain([make.key(other.id)]), Miss).reason == "absent"
 
 
 def test_a_published_file_has_the_umasks_mode(folder: Path, make: Any) -> None:
@@ -170,14 +188,14 @@ def test_another_model_is_a_miss_with_its_reason(
     store.publish([(make.key(chunk), make.slabs(), {})])
     tokens = (1, 2) if reason == "tokenizer" else (5, 6, 7, 8, 9)
     wanted = make.key(chunk, tokens=tokens, model=dataclasses.replace(make.model, **{field: value}))
-    for find in (store.look_up, store.load):
-        assert only(find([wanted]), Miss).reason == reason
+    assert store.look_up([wanted]) == store.load([wanted]) == [None]
+    assert only(store.explain([wanted]), Miss).reason == reason
 
 
 def test_another_dtype_is_told_in_a_sentence(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk), make.slabs(), {})])
     wanted = make.key(chunk, model=dataclasses.replace(make.model, dtype="float32"))
-    assert store.look_up([wanted]) == [Miss("dtype", "computed in bfloat16; this model runs in float32")]
+    assert store.explain([wanted]) == [Miss("dtype", "computed in bfloat16; this model runs in float32")]
 
 
 @pytest.mark.parametrize("secret", ["default", "other\0more"], ids=ascii)
@@ -187,7 +205,7 @@ def test_a_miss_never_tells_of_another_namespace(store: ChunkStore, make: Any, s
     known = [make.key(theirs), make.key(theirs, level=0), make.key(None), make.key(None, level=0)]
     store.publish([(dataclasses.replace(key, namespace=secret), make.slabs(), {}) for key in known])
     keys = [make.key(ours, namespace="other"), make.key(None, level=0, namespace="other")]
-    assert store.look_up(keys) == [Miss("absent", "never computed in this store")] * 2
+    assert store.explain(keys) == [Miss("absent", "never computed in this store")] * 2
 
 
 def test_another_namespaces_entries_do_not_hide_the_closest_one(
@@ -198,17 +216,17 @@ def test_another_namespaces_entries_do_not_hide_the_closest_one(
     keys = [make.key(chunk, level=0), make.key(other.id, namespace="other", level=0)]
     store.publish([(key, make.slabs(), {}) for key in keys])
     mine = store.add_chunk(namespace="default", level=1, text="text\n")
-    assert only(store.look_up([make.key(mine.id)]), Miss).reason == "level"
+    assert only(store.explain([make.key(mine.id)]), Miss).reason == "level"
 
 
 def test_an_entry_after_something_else_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk, after=(None,), after_sha256=SHA((1,))), make.slabs(), {})])
-    assert only(store.look_up([make.key(chunk)]), Miss).reason == "after"
+    assert only(store.explain([make.key(chunk)]), Miss).reason == "after"
 
 
 def test_a_text_with_other_token_ids_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk), make.slabs(), {})])
-    assert only(store.look_up([make.key(chunk, tokens=(1, 2))]), Miss).reason == "tokens"
+    assert only(store.explain([make.key(chunk, tokens=(1, 2))]), Miss).reason == "tokens"
 
 
 def test_an_older_algorithm_is_a_miss_with_its_reason(
@@ -216,7 +234,7 @@ def test_an_older_algorithm_is_a_miss_with_its_reason(
 ) -> None:
     store.publish([(make.key(chunk), make.slabs(), {})])
     monkeypatch.setattr("braidsdk.store.keys.ALGORITHM_VERSION", 99)
-    assert only(store.look_up([make.key(chunk)]), Miss).reason == "version"
+    assert only(store.explain([make.key(chunk)]), Miss).reason == "version"
 
 
 def test_the_closest_stored_entry_gives_the_reason(store: ChunkStore, chunk: str, make: Any) -> None:
@@ -224,13 +242,13 @@ def test_the_closest_stored_entry_gives_the_reason(store: ChunkStore, chunk: str
     near = dataclasses.replace(make.model, dtype="float32")
     chain = make.key(chunk, model=near, after=(None,), after_sha256=SHA((1,)))
     store.publish([(key, make.slabs(), {}) for key in (make.key(chunk, model=near), make.key(chunk, model=far), chain)])
-    assert only(store.look_up([make.key(chunk)]), Miss).reason == "dtype"
+    assert only(store.explain([make.key(chunk)]), Miss).reason == "dtype"
 
 
 def test_all_differences_of_the_closest_are_told(store: ChunkStore, chunk: str, make: Any) -> None:
     far = dataclasses.replace(make.model, weights="ff" * 16, rope="{}")
     store.publish([(make.key(chunk, model=far), make.slabs(), {})])
-    assert only(store.look_up([make.key(chunk)]), Miss).detail.endswith("(differs also in: rope)")
+    assert only(store.explain([make.key(chunk)]), Miss).detail.endswith("(differs also in: rope)")
 
 
 @pytest.mark.parametrize("change", [{"tokens": (1, 2, 3)}, {"after": (None,)}], ids=["other tokens", "other record"])
@@ -240,8 +258,8 @@ def test_two_keys_with_one_digest_are_a_miss_never_wrong_data(
     stored, wanted = make.key(chunk), make.key(chunk, **change)
     store.publish([(stored, make.slabs(), {})])
     wanted.__dict__["digest"] = stored.digest
-    for find in (store.look_up, store.load):
-        assert only(find([wanted]), Miss).reason == "collision"
+    assert store.look_up([wanted]) == store.load([wanted]) == [None]
+    assert only(store.explain([wanted]), Miss).reason == "collision"
     store.publish([(wanted, make.slabs(1), {})])
     assert make.content(only(store.load([stored]), Entry).slabs) == make.content(make.slabs())
 
@@ -270,10 +288,11 @@ def test_a_damaged_file_is_set_aside_counted_and_computed_anew(
     path = only(store.look_up([key]), Hit).path
     harm(path)
     there = path.exists()
-    miss = only(store.load([key]), Miss)
+    assert store.load([key]) == [None]
+    miss = only(store.explain([key]), Miss)
     assert miss.reason == "damaged"
     assert why in miss.detail
-    assert store.look_up([key]) == [miss]
+    assert store.look_up([key]) == [None]
     assert not path.exists()
     assert len(list((folder / "damaged").iterdir())) == there
     assert (store.damaged_count, store.stats().damaged, store.stats().entries) == (1, 1, 0)
@@ -287,7 +306,8 @@ def test_a_good_file_in_a_wrong_place_is_set_aside(store: ChunkStore, chunk: str
     store.publish([(one, make.slabs(1), {}), (other, make.slabs(2), {})])
     paths = [hit.path for hit in store.look_up([one, other]) if isinstance(hit, Hit)]
     paths[1].write_bytes(paths[0].read_bytes())
-    assert "another entry" in only(store.load([other]), Miss).detail
+    assert store.load([other]) == [None]
+    assert "another entry" in only(store.explain([other]), Miss).detail
     assert make.content(only(store.load([one]), Entry).slabs) == make.content(make.slabs(1))
 
 
@@ -329,7 +349,8 @@ def test_damage_found_by_two_at_once_is_counted_once(folder: Path, make: Any) ->
             thread.start()
         for thread in threads:
             thread.join()
-        assert [result.reason for result in results] == ["damaged", "damaged"]
+        assert results == [None, None]
+        assert only(one.explain([key]), Miss).reason == "damaged"
         assert one.damaged_count == 1
 
 
@@ -346,7 +367,8 @@ def test_an_entry_deleted_while_it_was_read_is_absent_not_damaged(
         return read(path, place)
 
     monkeypatch.setattr(blobs, "read", deleted_meanwhile)
-    assert only(store.load([key]), Miss).reason == "absent"
+    assert store.load([key]) == [None]
+    assert only(store.explain([key]), Miss).reason == "absent"
     assert store.damaged_count == 0
 
 
@@ -401,7 +423,7 @@ def test_what_was_set_aside_of_a_deleted_chunk_goes_too(store: ChunkStore, folde
     store.load([key])
     store.delete_chunk("default", chunk)
     assert files(folder) == []
-    assert only(store.look_up([key]), Miss).reason == "absent"
+    assert only(store.explain([key]), Miss).reason == "absent"
     assert store.damaged_count == 1
 
 

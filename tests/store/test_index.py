@@ -14,7 +14,7 @@ import pytest
 from sqlite_utils import Database
 
 from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
-from braidsdk.store import ChunkStore, Entry, Hit, Miss, NewChunk, sha256_of_tokens
+from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, sha256_of_tokens
 from braidsdk.store.files import LEFTOVER_AGE_S
 
 
@@ -184,12 +184,8 @@ def test_a_rebuild_sets_aside_what_is_not_an_entry(folder: Path, make: Any) -> N
     with ChunkStore(folder) as store:
         assert [row.text for row in store.list_chunks("default")] == ["text 2\n"]
         assert store.damaged_count == 3
-        assert [getattr(found, "reason", "hit") for found in store.look_up(keys)] == [
-            "damaged",
-            "damaged",
-            "hit",
-            "damaged",
-        ]
+        assert [isinstance(found, Hit) for found in store.look_up(keys)] == [False, False, True, False]
+        assert {miss.reason for miss in store.explain([*keys[:2], keys[3]])} == {"damaged"}
 
 
 def test_a_rebuild_knows_entries_in_their_own_places_only(folder: Path, make: Any) -> None:
@@ -315,5 +311,5 @@ def test_a_closed_store_leaves_loaded_entries_valid(folder: Path, make: Any) -> 
     with ChunkStore(folder) as store:
         store.publish([(make.key(None), make.slabs(), {})])
         (entry,) = store.load([make.key(None)])
-    assert not isinstance(entry, Miss)
+    assert isinstance(entry, Entry)
     assert make.content(entry.slabs) == make.content(make.slabs())
