@@ -112,7 +112,7 @@ def newest_digests(db: Database) -> list[str]:
 
 def all_digests(db: Database) -> set[str]:
     """Return the digests of all entries."""
-    return {row["digest"] for row in db.table("entries").rows_where(select="digest")}
+    return {digest for (digest,) in db.execute("select digest from entries")}
 
 
 def insert(db: Database, rows: Sequence[EntryRow]) -> None:

@@ -121,13 +121,13 @@ class Layout:
         if _DAMAGED.fullmatch(name):
             remove(self.damaged / name)
 
-    def entry_files(self) -> Iterator[Path]:
-        """Every file in an entry's place."""
+    def digests(self) -> Iterator[str]:
+        """The digest of every file in an entry's place. Reads the name of every entry: seconds for millions."""
         for folder in sorted(self.entries.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
-                for path in sorted(folder.iterdir()):
-                    if _ENTRY.fullmatch(path.name) and path.name.startswith(folder.name):
-                        yield path
+                for name in sorted(path.name for path in folder.iterdir()):
+                    if _ENTRY.fullmatch(name) and name.startswith(folder.name):
+                        yield name.removesuffix(".safetensors")
 
     def sweep_temporaries(self) -> None:
         """Remove what killed writers left in tmp/. Files that aren't ours are left alone."""

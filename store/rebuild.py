@@ -20,15 +20,16 @@ def rebuild(db: Database, layout: Layout) -> None:
     """Fill a new index from the files in their places, inside the caller's transaction."""
     found: list[tuple[str, EntryRow]] = []
     chunks: dict[str, dict[str, Any]] = {}
-    for path in layout.entry_files():
+    for digest in layout.digests():
+        path = layout.entry(digest)
         try:
             header = blobs.read_header(path)
             if header.metadata.get("format") != str(FORMAT_VERSION):
                 continue  # another version's: left where it is
             row = _row(path, header)
         except blobs.DamagedFile as error:
-            moved = layout.set_aside(path.stem)
-            entries.record_damage(db, path.stem, chunks=[], file=moved, why=str(error))
+            moved = layout.set_aside(digest)
+            entries.record_damage(db, digest, chunks=[], file=moved, why=str(error))
             continue
         except FileNotFoundError:
             continue

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,12 @@ READERS = 2
 
 WRITERS = 2
 """Threads that write entries: while one waits for the disk, the other goes on."""
+
+SWEEP_EVERY_S = 24 * 3600.0
+"""At least so long lies between two sweeps of a store's entries, whichever processes open it."""
+
+SWEPT = "swept"
+"""Under which the store remembers when the last sweep began, in seconds since 1970."""
 
 Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
 """A key, its slabs (one per layer), and its provenance: JSON values that are kept and not compared."""
@@ -85,7 +92,8 @@ class ChunkStore:
             self._index = Index(self._layout.index, first=lambda db: rebuild.rebuild(db, self._layout))
             try:
                 self._layout.sweep_temporaries()
-                self._sweep_entries()
+                if self._claim_sweep():
+                    self._sweep_entries()
             except BaseException:
                 self._index.close()
                 raise
@@ -495,13 +503,26 @@ class ChunkStore:
                 if digest not in kept:
                     remove(self._layout.entry(digest))
 
+    def _claim_sweep(self) -> bool:
+        """Whether a sweep is due; then it is this process's, and no other's for `SWEEP_EVERY_S`."""
+        with self._index.read() as db:  # first: as a rule none is due, and nobody has to wait for the write lock
+            if not _is_due(db):
+                return False
+        with self._index.write() as db:
+            due = _is_due(db)  # again: another process may have been quicker
+            if due:
+                memory.remember(db, {SWEPT: str(time.time())})
+        return due
+
     def _sweep_entries(self) -> None:
         """Remove files that no row names: a process was killed before it wrote the row, or after it deleted it."""
-        there = list(self._layout.entry_files())  # before the rows: what is published from now on is not in it
+        there = list(self._layout.digests())  # before the rows: what is published from now on is not in it
         with self._index.read() as db:
             kept = entries.all_digests(db)
-        stray = [path for path in there if path.stem not in kept and is_old(path)]
-        self._remove_entries([path.stem for path in stray if not blobs.is_of_another_format(path)])
+        stray = {digest: self._layout.entry(digest) for digest in there if digest not in kept}
+        self._remove_entries(
+            [digest for digest, path in stray.items() if is_old(path) and not blobs.is_of_another_format(path)]
+        )
 
     def _write_error(self, error: OSError) -> StoreError:
         kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
@@ -509,6 +530,12 @@ class ChunkStore:
             f"Could not write an entry to the store at {self.path}: {error.strerror}. "
             "Free some space or correct what fails; nothing of the entry is left and the store is as it was before."
         )
+
+
+def _is_due(db: Database) -> bool:
+    """Whether the last sweep is long ago, or in the future: then the clock was wrong."""
+    swept = memory.recall(db, [SWEPT]).get(SWEPT)
+    return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import signal
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from sqlite_utils import Database
 
 from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
 from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, sha256_of_tokens
-from braidsdk.store.files import LEFTOVER_AGE_S
+from braidsdk.store.files import LEFTOVER_AGE_S, Layout
 
 
 def aside(folder: Path) -> None:
@@ -212,6 +213,7 @@ def test_a_rebuild_leaves_the_files_of_another_format_alone(
         assert (store.stats().entries, store.damaged_count) == (0, 0)
     (path,) = folder.glob("entries/*/*.safetensors")
     os.utime(path, (0, 0))
+    monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
     ChunkStore(folder).close()
     assert path.exists(), "the sweep leaves them alone too"
 
@@ -227,7 +229,10 @@ def test_a_stale_write_ahead_log_does_not_come_back_in_a_new_index(folder: Path)
         assert store.find_chunk("default", row.id) is None
 
 
-def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(folder: Path, make: Any) -> None:
+def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(
+    folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
     with ChunkStore(folder) as store:
         store.publish([(make.key(None), make.slabs(), {})])
         good = store.look_up([make.key(None)])[0]
@@ -250,6 +255,39 @@ def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(folder: Pa
     with ChunkStore(folder) as store:
         assert {name: not (folder / name).exists() for name in names} == names
         assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
+def test_opening_lists_the_entries_once_a_day_whoever_opens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[float] = []
+    now = time.time()
+
+    def digests(_: Layout) -> Iterator[str]:
+        listed.append(now)
+        return iter(())
+
+    ChunkStore(folder).close()
+    monkeypatch.setattr(Layout, "digests", digests)
+    for hours, lists in ((1, False), (23, False), (25, True), (26, False), (50, True), (3, True), (4, False)):
+        listed.clear()
+        monkeypatch.setattr(time, "time", lambda hours=hours: now + hours * 3600)
+        for _ in range(2):
+            ChunkStore(folder).close()
+        assert len(listed) == lists, f"after {hours} hours; from 50 back to 3 the clock was put right"
+
+
+def test_of_several_that_find_a_sweep_due_one_sweeps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [ChunkStore(folder) for _ in range(4)]
+    now, gate, claimed = time.time(), threading.Barrier(4), []
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+
+    def claim(store: ChunkStore) -> None:
+        gate.wait()
+        claimed.append(store._claim_sweep())
+        store.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(claim, stores))
+    assert sorted(claimed) == [False, False, False, True]
 
 
 class Interrupted:
