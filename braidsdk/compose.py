@@ -15,14 +15,14 @@ Who owns which control token (the parts come from the model's chat template, see
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from typing import Protocol, get_args
 
 from braidsdk.errors import UnknownModeError, WindowExceededError, did_you_mean, shown
-from braidsdk.store.keys import EntryKey, ModelIdentity, sha256_of_tokens
+from braidsdk.store.keys import EntryKey, ModelIdentity
 from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 
 DEFAULT_MODE: Mode = "anchored"
@@ -117,13 +117,12 @@ class Composition:
             known: keys of the first segments, where the caller has them.
         """
         keys = list(known)
+        tokens = _Before(lambda key: key.token_bytes)
+        # The mode decides which entries a turn has seen, so the same ids before it are not enough.
+        entries = _Before(lambda key: (key.record_json + key.token_sha256).encode())
         for segment in self.segments[len(known) :]:
             before = [self.segments[i] for i in segment.after]
-            if segment.is_turn:
-                # The mode decides which entries a turn has seen, so the same ids before it are not enough.
-                seen = _sha256_of_entries([keys[i] for i in segment.after])
-            else:
-                seen = sha256_of_tokens(i for other in before for i in other.token_ids)
+            seen = (entries if segment.is_turn else tokens).sha256(keys, segment.after)
             keys.append(
                 EntryKey(
                     model=model,
@@ -138,9 +137,22 @@ class Composition:
         return tuple(keys)
 
 
-def _sha256_of_entries(keys: Sequence[EntryKey]) -> str:
-    """SHA-256 of which entries these are, hex."""
-    return hashlib.sha256("".join(key.record_json + key.token_sha256 for key in keys).encode()).hexdigest()
+class _Before:
+    """Hashes what segments are computed after; what it shares with the segment before is hashed once."""
+
+    def __init__(self, content: Callable[[EntryKey], bytes]) -> None:
+        self._content = content
+        self._after: tuple[int, ...] = ()
+        self._state = hashlib.sha256()
+
+    def sha256(self, keys: Sequence[EntryKey], after: tuple[int, ...]) -> str:
+        """SHA-256 of the joined contents of these keys, hex."""
+        if after[: len(self._after)] != self._after:
+            self._after, self._state = (), hashlib.sha256()
+        for index in after[len(self._after) :]:
+            self._state.update(self._content(keys[index]))
+        self._after = after
+        return self._state.hexdigest()
 
 
 def parse_mode(mode: str | None) -> Mode:

@@ -1,5 +1,6 @@
 """The composition rule: modes, positions, who owns which control token, keys."""
 
+import hashlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from braidsdk.compose import compose
 from braidsdk.errors import UnknownModeError
-from braidsdk.store.keys import ModelIdentity, chunk_id
+from braidsdk.store.keys import ModelIdentity, chunk_id, sha256_of_tokens
 from braidsdk.types import Chunk
 
 MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 8, "{}")
@@ -100,6 +101,42 @@ def test_keys_depend_on_what_a_chunk_was_computed_after_and_on_nothing_else() ->
     assert len({*digests(RULES, A, mode="isolated"), anchored[1]}) == 3
     changed = replace(MODEL, dtype="bfloat16")
     assert not {key.digest for key in compose([RULES, A], layout=LAYOUT).keys(changed, "default")} & set(anchored)
+
+
+@given(st.permutations([RULES, A, B, C, A]), st.sampled_from(["exact", "isolated", "anchored"]), st.integers(0, 7))
+def test_keys_hash_what_stands_before_by_the_plain_definition(order: list[Chunk], mode: str, known: int) -> None:
+    composition = compose(order, layout=LAYOUT, mode=mode).with_turn((7, 8)).with_turn((9,))
+    keys = composition.keys(MODEL, "default")
+    for key, segment in zip(keys, composition.segments, strict=True):
+        before = [keys[i] for i in segment.after]
+        seen = sha256_of_tokens(i for other in before for i in other.token_ids)
+        if segment.is_turn:
+            seen = hashlib.sha256("".join(o.record_json + o.token_sha256 for o in before).encode()).hexdigest()
+        assert key.after_sha256 == seen
+    assert composition.keys(MODEL, "default", keys[:known]) == keys
+
+
+def test_exact_hashes_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, hashed = hashlib.sha256, []
+
+    class Counting:
+        """SHA-256 that counts what it is given."""
+
+        def __init__(self, data: bytes = b"") -> None:
+            self._state = real()
+            self.update(data)
+
+        def update(self, data: bytes) -> None:
+            hashed.append(len(data))
+            self._state.update(data)
+
+        def hexdigest(self) -> str:
+            return self._state.hexdigest()
+
+    composition = compose([chunk(f"{i:99}") for i in range(50)], layout=LAYOUT, mode="exact")
+    monkeypatch.setattr(hashlib, "sha256", Counting)
+    composition.keys(MODEL, "default")
+    assert sum(hashed) <= 4 * composition.tokens
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:
