@@ -159,36 +159,30 @@ class Chunks:
         self._engine.check_open()
         if isinstance(chunks, str | Chunk):
             raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it in a list.")
-        wanted = [chunk if isinstance(chunk, str | Chunk) else self._registered(chunk) for chunk in chunks]
-        ids = [chunk.id for chunk in wanted if isinstance(chunk, Chunk)]
-        there = self._engine.store.find_chunks(self._engine.namespace, ids)
+        wanted = [chunk if isinstance(chunk, str) else self._id_of(chunk) for chunk in chunks]
+        there = self._engine.store.find_named(self._engine.namespace, wanted)
         found = []
-        for chunk in wanted:
-            if isinstance(chunk, str):
-                found.append(self.get(chunk))
-            elif chunk.id in there:
+        for chunk, name_or_id in zip(chunks, wanted, strict=True):
+            if name_or_id not in there:
+                raise self._not_there(chunk)
+            if isinstance(chunk, Chunk):
                 # The caller's may come from a Braid with another tokenizer.
                 found.append(replace(chunk, _encode=self._engine.layout.chunk_ids))
             else:
-                raise self._unknown(chunk.label)
+                found.append(self.from_row(there[name_or_id]))
         return tuple(found)
 
-    def _registered(self, given: PageDocument | TextNode) -> Chunk:
-        """The context chunk of a retriever's object: its text names it."""
+    def _id_of(self, given: Chunk | PageDocument | TextNode) -> str:
+        """The id of a chunk, or of the context chunk of a retriever's object: its text names it."""
+        if isinstance(given, Chunk):
+            return given.id
         try:
             text, _ = text_of(given)
         except InputError:
             raise InputError(
                 f"chunks must hold chunks, names or ids; got a {type(given).__name__}. Pass what register returned."
             ) from None
-        ident = chunk_id(self._engine.namespace, LEVEL_CONTEXT, normalise(text))  # type: ignore[arg-type]  # checks it
-        row = self._engine.store.find_chunks(self._engine.namespace, [ident]).get(ident)
-        if row is None:
-            raise UnknownChunkError(
-                f"The text of this {type(given).__name__} is not registered in namespace "
-                f"{shown(self._engine.namespace)}. Pass it to register or register_many first."
-            )
-        return self.from_row(row)
+        return chunk_id(self._engine.namespace, LEVEL_CONTEXT, normalise(text))  # type: ignore[arg-type]  # checks it
 
     def _check(self, name: object, metadata: object, level: object) -> None:
         self._engine.check_open()
@@ -209,6 +203,14 @@ class Chunks:
             name=row.name,
             metadata=row.metadata,
             _encode=self._engine.layout.chunk_ids,
+        )
+
+    def _not_there(self, wanted: Chunk | str | PageDocument | TextNode) -> UnknownChunkError:
+        if isinstance(wanted, str | Chunk):
+            return self._unknown(wanted if isinstance(wanted, str) else wanted.label)
+        return UnknownChunkError(
+            f"The text of this {type(wanted).__name__} is not registered in namespace "
+            f"{shown(self._engine.namespace)}. Pass it to register or register_many first."
         )
 
     def _unknown(self, name_or_id: str) -> UnknownChunkError:

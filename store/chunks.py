@@ -6,7 +6,7 @@ Each function takes the open index and runs inside the caller's transaction. Kno
 import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -106,12 +106,23 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
 
 def find(db: Database, namespace: str, name_or_id: str) -> ChunkRow | None:
     """Return the chunk of that name in the namespace, else the one of that id, else None."""
-    named = list(
-        db.query("select chunk_id from names where namespace = ? and name = ?", [namespace, _bindable(name_or_id)])
-    )
-    wanted = named[0]["chunk_id"] if named else _bindable(name_or_id)
-    rows = _rows(db, "id = ?", [wanted], asked={wanted: name_or_id if named else None})
-    return rows[0] if rows and rows[0].namespace == namespace else None
+    return find_named(db, namespace, [name_or_id]).get(name_or_id)
+
+
+def find_named(db: Database, namespace: str, names_or_ids: Iterable[str]) -> dict[str, ChunkRow]:
+    """Return the chunks of these names, else ids, in the namespace, by what they were asked for; unknown ones are left
+    out. A chunk asked for by a name carries that name."""
+    wanted = list(dict.fromkeys(map(_bindable, names_or_ids)))
+    named: dict[str, str] = {}
+    for part in parts(wanted):
+        query = f"select name, chunk_id from names where namespace = ? and name in ({placeholders(part)})"
+        named.update((row["name"], row["chunk_id"]) for row in db.query(query, [namespace, *part]))
+    rows = find_many(db, namespace, [named.get(each, each) for each in wanted])
+    found: dict[str, ChunkRow] = {}
+    for each in wanted:
+        if row := rows.get(named.get(each, each)):
+            found[each] = replace(row, name=each) if each in named else row
+    return found
 
 
 def find_many(db: Database, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:

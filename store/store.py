@@ -191,6 +191,11 @@ class ChunkStore:
         with self._index.read() as db:
             return chunks.find(db, namespace, name_or_id)
 
+    def find_named(self, namespace: str, names_or_ids: Iterable[str]) -> dict[str, ChunkRow]:
+        """Return the chunks of these names, else ids, by what they were asked for; unknown ones are left out."""
+        with self._index.read() as db:
+            return chunks.find_named(db, namespace, names_or_ids)
+
     def find_chunks(self, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:
         """Return the chunks of these ids, by id; unknown ones are left out."""
         with self._index.read() as db:

@@ -1,6 +1,7 @@
 """`braid.chunks`: lists by page and filter, counts, changes, deletions of one and of many."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,6 +71,24 @@ def test_a_chunk_gets_other_metadata_and_names(fake: FakeBraid) -> None:
         fake.chunks.update("guide/11", metadata={})
     with pytest.raises(InputError, match="JSON"):
         fake.chunks.update(before, metadata={"x": object()})
+
+
+def test_names_ids_chunks_and_documents_are_resolved_in_one_transaction(
+    fake: FakeBraid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["guide/3", "rules", "guide/1"]
+    known = [fake.chunks.get(name) for name in names]
+    fake.chunks.update("guide/1", name="alias")
+    document = SimpleNamespace(page_content="Page 5.", metadata={})
+    index = fake._engine.store._index
+    begun: list[str] = []
+    transaction = index._transaction
+    monkeypatch.setattr(index, "_transaction", lambda begin: begun.append(begin) or transaction(begin))
+    given = [*names, known[0], known[2].id, "alias", document, *names]
+    found = fake.chunks.resolve(given)
+    assert begun == ["BEGIN"]
+    assert [chunk.name for chunk in found] == [*names, "guide/3", "guide/1", "alias", "guide/5", *names]
+    assert found[:3] == tuple(known)
 
 
 def test_many_are_deleted_at_once_or_none(random_braid: Braid) -> None:
