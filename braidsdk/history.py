@@ -3,16 +3,13 @@
 Knows nothing about tensors, models or caches.
 """
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from threading import Lock
 from typing import Protocol
 
 from braidsdk.errors import InputError
+from braidsdk.lru import LRU, nbytes_of
 from braidsdk.tokens import normalise
-
-REMEMBERED_TURNS = 4096
 
 
 class Layout(Protocol):
@@ -65,24 +62,18 @@ class SpokenTurns:
     """
 
     def __init__(self) -> None:
-        self._lock = Lock()
-        self._known: OrderedDict[tuple[tuple[int, ...], str], Spoken] = OrderedDict()
+        self._known: LRU[tuple[tuple[int, ...], str], Spoken] = LRU()
 
     def remember(self, tail: tuple[int, ...], text: str, spoken: Spoken) -> None:
         """Keep the ids of an answer to a tail; of an empty one there is nothing to go on from."""
         if not text.strip():
             return
-        key = (tail, normalise(text))
-        with self._lock:
-            self._known[key] = spoken
-            self._known.move_to_end(key)
-            if len(self._known) > REMEMBERED_TURNS:
-                self._known.popitem(last=False)
+        clean = normalise(text)
+        self._known.put((tail, clean), spoken, nbytes_of(clean, tail, spoken.token_ids))
 
     def recall(self, tail: tuple[int, ...], text: str) -> Spoken | None:
         """The ids of that normalised answer to that tail, the latest if there were several."""
-        with self._lock:
-            return self._known.get((tail, text))
+        return self._known.get((tail, text))
 
 
 def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:

@@ -18,7 +18,6 @@ Answers are the same in every run. Nothing is downloaded.
 import tempfile
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +30,7 @@ from braidsdk.errors import InputError, did_you_mean, shown
 from braidsdk.kernels.paging import PagedSegment, append
 from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.rope import RotaryTable
+from braidsdk.lru import remembering
 from braidsdk.models.base import Batch, Model, ModelConfig
 from braidsdk.pool import Pool
 from braidsdk.store import ChunkStore
@@ -128,7 +128,7 @@ class FakeLayout(PromptLayout):
         self.header_ids = (_USER,)
         self.turn_ids = (_END, _USER)
         self._system_open, self._system_close, self._closing = (_SYSTEM,), (_USER,), (_CLOSE, _ASSISTANT)
-        self._encode = lru_cache(maxsize=4096)(_encode)
+        self._encode = remembering(_encode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, control tokens left out."""

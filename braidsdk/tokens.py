@@ -13,7 +13,7 @@ import json
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
@@ -23,6 +23,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
 from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.lru import remembering
 from braidsdk.types import LEVEL_SYSTEM
 
 _MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
@@ -108,7 +109,7 @@ class PromptLayout:
         self.fingerprint = xxhash.xxh3_128_hexdigest(
             json.dumps([written, head, between, header], sort_keys=True).encode()
         )
-        self._encode = lru_cache(maxsize=4096)(self._encode_plain)
+        self._encode = remembering(self._encode_plain)
         self._check_seams()
         if thinking and "enable_thinking" not in str(self._hf.chat_template):
             warnings.warn(

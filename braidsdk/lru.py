@@ -1,0 +1,73 @@
+"""Values of recent keys, bounded by their bytes. Knows nothing of what they are."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from sys import getsizeof
+from threading import Lock
+from typing import Generic, TypeVar
+
+BOUND_BYTES = 32 * 2**20
+"""What one `LRU` of texts or token ids may hold: some 700,000 token ids."""
+
+ID_BYTES = 40
+"""Of one token id: an int, and its place in a tuple."""
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class LRU(Generic[K, V]):
+    """Keeps the values that were used last, as many as fit in its bound. Safe to use from several threads."""
+
+    def __init__(self, bound_bytes: int = BOUND_BYTES) -> None:
+        self._bound_bytes = bound_bytes
+        self._bytes = 0
+        self._known: OrderedDict[K, tuple[V, int]] = OrderedDict()  # the least recently used first
+        self._lock = Lock()
+
+    def get(self, key: K) -> V | None:
+        """The value of a key, None if it is not kept (any more)."""
+        with self._lock:
+            found = self._known.get(key)
+            if found is None:
+                return None
+            self._known.move_to_end(key)
+            return found[0]
+
+    def put(self, key: K, value: V, nbytes: int) -> None:
+        """Keep a value, in place of what the key had; one larger than the bound is not kept.
+
+        Args:
+            key: its key.
+            value: the value.
+            nbytes: what key and value take.
+        """
+        with self._lock:
+            _, freed = self._known.pop(key, (None, 0))
+            self._bytes -= freed
+            if nbytes > self._bound_bytes:
+                return
+            self._known[key] = value, nbytes
+            self._bytes += nbytes
+            while self._bytes > self._bound_bytes:
+                _, (_, freed) = self._known.popitem(last=False)
+                self._bytes -= freed
+
+
+def nbytes_of(text: str, *token_ids: Sequence[int]) -> int:
+    """Bytes that a text and tuples of token ids take."""
+    return getsizeof(text) + ID_BYTES * sum(map(len, token_ids))
+
+
+def remembering(encode: Callable[[str], tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
+    """`encode`, which does not encode a recent text again."""
+    known: LRU[str, tuple[int, ...]] = LRU()
+
+    def remembered(text: str) -> tuple[int, ...]:
+        token_ids = known.get(text)
+        if token_ids is None:
+            token_ids = encode(text)
+            known.put(text, token_ids, nbytes_of(text, token_ids))
+        return token_ids
+
+    return remembered
