@@ -65,10 +65,11 @@ class SpokenTurns:
         self._known: LRU[tuple[tuple[int, ...], str], Spoken] = LRU()
 
     def remember(self, tail: tuple[int, ...], text: str, spoken: Spoken) -> None:
-        """Keep the ids of an answer to a tail; of an empty one there is nothing to go on from."""
-        if not text.strip():
+        """Keep the ids of an answer to a tail; one that a history can't hold, such as an empty one, is left out."""
+        try:
+            clean = normalise(text)
+        except InputError:
             return
-        clean = normalise(text)
         self._known.put((tail, clean), spoken, nbytes_of(clean, tail, spoken.token_ids))
 
     def recall(self, tail: tuple[int, ...], text: str) -> Spoken | None:

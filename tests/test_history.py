@@ -11,6 +11,7 @@ from braidsdk import Answer, Braid, Context
 from braidsdk.compose import Composition
 from braidsdk.errors import EmptyTextError, InputError, WindowExceededError
 from braidsdk.generate import tail_logits
+from braidsdk.history import Spoken, SpokenTurns
 from braidsdk.types import LEVEL_QUERY
 
 TEXTS = ["Oslo is a city. " * 6, "Rome is a city too, and Bern.", "Graz is one. " * 9]
@@ -47,6 +48,13 @@ def fresh(random_checkpoint: Path, tmp_path: Path) -> Iterator[Braid]:
     """Another Braid, that has not seen the conversation."""
     with Braid(random_checkpoint, store=tmp_path / "fresh", device="cpu", dtype="float32") as braid:
         yield braid
+
+
+def test_an_answer_that_a_history_cannot_hold_is_not_remembered() -> None:
+    turns = SpokenTurns()
+    for text in ("", " \n", "\u0301\u0323" * 300):
+        turns.remember((1,), text, Spoken((2,), 1))
+        assert turns.recall((1,), text) is None
 
 
 def control(braid: Braid) -> int:

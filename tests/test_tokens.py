@@ -2,16 +2,18 @@
 
 import json
 import shutil
+import sys
 import unicodedata
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from braidsdk.errors import EmptyTextError, ModelNotFoundError, UnsupportedModelError
+from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
 from braidsdk.tokens import LayoutWarning, PromptLayout, normalise
 
 SPELLINGS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext|>")
@@ -70,6 +72,31 @@ def test_joined_pieces_equal_the_chat_template(
 def test_normalised_text_is_stable(text: str) -> None:
     clean = normalise(text)
     assert normalise(clean) == clean == unicodedata.normalize("NFC", clean)
+
+
+SLOW = {"classes by turns": "\u0301\u0323", "a class in parts": "\u0f73", "Greek": "\u0345\u0301"}
+
+
+@pytest.mark.parametrize("marks", SLOW.values(), ids=SLOW)
+def test_a_long_run_of_combining_marks_is_refused_before_it_is_normalised(
+    marks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unnormalised = SimpleNamespace(combining=unicodedata.combining, normalize=lambda *_: pytest.fail("normalised"))
+    monkeypatch.setattr("braidsdk.tokens.unicodedata", unnormalised)
+    for start in range(0, 300, 7):
+        with pytest.raises(InputError, match="fewer than 256 combining marks in a row"):
+            normalise("a" * start + marks * 512)
+
+
+def test_accents_as_a_language_has_them_are_not_refused() -> None:
+    text = "a\u0301\u0323\u0308" * 5000 + "\u0928\u093c" * 5000 + "z" + "\u0301\u0323" * 120
+    assert normalise(text) == unicodedata.normalize("NFC", text)
+
+
+def test_the_characters_without_a_class_whose_parts_have_one_are_these() -> None:
+    every = map(chr, range(sys.maxunicode + 1))
+    parts = {c: unicodedata.normalize("NFD", c) for c in every if not unicodedata.combining(c)}
+    assert {c for c, nfd in parts.items() if unicodedata.combining(nfd[0])} == {"\u0f73", "\u0f75", "\u0f81"}
 
 
 def test_white_space_alone_is_refused() -> None:
