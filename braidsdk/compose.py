@@ -28,6 +28,10 @@ from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 DEFAULT_MODE: Mode = "anchored"
 
 
+CHARACTERS_PER_TOKEN = 32
+"""A text with more characters than this for each token of the window is refused untokenized; prose has 3 to 6."""
+
+
 class Layout(Protocol):
     """The part of the prompt's layout that composing needs."""
 
@@ -216,6 +220,17 @@ def _notes(rule: Mode, chunks: Sequence[Chunk], anchor: Chunk | None) -> tuple[s
     if plain:
         notes.append(f"a level-0 chunk that does not stand first is a plain chunk: {', '.join(plain)}")
     return tuple(notes)
+
+
+def check_length(text: str, window: int, what: str, remedy: str) -> None:
+    """Raise `WindowExceededError` for a text so long that it is not worth normalising and tokenizing, which takes a
+    second and 150 MB for a megabyte."""
+    limit = window * CHARACTERS_PER_TOKEN
+    if len(text) > limit:
+        raise WindowExceededError(
+            f"{what} must have at most {limit:,} characters, {CHARACTERS_PER_TOKEN} for each token of the model's "
+            f"window; got {len(text):,}. {remedy}"
+        )
 
 
 def check_window(tokens: int, window: int, what: str, remedy: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from braidsdk.compose import check_window, compose
+from braidsdk.compose import check_length, check_window, compose
 from braidsdk.encode import BATCH_TOKENS, Run, compute
 from braidsdk.engine import Engine
 from braidsdk.errors import InputError, PoolFullError, StoreFullError
@@ -142,11 +142,14 @@ def _check(
     level: int,
 ) -> Candidate:
     text, own = text_of(given)
+    remedy = "Split it into chunks and register each."
+    if isinstance(text, str):
+        check_length(text, engine.config.window, "This text", remedy)
     clean = normalise(text)  # type: ignore[arg-type]  # which checks it
     if name is not None and not isinstance(name, str):
         raise InputError(f"name must be text; got a {type(name).__name__}. Pass a str, or leave it out.")
     tokens = len(engine.layout.chunk_ids(level, clean)) + (len(anchor.token_ids) if anchor else 0)
-    check_window(tokens, engine.config.window, "This text", "Split it into chunks and register each.")
+    check_window(tokens, engine.config.window, "This text", remedy)
     engine.pool.check_fits([tokens])
     new = NewChunk(engine.namespace, level, clean, name, own if metadata is None else metadata)
     ident = chunk_id(engine.namespace, level, clean)

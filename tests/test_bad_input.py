@@ -55,6 +55,12 @@ def test_text_longer_than_the_window(braid: Braid) -> None:
         braid.register_many(["good", LONG], names=["good", "long"])
 
 
+def test_text_far_longer_than_the_window_is_not_tokenized(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(braid._engine.layout, "_encode", lambda _: pytest.fail("it was tokenized"))
+    with pytest.raises(WindowExceededError, match=r"at most 65,536 characters, .* got 65,537\. Split it"):
+        braid.register("x" * 65_537)
+
+
 def test_composition_longer_than_the_window(braid: Braid) -> None:
     with pytest.raises(WindowExceededError, match="Compose fewer"):
         braid.compose(["aistonia"] * 200)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braidsdk.compose import compose
-from braidsdk.errors import UnknownModeError
+from braidsdk.compose import check_length, compose
+from braidsdk.errors import UnknownModeError, WindowExceededError
 from braidsdk.store.keys import ModelIdentity, chunk_id, sha256_of_tokens
 from braidsdk.types import Chunk
 
@@ -137,6 +137,12 @@ def test_exact_hashes_each_token_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hashlib, "sha256", Counting)
     composition.keys(MODEL, "default")
     assert sum(hashed) <= 4 * composition.tokens
+
+
+def test_a_text_far_beyond_the_window_is_told_by_its_length() -> None:
+    check_length("x" * 320, 10, "This text", "Split it.")
+    with pytest.raises(WindowExceededError, match=r"at most 320 characters, 32 for .* got 321. Split it."):
+        check_length("x" * 321, 10, "This text", "Split it.")
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:
