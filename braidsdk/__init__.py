@@ -19,10 +19,10 @@ from braidsdk import errors, logs
 from braidsdk.errors import BraidError
 
 if TYPE_CHECKING:
-    from braidsdk.async_stream import AsyncStream
+    from braidsdk.answer import AsyncStream
     from braidsdk.braid import Braid
     from braidsdk.context import Context
-    from braidsdk.stream import Stream
+    from braidsdk.answer import Stream
     from braidsdk.types import (
         Answer,
         Chunk,
@@ -62,10 +62,10 @@ __all__ = [
 ]
 
 _HOME = {
-    "AsyncStream": "braidsdk.async_stream",
+    "AsyncStream": "braidsdk.answer",
     "Braid": "braidsdk.braid",
     "Context": "braidsdk.context",
-    "Stream": "braidsdk.stream",
+    "Stream": "braidsdk.answer",
     **dict.fromkeys(
         (
             "Answer",

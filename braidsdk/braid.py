@@ -1,5 +1,6 @@
 """The facade: one model, one store, one namespace."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -10,24 +11,23 @@ from typing import Any, Literal, Self, Unpack
 
 import torch
 
-from braidsdk import registration, verbose
-from braidsdk.async_stream import AsyncStream
-from braidsdk.batching import ask_many
+from braidsdk import answer, registration, verbose
+from braidsdk.answer import AsyncStream, Stream
+from braidsdk.cache.pool import Pool, default_capacity_bytes
 from braidsdk.chunks import Chunks
 from braidsdk.compose import check_window, compose
 from braidsdk.context import Context, History
 from braidsdk.device import parse_device, parse_dtype
-from braidsdk.engine import HITS, MISSES, Engine
+from braidsdk.engine.engine import HITS, MAX_QUEUE, MISSES, Engine
+from braidsdk.engine.graphs import left_for_entries
+from braidsdk.engine.sampling import SamplingOptions
+from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import InputError, did_you_mean, shown
-from braidsdk.graphs import MOST_ROWS, left_for_entries
 from braidsdk.kernel_choice import choose_paths, parse_kernels
 from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
-from braidsdk.pool import Pool, default_capacity_bytes
 from braidsdk.progress import ProgressBar, steps_bar
-from braidsdk.sampling import SamplingOptions
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore
-from braidsdk.stream import Stream
 from braidsdk.tiny_world import warn_once
 from braidsdk.tokens import PromptLayout, is_unicode
 from braidsdk.types import (
@@ -53,8 +53,8 @@ _log = logging.getLogger(__name__)
 class Braid:
     """Register texts once, compose their KV caches in any order, ask.
 
-    A context manager; `close` frees memory and closes the store. Several threads may share one: calls that give a whole
-    answer queue, streams take turns with them.
+    A context manager; `close` frees memory and closes the store. Any number of threads and tasks may share one: an
+    engine in a thread of its own serves their requests together, a token for each of them per step.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Braid:
         thinking: bool = False,
         pool_bytes: int | None = None,
         kernels: str | None = None,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         """Load a model and open a store.
 
@@ -88,9 +89,10 @@ class Braid:
             kernels: "auto": Triton's on a CUDA device, C kernels on a CPU with AMX, where they can run this model, else
                 torch's. "triton", "amx", "torch": these, or an error. An operation may differ, as in
                 "auto,attention=torch"; see docs/performance.md. None is `BRAID_KERNELS`, or "auto".
+            max_queue: requests that may wait for memory or a place; one more is refused with QueueFullError.
 
         Raises:
-            InputError: device, dtype, namespace, pool_bytes or kernels can't be used.
+            InputError: device, dtype, namespace, pool_bytes, kernels or max_queue can't be used.
             ModelError: the checkpoint can't be used.
             PoolFullError: there is less memory than CUDA graphs take.
             StoreError: the store can't be used.
@@ -99,6 +101,8 @@ class Braid:
             raise InputError(f"namespace must be text of 1 to 200 characters; got {shown(namespace)}.")
         if pool_bytes is not None and (type(pool_bytes) is not int or pool_bytes < 1):
             raise InputError(f"pool_bytes must be a positive whole number of bytes, or None; got {pool_bytes!r}.")
+        if type(max_queue) is not int or max_queue < 1:
+            raise InputError(f"max_queue must be a whole number of at least 1; got {shown(max_queue)}.")
         target, wanted, wanted_kernels = parse_device(device), parse_dtype(dtype), parse_kernels(kernels)
         folder = find_checkpoint(model, revision)
         verbose.begin()
@@ -108,12 +112,13 @@ class Braid:
             loaded = load_model(folder, device=target, dtype=wanted, fingerprints=opened.path / "fingerprints.json")
             loaded.paths = choose_paths(wanted_kernels, loaded)
             budget = pool_bytes or default_capacity_bytes(loaded.device)
-            pool = Pool.for_model(loaded, left_for_entries(loaded, budget))
             layout = PromptLayout(folder, thinking=thinking)
-            self._adopt(Engine(loaded, layout, opened, pool, namespace), str(model), folder == EMBEDDED["braid-tiny"])
+            pool = Pool.for_model(loaded, left_for_entries(loaded, budget))
+            engine = Engine(loaded, layout, opened, pool, namespace, max_queue=max_queue)
         except BaseException:
             opened.close()
             raise
+        self._adopt(engine, str(model), folder == EMBEDDED["braid-tiny"])
         _log.info("opened a model of %d layers in %.1f ms", loaded.config.layers, (perf_counter() - started) * 1e3)
 
     def _adopt(self, engine: Engine, model: str, is_tiny: bool) -> None:
@@ -128,7 +133,7 @@ class Braid:
         self.chunks = Chunks(engine)
         self._is_tiny = is_tiny
         self._described = (
-            f"Braid({model!r}, {engine.model.dtype} on {engine.model.device}, store={str(engine.store.path)!r})"
+            f"Braid({model!r}, {engine.dtype} on {engine.device}, store={str(engine.store.path)!r})"
         )
         self._name_model(model)
 
@@ -145,13 +150,13 @@ class Braid:
     def device(self) -> torch.device:
         """Where the model runs."""
         self._engine.check_open()
-        return self._engine.model.device
+        return self._engine.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model is computed in, and its KV entries are kept in."""
         self._engine.check_open()
-        return self._engine.model.dtype
+        return self._engine.dtype
 
     def register(
         self,
@@ -275,21 +280,25 @@ class Braid:
             EntryGroup(known.get(key, group.weights[:12]), group.dtype, group.level, group.entries, group.bytes)
             for key, group in zip(models, held.groups, strict=True)
         ]
-        with self._engine.working():
-            hits, misses, pool = self._engine.hits, self._engine.misses, self._engine.pool
-            return Stats(
-                chunks=held.chunks,
-                entries=held.entries,
-                bytes=held.bytes,
-                damaged=held.damaged,
-                groups=tuple(sorted(groups, key=lambda group: (group.model, group.dtype, group.level))),
-                hits=hits,
-                misses=misses,
-                all_hits=int(known.get(HITS, 0)) + hits,
-                all_misses=int(known.get(MISSES, 0)) + misses,
-                pool_used_bytes=pool.used_bytes,
-                pool_capacity_bytes=pool.capacity_pages * pool.page_bytes,
-            )
+        engine, pool, load = self._engine, self._engine.pool, self._engine.load()
+        return Stats(
+            chunks=held.chunks,
+            entries=held.entries,
+            bytes=held.bytes,
+            damaged=held.damaged,
+            groups=tuple(sorted(groups, key=lambda group: (group.model, group.dtype, group.level))),
+            hits=engine.hits,
+            misses=engine.misses,
+            all_hits=int(known.get(HITS, 0)) + engine.hits,
+            all_misses=int(known.get(MISSES, 0)) + engine.misses,
+            pool_used_bytes=pool.used_bytes,
+            pool_capacity_bytes=pool.capacity_pages * pool.page_bytes,
+            running=load.running,
+            waiting=load.waiting,
+            steps=load.steps,
+            step_tokens=load.step_tokens,
+            last_step_rows=load.last_step_rows,
+        )
 
     def compose(
         self,
@@ -313,7 +322,7 @@ class Braid:
             WindowExceededError: together they exceed the model's window.
         """
         composition = compose(self.chunks.resolve(chunks), layout=self._engine.layout, mode=mode, keep=keep)
-        window = self._engine.model.config.window
+        window = self._engine.config.window
         check_window(composition.tokens, window, "This composition", "Compose fewer or shorter chunks.")
         return Context(self._engine, composition)
 
@@ -325,20 +334,28 @@ class Braid:
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.ask` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).ask(question, history=history, **options)
+        return self.compose(chunks, mode=mode, keep=keep).ask(question, history=history, timeout_s=timeout_s, **options)
 
-    def ask_many(self, requests: Sequence[tuple[Context, str]], **options: Unpack[SamplingOptions]) -> list[Answer]:
+    def ask_many(
+        self,
+        requests: Sequence[tuple[Context, str]],
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Answer]:
         """Answer questions together, each over a context of its own: `[(context, question), ...]`.
 
-        Every step computes the next token of all of them. What several contexts share lies in memory once, and on a
-        GPU is read once for all. Requests beyond what runs at once, or fits in the pool, wait until one has ended.
-        Answers may differ from those of single calls where two tokens are equally likely but for rounding.
+        The same as asking each in a thread of its own. Every step computes the next token of all of them. What several
+        contexts share lies in memory once, and on a GPU is read once for all. Answers may differ from those of single
+        calls where two tokens are equally likely but for rounding.
 
         Args:
             requests: contexts that this Braid composed, and questions.
+            timeout_s: see `Context.ask`; for each of them, from this call on.
             **options: see `Context.ask`; for all of them.
 
         Returns:
@@ -348,7 +365,14 @@ class Braid:
             InputError: `requests` or an option can't be used; and all that `Context.ask` raises. One request that fails
                 ends them all.
         """
-        return ask_many(self._engine, requests, options)
+        self._engine.check_open()
+        for request in requests:
+            if not isinstance(request, tuple | list) or len(request) != 2 or not isinstance(request[0], Context):
+                raise InputError("ask_many takes pairs of a context and a question, [(context, 'What is ...?'), ...].")
+            if not request[0].belongs_to(self._engine):
+                raise InputError("ask_many takes contexts of this Braid; one was composed by another.")
+        made = [context.request(question, None, timeout_s, options) for context, question in requests]
+        return answer.ask_many(self._engine, made)
 
     def stream(
         self,
@@ -358,10 +382,11 @@ class Braid:
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options)
+        return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, timeout_s=timeout_s, **options)
 
     def warm_up(
         self,
@@ -376,7 +401,7 @@ class Braid:
         next process takes seconds. Does nothing on a CPU, or where the model does not run on Triton's kernels alone.
 
         Args:
-            requests: how many `ask_many` will have at once, up to 64.
+            requests: how many will run at once, up to 64.
             on_progress: called with the steps done and those to be done, in this thread. What it raises ends it.
             progress: show a progress bar on stderr, where stderr is a terminal.
 
@@ -384,8 +409,8 @@ class Braid:
             InputError: `requests` can't be used.
             PoolFullError: running calls leave no room for it.
         """
-        if type(requests) is not int or not 1 <= requests <= MOST_ROWS:
-            raise InputError(f"requests must be a whole number from 1 to {MOST_ROWS}; got {shown(requests)}.")
+        if type(requests) is not int or not 1 <= requests <= ROW_SLOTS:
+            raise InputError(f"requests must be a whole number from 1 to {ROW_SLOTS}; got {shown(requests)}.")
         with steps_bar("warming up") if progress else nullcontext() as bar:
 
             def report(done: int, total: int) -> None:
@@ -393,7 +418,12 @@ class Braid:
                     if listener:
                         listener(done, total)
 
-            self._engine.warm_up(requests, report)
+            work = self._engine.warm_up(requests)
+            for done, step in enumerate(work):
+                report(done, len(work))
+                self._engine.call(step)
+            if work:
+                report(len(work), len(work))
 
     def count_tokens(self, text: str) -> int:
         """How many tokens a text takes as a context chunk, the newline that closes it included."""
@@ -408,11 +438,12 @@ class Braid:
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.aask` in one; takes and raises what they do. Composes in a thread too."""
-        context = await self._engine.workers.step(lambda: self.compose(chunks, mode=mode, keep=keep), lambda: None)
-        return await context.aask(question, history=history, **options)
+        context = await asyncio.to_thread(self.compose, chunks, mode=mode, keep=keep)
+        return await context.aask(question, history=history, timeout_s=timeout_s, **options)
 
     def astream(
         self,
@@ -422,12 +453,13 @@ class Braid:
         mode: str | None = None,
         keep: bool | None = None,
         history: History | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """`compose` and `Context.astream` in one; takes what they do, and raises it with the first piece."""
         return AsyncStream(
-            self._engine.workers,
-            lambda: self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, **options),
+            self._engine,
+            lambda: self.compose(chunks, mode=mode, keep=keep).request(question, history, timeout_s, options),
         )
 
     def close(self) -> None:

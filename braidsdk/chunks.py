@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from braidsdk.engine import Engine
+from braidsdk.engine.engine import Engine
 from braidsdk.errors import InputError, UnknownChunkError, shown
 from braidsdk.registration import text_of
 from braidsdk.store import ChunkRow, chunk_id
@@ -144,9 +144,8 @@ class Chunks:
         `braid.chunks.delete_many(braid.chunks.list(name="guide*"))` deletes by pattern.
         """
         found = self.resolve(chunks if isinstance(chunks, str | Chunk) else [*chunks])
-        with self._engine.working():
-            gone = self._engine.store.delete_chunks(self._engine.namespace, [chunk.id for chunk in found])
-            self._engine.pool.drop_chunks({chunk.id for chunk in found})
+        gone = self._engine.store.delete_chunks(self._engine.namespace, [chunk.id for chunk in found])
+        self._engine.forget({chunk.id for chunk in found})
         return len(gone.digests)
 
     def resolve(self, chunks: Sequence[Chunk | str | PageDocument | TextNode]) -> tuple[Chunk, ...]:

@@ -195,7 +195,10 @@ def compose(
     anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     pieces: list[tuple[Chunk | None, tuple[int, ...]]]
     pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
-    pieces += [(chunk, layout.plain_ids(chunk.text)) for chunk in chunks[1 if anchor else 0 :]]
+    pieces += [
+        (chunk, layout.plain_ids(chunk.text) if chunk.level == LEVEL_SYSTEM else chunk.token_ids)
+        for chunk in chunks[1 if anchor else 0 :]
+    ]
 
     segments: list[Segment] = []
     origin = 0

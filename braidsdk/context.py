@@ -1,23 +1,27 @@
 """A composed context: ask it questions, see what it would take from the cache."""
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from time import perf_counter
-from typing import Literal, Unpack
+from typing import Literal, Unpack, cast
 
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
-from braidsdk.async_stream import AsyncStream, Cancellation
+from braidsdk import answer
+from braidsdk.answer import AsyncStream, Stream
+from braidsdk.cache.pool import Resident
 from braidsdk.compose import Composition, check_window
-from braidsdk.decoding import Decoder
-from braidsdk.engine import Engine
-from braidsdk.generate import tail_logits
+from braidsdk.engine.engine import Engine
+from braidsdk.engine.request import Request, Then
+from braidsdk.engine.sampling import SamplingOptions, resolve
+from braidsdk.engine.scheduler import Priority
+from braidsdk.errors import InputError, shown
 from braidsdk.handover import to_dynamic_cache
 from braidsdk.history import conversation, parse_history
-from braidsdk.pool import Resident
-from braidsdk.sampling import SamplingOptions, resolve
+from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store import EntryKey, Hit
-from braidsdk.stream import Stream
 from braidsdk.types import Answer, ExplainedChunk, Explanation
 
 History = Sequence[Mapping[str, str]]
@@ -28,8 +32,7 @@ class Context:
     """What `Braid.compose` returns: a composition and the engine that can answer over it.
 
     It holds no memory of its own: entries are pinned only while a call runs. Making one for every set of chunks is as
-    cheap as tokenizing them. Several threads may use it: calls that give a whole answer queue, streams take turns with
-    them token by token.
+    cheap as tokenizing them. Any number of threads and tasks may use it at once: their requests share the engine's steps.
     """
 
     def __init__(self, engine: Engine, composition: Composition) -> None:
@@ -52,7 +55,14 @@ class Context:
         `ask` does."""
         return self._prompt(question, history)[0].input_ids
 
-    def ask(self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]) -> Answer:
+    def ask(
+        self,
+        question: str,
+        *,
+        history: History | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer:
         """Answer a question over this context; greedily, unless a temperature is given.
 
         Args:
@@ -60,53 +70,64 @@ class Context:
             history: the conversation so far, from its first question to its last answer, by turns of user and
                 assistant. The chunks stand before its first question. What is resident of it is not computed again:
                 as a rule all of it, when it is what this Braid answered last.
+            timeout_s: seconds after which the call fails, and the work for it stops; None is never.
             **options: max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, stop_ids; see
-                `braidsdk.sampling.SamplingOptions`.
+                `braidsdk.engine.sampling.SamplingOptions`.
 
         Raises:
             InputError: the history or an option can't be used.
             EmptyTextError: the question is empty, or a message of the history.
             WindowExceededError: context, history, question and `max_new_tokens` exceed the model's window.
-            PoolFullError: the context does not fit in the KV pool beside what running streams hold.
+            UnknownChunkError: a chunk was deleted meanwhile, by this or another process.
+            PoolFullError: the context and its answer need more memory than the KV pool has.
+            QueueFullError: more requests wait than `max_queue` allows.
+            DeadlineError: `timeout_s` is over.
             NumericsError: the model gave NaN or infinite logits.
             StoreError: what was computed can't be written.
         """
-        started = perf_counter()
-        with self._stream(question, history, options, started) as stream, self._engine.calls:
-            return _read(stream)
+        return answer.ask(self._engine, self.request(question, history, timeout_s, options))
 
-    def stream(self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]) -> Stream:
+    def stream(
+        self,
+        question: str,
+        *,
+        history: History | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Stream:
         """Answer a question piece by piece; takes and raises what `ask` does.
 
         Nothing is computed before the first piece is asked for. `stream.answer` holds the whole answer once it has
         ended; closing it early stops generation.
         """
-        return self._stream(question, history, options)
+        return Stream(self._engine, self.request(question, history, timeout_s, options))
 
     async def aask(
-        self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]
+        self,
+        question: str,
+        *,
+        history: History | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Answer:
-        """`ask` for an event loop, which is never blocked: the work is done in a thread.
-
-        A cancelled task returns at once; generation stops after the step that runs, and what it holds is freed.
-        """
-        started, cancellation = perf_counter(), Cancellation()
-
-        def work() -> Answer:
-            with cancellation.watch(self._stream(question, history, options, started)) as stream, self._engine.calls:
-                return _read(stream)
-
-        return await self._engine.workers.answer(work, cancellation.cancel)
+        """`ask` for an event loop, which is never blocked. A cancelled task cancels its request: generation stops after
+        the step that runs, and what it holds is freed."""
+        return await answer.aask(self._engine, lambda: self.request(question, history, timeout_s, options))
 
     def astream(
-        self, question: str, *, history: History | None = None, **options: Unpack[SamplingOptions]
+        self,
+        question: str,
+        *,
+        history: History | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """`stream` for an event loop: `async for piece in context.astream(...)`.
 
-        The loop is never blocked: the work is done in a thread. What `ask` raises comes with the first piece.
-        `contextlib.aclosing` or `async with` stops generation when the block is left.
+        The loop is never blocked. What `ask` raises comes with the first piece. `contextlib.aclosing` or `async with`
+        stops generation when the block is left.
         """
-        return AsyncStream(self._engine.workers, lambda: self._stream(question, history, options))
+        return AsyncStream(self._engine, lambda: self.request(question, history, timeout_s, options))
 
     def next_token_logits(self, question: str, *, history: History | None = None) -> Tensor:
         """Logits of the answer's first token, [vocab_size], float32 on the CPU (float64 for a float64 model).
@@ -114,9 +135,14 @@ class Context:
         Raises what `ask` does.
         """
         composition, keys = self._prompt(question, history)
-        with self._engine.calls:
-            logits = tail_logits(self._engine, composition, keys)
-        return logits.cpu().clone()  # a plain tensor, free to be changed: the model's own is an inference tensor
+
+        def taken(_: Sequence[Resident], logits: Tensor | None) -> Tensor:
+            if logits is None:
+                raise RuntimeError("the model gave no logits although they were asked for")
+            return logits.cpu().clone()
+
+        logits = cast("Tensor", self._run(composition, keys, taken))
+        return logits.clone()  # a plain tensor, free to be changed: the model's own is an inference tensor
 
     def prepare(self) -> int:
         """Compute now what the first question would have to, and store what the mode keeps.
@@ -128,8 +154,9 @@ class Context:
             PoolFullError: the context does not fit in the KV pool.
             StoreError: what was computed can't be written.
         """
-        with self._engine.calls, self._engine.working(), self._engine.pool.pinned(self._keys):
-            return self._engine.prepare(self._composition, self._keys).computed_tokens
+        request = self._request(self._composition, self._keys, lambda *_: None)
+        self._engine.run(request)
+        return request.computed_tokens
 
     def to_transformers_cache(self, config: PretrainedConfig | None = None) -> DynamicCache:
         """A fresh cache of this context for `generate` of transformers, computing what is missing of it.
@@ -152,10 +179,12 @@ class Context:
             PoolFullError: the context does not fit in the KV pool.
             StoreError: what was computed can't be written.
         """
-        engine = self._engine
-        with engine.calls, engine.working(), engine.pool.pinned(self._keys):
-            entries = engine.prepare(self._composition, self._keys).entries
-            return to_dynamic_cache(engine.model, engine.pool, self._composition.segments, entries, config)
+        engine, segments = self._engine, self._composition.segments
+
+        def copied(entries: Sequence[Resident], _: Tensor | None) -> DynamicCache:
+            return to_dynamic_cache(engine.model, engine.pool, segments, entries, config)
+
+        return cast("DynamicCache", self._run(self._composition, self._keys, copied))
 
     def explain(self) -> Explanation:
         """What a call would find in memory or store, why it would not find the rest, and how long having all of it
@@ -166,12 +195,12 @@ class Context:
         rows = []
         rates = self._engine.rates
         segments = self._composition.segments
-        with self._engine.working():
-            places = self._engine.locate(self._keys)
-            absent = [key for key, found in zip(self._keys, places, strict=True) if found is None]
-            misses = dict(zip(absent, self._engine.store.explain(absent), strict=True))
-            sizes = [self._engine.pool.bytes_for(len(segment.token_ids)) for segment in segments]
-        for segment, key, found, kv_bytes in zip(segments, self._keys, places, sizes, strict=True):
+        self._engine.check_open()
+        places = self._engine.locate(self._keys)
+        absent = [key for key, found in zip(self._keys, places, strict=True) if found is None]
+        reasons = (miss.detail for miss in self._engine.store.explain(absent))
+        sizes = [self._engine.pool.bytes_for(len(segment.token_ids)) for segment in segments]
+        for segment, found, kv_bytes in zip(segments, places, sizes, strict=True):
             where: Literal["memory", "store", "nowhere"] = (
                 "memory" if isinstance(found, Resident) else "store" if isinstance(found, Hit) else "nowhere"
             )
@@ -189,7 +218,7 @@ class Context:
                     after=tuple(segments[index].label for index in segment.after),
                     hit=where != "nowhere",
                     where=where,
-                    reason=f"in {where}" if found else misses[key].detail,
+                    reason=next(reasons) if found is None else f"in {where}",
                     kv_bytes=kv_bytes,
                     expected_ms=None if seconds is None else seconds * 1e3,
                 )
@@ -200,26 +229,40 @@ class Context:
         """Whether this engine composed it."""
         return self._engine is engine
 
-    def open_stream(
-        self, question: str, options: SamplingOptions, *, started: float | None = None, decoder: Decoder | None = None
-    ) -> Stream:
-        """A stream that goes on together with others of the same decoder; its caller holds `engine.calls`."""
-        return self._stream(question, None, options, started, decoder)
-
-    def _stream(
-        self,
-        question: str,
-        history: History | None,
-        options: SamplingOptions,
-        started: float | None = None,
-        decoder: Decoder | None = None,
-    ) -> Stream:
-        """The answer of a call that began at `started` and queues, or of one that takes turns (None)."""
+    def request(
+        self, question: str, history: History | None, timeout_s: float | None, options: SamplingOptions
+    ) -> Request:
+        """What `ask` submits; raises what it does of its arguments."""
+        submitted = perf_counter()
         composition, keys = self._prompt(question, history)
         params = resolve(options, self._engine.config, composition.tokens)
-        return Stream(
-            self._engine, composition, keys, params, queued=started is not None, started=started, decoder=decoder
+        timeout = _timeout(timeout_s)
+        self._engine.check_chunks(composition)
+        return Request(
+            priority=Priority.QUESTION,
+            submitted=submitted,
+            deadline=None if timeout is None else submitted + timeout,
+            composition=composition,
+            keys=keys,
+            params=params,
+            text=AnswerText(self._engine.layout, params.stop, params.stop_ids) if params.stop else None,
         )
+
+    def _request(self, composition: Composition, keys: Sequence[EntryKey], then: Then) -> Request:
+        """Something to do with the resident entries of a composition."""
+        self._engine.check_open()
+        self._engine.check_chunks(composition)
+        return Request(
+            priority=Priority.QUESTION,
+            submitted=perf_counter(),
+            decodes=False,
+            composition=composition,
+            keys=tuple(keys),
+            then=then,
+        )
+
+    def _run(self, composition: Composition, keys: Sequence[EntryKey], then: Then) -> object:
+        return self._engine.run(self._request(composition, keys, then))
 
     def _prompt(self, question: str, history: History | None) -> tuple[Composition, tuple[EntryKey, ...]]:
         """This composition with a conversation's past and a question, and the keys of its segments."""
@@ -243,8 +286,9 @@ class Context:
         return f"Context({self.mode}: {labels}; {len(self.input_ids)} tokens)"
 
 
-def _read(stream: Stream) -> Answer:
-    """The whole answer, once it has ended."""
-    for _ in stream:
-        pass
-    return stream.answer
+def _timeout(timeout_s: float | None) -> float | None:
+    if timeout_s is None:
+        return None
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not 0 < timeout_s < math.inf:
+        raise InputError(f"timeout_s must be a number of seconds above 0, or None; got {shown(timeout_s)}.")
+    return float(timeout_s)

@@ -23,7 +23,11 @@ user's text, and none is longer than a screen.
     │   └── HashCollisionError             two different contents share a hash
     ├── NumericsError (ArithmeticError)    the model gave NaN or infinite logits
     ├── PoolFullError (MemoryError)        more KV memory than the device's pool holds
+    ├── QueueFullError                     more requests wait than max_queue allows
+    ├── DeadlineError (TimeoutError)       timeout_s is over before the answer is complete
+    ├── EngineError                        the engine's thread failed, and ended every request
     └── ClosedError                        used after close()
+        └── ForkedError                    used in a fork of the process that opened it
 """
 
 import difflib
@@ -38,7 +42,10 @@ LONGEST_MESSAGE = 1_600
 __all__ = [
     "BraidError",
     "ClosedError",
+    "DeadlineError",
     "EmptyTextError",
+    "EngineError",
+    "ForkedError",
     "HashCollisionError",
     "HubError",
     "InputError",
@@ -47,6 +54,7 @@ __all__ = [
     "NameTakenError",
     "NumericsError",
     "PoolFullError",
+    "QueueFullError",
     "StoreCorruptError",
     "StoreError",
     "StoreFullError",
@@ -163,5 +171,21 @@ class PoolFullError(BraidError, MemoryError):
     """A call needs more KV memory than the device's pool holds beside other running calls."""
 
 
+class QueueFullError(BraidError):
+    """More requests wait than `max_queue` allows."""
+
+
+class DeadlineError(BraidError, TimeoutError):
+    """A call's `timeout_s` is over before its answer is complete; the work was stopped."""
+
+
+class EngineError(BraidError):
+    """The engine's thread failed, and every request with it."""
+
+
 class ClosedError(BraidError):
     """Something was used after close()."""
+
+
+class ForkedError(ClosedError):
+    """Something was used in a fork of the process that opened it."""

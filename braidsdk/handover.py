@@ -12,7 +12,7 @@ from transformers import DynamicCache, PretrainedConfig
 from braidsdk.compose import Segment
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
-from braidsdk.pool import Pool, Resident
+from braidsdk.cache.pool import Pool, Resident
 
 
 def to_dynamic_cache(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from braidsdk.encode import Run, make_batch
+from braidsdk.engine.batch import Run, make_batch
 from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
-from braidsdk.pool import Pool
+from braidsdk.cache.pool import PAGE_SIZE, Pool
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def compare_layers(
             pass for everything.
     """
     decoder: Any = theirs.model
+    page_size = PAGE_SIZE[ours.device.type]
+    page_bytes = 2 * ours.config.kv_heads * page_size * ours.config.head_dim * ours.dtype.itemsize
     pool = Pool(
         layers=1,
         kv_heads=ours.config.kv_heads,
         head_dim=ours.config.head_dim,
         dtype=ours.dtype,
         device=ours.device,
-        capacity_bytes=1 << 40,  # it takes what the text needs
+        capacity_bytes=page_bytes * sum(-(-len(piece) // page_size) for piece in pieces),
     )
     runs = runs_in_frames(pool, pieces)
     passes = [runs] if answer_tokens is None else _passes(runs, answer_tokens)
@@ -91,7 +93,8 @@ def runs_in_frames(pool: Pool, pieces: Sequence[Sequence[int]]) -> list[Run]:
     context: tuple[PagedSegment, ...] = ()
     origin = 0
     for piece in pieces:
-        pages = pool.allocate(len(piece))
+        pages = pool.take(len(piece))
+        pool.clear(pages)
         runs.append(Run(tuple(piece), context, pages, 0, origin))
         context = (*context, PagedSegment(pages, 0, len(piece), origin))
         origin += len(piece)

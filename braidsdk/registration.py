@@ -4,6 +4,7 @@ Each stage is a function, and each result a value that the next one takes.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
-from braidsdk.compose import check_length, check_window, compose
-from braidsdk.encode import BATCH_TOKENS, Run, compute
-from braidsdk.engine import Engine
+from braidsdk.cache.pool import Pool
+from braidsdk.compose import Composition, check_length, check_window, compose
+from braidsdk.engine.batch import Run, forward
+from braidsdk.engine.engine import Engine
+from braidsdk.engine.request import Request
+from braidsdk.engine.scheduler import REGISTRATIONS, Priority
 from braidsdk.errors import InputError, PoolFullError, StoreFullError
-from braidsdk.pool import Pool
 from braidsdk.store import ChunkRow, EntryKey, NewChunk, chunk_id
 from braidsdk.tokens import normalise
 from braidsdk.types import (
@@ -34,6 +37,9 @@ WORTH_MEASURING_TOKENS = 4096
 
 PROBE_TOKENS = 512
 """Computed, and thrown away, to measure an unknown rate; a rate of fewer tokens is not trusted with many."""
+
+GROUP_TOKENS = {"cpu": 2048, "cuda": 4096}
+"""Tokens that are computed and written as one request, by device: what an interruption loses at most."""
 
 FILE_BYTES = 8192
 """What an entry's file holds besides keys and values: its header, and the rest of the last block on the disk."""
@@ -66,14 +72,22 @@ class Plan:
     Attributes:
         anchor: what the chunks stand after, or None.
         deferred: whether nothing is computed now.
-        missing: for each chunk whose entry the store lacks its key, by the chunk's id.
-        before: keys of what these are computed after that the store lacks too.
+        before: keys of what the chunks are computed after.
+        missing: each chunk whose entry the store lacks and the entry's key, by the chunk's id.
+        lacks_before: whether the store lacks the entries of `before` too.
     """
 
     anchor: Chunk | None
     deferred: bool
-    missing: Mapping[str, EntryKey]
     before: tuple[EntryKey, ...]
+    missing: Mapping[str, tuple[Chunk, EntryKey]]
+    lacks_before: bool
+
+    @property
+    def keys(self) -> list[EntryKey]:
+        """Of all entries that are computed and written."""
+        before = self.before if self.missing and self.lacks_before else ()
+        return [*(key for _, key in self.missing.values()), *before]
 
 
 def text_of(given: object) -> tuple[object, Mapping[str, Any] | None]:
@@ -148,29 +162,32 @@ def _check(
     clean = normalise(text)  # type: ignore[arg-type]  # which checks it
     if name is not None and not isinstance(name, str):
         raise InputError(f"name must be text; got a {type(name).__name__}. Pass a str, or leave it out.")
-    tokens = len(engine.layout.chunk_ids(level, clean)) + (len(anchor.token_ids) if anchor else 0)
+    ident = chunk_id(engine.namespace, level, clean)
+    chunk = Chunk(ident, engine.namespace, level, clean, _encode=engine.layout.chunk_ids)
+    tokens = len(chunk.token_ids) + (len(anchor.token_ids) if anchor else 0)
     check_window(tokens, engine.config.window, "This text", remedy)
     engine.pool.check_fits([tokens])
     new = NewChunk(engine.namespace, level, clean, name, own if metadata is None else metadata)
-    ident = chunk_id(engine.namespace, level, clean)
-    return Candidate(index, new, Chunk(ident, engine.namespace, level, clean, _encode=engine.layout.chunk_ids))
+    return Candidate(index, new, chunk)
 
 
 def plan(engine: Engine, candidates: Sequence[Candidate], anchor: Chunk | None, level: int) -> Plan:
     """What the store lacks of the entries that default compositions of these chunks need."""
     chunks = list({each.chunk.id: each.chunk for each in candidates}.values())
     if anchor is None and level != LEVEL_SYSTEM:
-        return Plan(None, True, {}, ())
+        return Plan(None, True, (), {}, False)
     before = engine.keys(compose([anchor], layout=engine.layout)) if anchor else ()
     alone = [compose([anchor, chunk] if anchor else [chunk], layout=engine.layout) for chunk in chunks]
     keys = [engine.keys(composition, before)[-1] for composition in alone]
     found = engine.store.look_up([*before, *keys])
     lacking = [each is None for each in found]
+    missing = zip(chunks, keys, lacking[len(before) :], strict=True)
     return Plan(
         anchor=anchor,
         deferred=False,
-        missing={chunk.id: key for chunk, key, lack in zip(chunks, keys, lacking[len(before) :], strict=True) if lack},
-        before=tuple(key for key, lack in zip(before, lacking, strict=False) if lack),
+        before=before,
+        missing={chunk.id: (chunk, key) for chunk, key, lacks in missing if lacks},
+        lacks_before=any(lacking[: len(before)]),
     )
 
 
@@ -178,11 +195,10 @@ def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> 
     """What the plan will take. Measures the model's rate if that is unknown and the texts are long."""
     chunks = {each.chunk.id: each.chunk for each in candidates}.values()
     tokens = sum(len(chunk.token_ids) for chunk in chunks)
-    missing = [*planned.missing.values(), *(planned.before if planned.missing else ())]
     to_write = sum(
-        engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids) for key in missing
+        engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids) for key in planned.keys
     )
-    absent = [key for key in missing if engine.pool.peek(key.digest) is None]
+    absent = [key for key in planned.keys if engine.pool.find(key.digest) is None]
     to_compute = sum(len(key.token_ids) for key in absent)
     expected = RegistrationEstimate(
         chunks=len(chunks),
@@ -232,13 +248,13 @@ def store_chunks(
 
 
 def compute_missing(
-    engine: Engine, planned: Plan, chunks: Sequence[Chunk], on_progress: Callable[[Progress], None] | None
+    engine: Engine, planned: Plan, registered: Sequence[Chunk], on_progress: Callable[[Progress], None] | None
 ) -> None:
-    """Compute and store the plan's missing entries of these chunks, batch by batch: what is stored stays so."""
-    lacking = list({chunk.id: chunk for chunk in chunks if chunk.id in planned.missing}.values())
-    with engine.working():
-        engine.disown([planned.missing[chunk.id] for chunk in lacking])
-    total, done, done_chunks = sum(len(chunk.token_ids) for chunk in lacking), 0, 0
+    """Compute and store the plan's missing entries of the chunks that were registered, group by group: what is stored
+    stays so. The next groups are computed while one is written."""
+    ids = dict.fromkeys(chunk.id for chunk in registered)
+    lacking = [planned.missing[each] for each in ids if each in planned.missing]
+    total, done, done_chunks = sum(len(key.token_ids) for _, key in lacking), 0, 0
     started = perf_counter()
 
     def report() -> None:
@@ -249,46 +265,76 @@ def compute_missing(
 
     if lacking:
         report()
-    for group in _groups(lacking, engine.pool, BATCH_TOKENS[engine.model.device.type]):
-        pieces = [[planned.anchor, *group]] if planned.anchor else [[chunk] for chunk in group]
-        for composition in (compose(piece, layout=engine.layout) for piece in pieces):
-            keys = engine.keys(composition)
-            with engine.calls, engine.working(), engine.pool.pinned(keys):
-                engine.prepare(composition, keys, counted=False)
-        done += sum(len(chunk.token_ids) for chunk in group)
-        done_chunks += len(group)
-        report()
+    running: deque[tuple[list[tuple[Chunk, EntryKey]], Request]] = deque()
+    groups = _groups(lacking, engine.pool, GROUP_TOKENS[engine.device.type] if planned.anchor else 1)
+    try:
+        while True:
+            while len(running) < REGISTRATIONS and (group := next(groups, None)):
+                running.append((group, engine.submit(_request(engine, planned, group))))
+            if not running:
+                return
+            running[0][1].result()
+            group, _ = running.popleft()
+            done += sum(len(key.token_ids) for _, key in group)
+            done_chunks += len(group)
+            report()
+    finally:
+        for _, request in running:
+            engine.cancel(request)
+
+
+def _request(engine: Engine, planned: Plan, group: Sequence[tuple[Chunk, EntryKey]]) -> Request:
+    """The registration of some chunks."""
+    chunks = [chunk for chunk, _ in group]
+    composition: Composition = compose([planned.anchor, *chunks] if planned.anchor else chunks, layout=engine.layout)
+    before = planned.before if planned.lacks_before else ()
+    return Request(
+        priority=Priority.REGISTRATION,
+        submitted=perf_counter(),
+        decodes=False,
+        composition=composition,
+        keys=(*planned.before, *(key for _, key in group)),
+        computes=frozenset(key.digest for key in (*before, *(key for _, key in group))),
+        counted=False,
+    )
 
 
 def _measure(engine: Engine, token_ids: Sequence[int]) -> None:
     """Compute some tokens and throw them away, to learn how fast that is; nothing if the pool has no room now."""
     ids = tuple(token_ids[: min(PROBE_TOKENS, engine.config.window)])
-    with engine.calls, engine.working():
+    model, pool = engine.model, engine.pool
+
+    def work() -> None:
         try:
-            pages = engine.pool.allocate(len(ids))
+            pages = pool.take(len(ids))
         except PoolFullError:
             return
         try:
+            pool.clear(pages)
             started = perf_counter()
-            compute(engine.model, engine.pool, [Run(ids, (), pages, 0, 0)])
-            if engine.model.device.type == "cuda":
-                torch.cuda.synchronize(engine.model.device)
+            forward(model, pool, [Run(ids, (), pages, 0, 0)])
+            if model.device.type == "cuda":
+                torch.cuda.synchronize(model.device)
             engine.rates.add("compute", len(ids), perf_counter() - started)
         finally:
-            engine.pool.release(pages)
+            pool.give_back(pages)
+
+    engine.call(work)
 
 
-def _groups(chunks: Sequence[Chunk], pool: Pool, most_tokens: int) -> Iterator[list[Chunk]]:
-    """Consecutive chunks of at most `most_tokens` together, that fit in a quarter of the pool."""
+def _groups(
+    lacking: Sequence[tuple[Chunk, EntryKey]], pool: Pool, most_tokens: int
+) -> Iterator[list[tuple[Chunk, EntryKey]]]:
+    """Consecutive ones of at most `most_tokens` together, or one alone, that fit in a quarter of the pool."""
     room = min(pool.capacity_pages // 4, 2 * pool.pages_for(most_tokens))
-    group: list[Chunk] = []
+    group: list[tuple[Chunk, EntryKey]] = []
     tokens = pages = 0
-    for chunk in chunks:
-        more = len(chunk.token_ids)
+    for chunk, key in lacking:
+        more = len(key.token_ids)
         if group and (tokens + more > most_tokens or pages + pool.pages_for(more) > room):
             yield group
             group, tokens, pages = [], 0, 0
-        group.append(chunk)
+        group.append((chunk, key))
         tokens += more
         pages += pool.pages_for(more)
     if group:

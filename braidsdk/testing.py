@@ -17,7 +17,7 @@ Answers are the same in every run. Nothing is downloaded.
 
 import tempfile
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 
 from braidsdk.braid import Braid
-from braidsdk.engine import Engine
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.engine import Engine
 from braidsdk.errors import InputError, did_you_mean, shown
 from braidsdk.kernels.paging import PagedSegment, append
 from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.lru import remembering
 from braidsdk.models.base import Batch, Model, ModelConfig
-from braidsdk.pool import Pool
+from braidsdk.prompt.answer_text import Detokenizer
 from braidsdk.store import ChunkStore
 from braidsdk.tokens import PromptLayout
 
@@ -134,13 +135,22 @@ class FakeLayout(PromptLayout):
         """The text of ids, control tokens left out."""
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
-    def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """Text as ids arrive, a piece for each, "" where none can be shown yet."""
-        decoder = getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in token_ids:
-            yield decoder.decode(bytes([token_id])) if token_id < 256 else ""
-        if rest := decoder.decode(b"", final=True):
-            yield rest
+    def detokenizer(self) -> Detokenizer:
+        """For the text of one answer."""
+        return _Bytes()
+
+
+class _Bytes:
+    """`prompt.answer_text.Detokenizer` of bytes."""
+
+    def __init__(self) -> None:
+        self._decoder = getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token_id: int) -> str:
+        return self._decoder.decode(bytes([token_id])) if token_id < 256 else ""
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
 
 
 class FakeBraid(Braid):

@@ -12,7 +12,7 @@ Knows nothing about models, caches or chunks.
 import json
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from transformers import AutoTokenizer
 
 from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
 from braidsdk.lru import remembering
+from braidsdk.prompt.answer_text import Detokenizer
 from braidsdk.types import LEVEL_SYSTEM
 
 MARKS_IN_A_ROW = 256
@@ -78,6 +79,25 @@ def _has_too_many_marks(text: str) -> bool:
 def _is_mark(character: str) -> bool:
     """Whether NFC sorts the character among its neighbours; three have no class themselves, but their parts do."""
     return unicodedata.combining(character) != 0 or character in "\u0f73\u0f75\u0f81"
+
+
+class _Detokenizer:
+    """`prompt.answer_text.Detokenizer` of a tokenizer: characters are never split."""
+
+    def __init__(self, tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str]) -> None:
+        self._tokenizer, self._decode = tokenizer, decode
+        self._stream = DecodeStream(skip_special_tokens=True)
+        self._seen: list[int] = []
+        self._shown = 0
+
+    def feed(self, token_id: int) -> str:
+        self._seen.append(token_id)
+        piece = self._stream.step(self._tokenizer, token_id) or ""
+        self._shown += len(piece)
+        return piece
+
+    def flush(self) -> str:
+        return self._decode(self._seen)[self._shown :]
 
 
 class PromptLayout:
@@ -181,19 +201,9 @@ class PromptLayout:
         """The text of generated ids, special tokens left out."""
         return str(self._with_control.decode(list(token_ids), skip_special_tokens=True))
 
-    def decode_stream(self, token_ids: Iterator[int]) -> Iterator[str]:
-        """Text as ids arrive, a piece for each, "" where none can be shown yet: characters are never split. Joined they
-        equal `decode` of all ids."""
-        stream = DecodeStream(skip_special_tokens=True)
-        seen: list[int] = []
-        given = ""
-        for token_id in token_ids:
-            seen.append(token_id)
-            piece = stream.step(self._with_control, token_id) or ""
-            given += piece
-            yield piece
-        if rest := self.decode(seen)[len(given) :]:
-            yield rest
+    def detokenizer(self) -> Detokenizer:
+        """For the text of one answer; what it gives, joined, equals `decode` of all ids."""
+        return _Detokenizer(self._with_control, self.decode)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)

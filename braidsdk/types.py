@@ -198,12 +198,11 @@ class Timings:
     """How long one call took.
 
     Attributes:
-        load_ms: reading entries from the store into memory.
+        load_ms: from its admission until every entry that it needs was read from the store, or was its own to compute.
         prefill_ms: computing missing entries and the question, to the first logits.
-        first_token_ms: from the start of the call to the first token's id.
+        first_token_ms: from the start of the call to the first token's id, time in the queue included.
         decode_tokens_per_s: rate after the first token; None with fewer than two tokens.
-        compute_ms: the part of `prefill_ms` that went into missing entries: computing them, and writing those that
-            are kept.
+        compute_ms: the part of `prefill_ms` that went into computing missing entries. They are written meanwhile.
     """
 
     load_ms: float
@@ -392,7 +391,12 @@ class Stats:
         hits, misses: since this Braid was opened.
         all_hits, all_misses: of every process that used this store and closed it, and of this one.
         pool_used_bytes: KV memory of resident entries and running calls.
-        pool_capacity_bytes: KV memory that the pool may take.
+        pool_capacity_bytes: KV memory that the pool has.
+        running: requests that are admitted and have not ended: loading, computing, decoding, or writing.
+        waiting: requests that wait for memory or a place.
+        steps: passes of the engine since this Braid was opened.
+        step_tokens: tokens that all of them computed, prefilled or decoded.
+        last_step_rows: answers that got a token in the last one.
     """
 
     chunks: int
@@ -406,6 +410,16 @@ class Stats:
     all_misses: int
     pool_used_bytes: int
     pool_capacity_bytes: int
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    last_step_rows: int = 0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a step computed, on average."""
+        return self.step_tokens / self.steps if self.steps else 0.0
 
     def __str__(self) -> str:
         damaged = f", {_counted(self.damaged, 'damaged file')} set aside" if self.damaged else ""

@@ -14,7 +14,7 @@ from braidsdk.cli.sources import STDIN
 
 if TYPE_CHECKING:
     from braidsdk import Answer, Context
-    from braidsdk.sampling import SamplingOptions
+    from braidsdk.engine.sampling import SamplingOptions
 
 
 def ask(

@@ -16,8 +16,8 @@ from braidsdk.types import LEVEL_SYSTEM, milliseconds
 
 if TYPE_CHECKING:
     from braidsdk import Answer, Braid, Chunk
-    from braidsdk.sampling import SamplingOptions
-    from braidsdk.stream import Stream
+    from braidsdk.engine.sampling import SamplingOptions
+    from braidsdk.answer import Stream
 
 HELP = """\
 /add NAME...   answer from these chunks too: names, ids or globs such as guide*

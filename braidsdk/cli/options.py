@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from braidsdk.sampling import SamplingOptions
+    from braidsdk.engine.sampling import SamplingOptions
 
 TINY = "braid-tiny"
 

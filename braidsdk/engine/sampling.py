@@ -167,42 +167,38 @@ class Sampler:
         """What the repetition penalty counts: ids of the prompt and of the answer so far, int64."""
         return torch.cat((self._said, torch.tensor(self._chosen, dtype=torch.int64)))
 
-    @torch.inference_mode()  # also where the caller is in it for some steps only
+    @torch.inference_mode()
     def pick(self, logits: Tensor) -> int:
-        """The next token's id.
+        """The next token's id; `take` notes it.
 
         Args:
-            logits: [vocab_size], on any device.
-
-        Raises:
-            NumericsError: a logit is NaN or infinite.
+            logits: finite, [vocab_size], on any device.
         """
         params = self.params
-        finite = torch.isfinite(logits).all()
         if params.repetition_penalty != 1.0:
             logits = penalise(logits, self._mask(logits), params.repetition_penalty)
         if not params.temperature:
-            token, is_finite = torch.stack((logits.argmax(), finite.to(torch.int64))).tolist()  # one wait for a GPU
-        else:
-            is_finite = bool(finite)
-            token = _draw(*candidates(logits, params), self._random) if is_finite else 0
-        return self.take(int(token), bool(is_finite))
+            return int(logits.argmax())
+        return _draw(*candidates(logits, params), self._random)
 
-    def take(self, token: int, finite: bool) -> int:
-        """Take note of a token that the device has chosen from its logits; returns it.
+    def take(self, token: int, finite: bool) -> None:
+        """Take note of a token that was chosen, here or on the device.
+
+        Args:
+            token: its id.
+            finite: whether its logits were.
 
         Raises:
-            NumericsError: `finite` says that a logit was NaN or infinite.
+            NumericsError: they were not.
         """
         self._chosen.append(token)
         if not finite:
             raise NumericsError(
-                f"Expected finite logits for token {self.chosen} of the answer; some are NaN or infinite. Check the "
+                f"Logits must be finite; some for token {self.chosen} of the answer are NaN or infinite. Check the "
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
         if self._seen is not None:
             self._seen[token] = True
-        return token
 
     def _mask(self, logits: Tensor) -> Tensor:
         if self._seen is None:

@@ -1,20 +1,17 @@
-"""From runs of new tokens to batches for the model: computing missing entries, and the tail of a request.
+"""Runs of new tokens as a batch for the model.
 
 Knows nothing about files, text or composition modes.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from braidsdk.cache.pool import Pool
 from braidsdk.kernels.paging import PagedSegment, Request, slots_of
 from braidsdk.models.base import Batch, Model
-from braidsdk.pool import Pool
-
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""New tokens that one forward pass computes at most, by device; bounds the memory of activations."""
 
 
 @dataclass(frozen=True)
@@ -35,44 +32,32 @@ class Run:
     start: int
     origin: int
 
-
-def compute(model: Model, pool: Pool, runs: Sequence[Run]) -> None:
-    """Compute the KV of runs, in batches of at most `BATCH_TOKENS` tokens. A run may see an earlier one."""
-    for batch, _ in _batches(runs, BATCH_TOKENS[model.device.type]):
-        model.forward(make_batch(batch, pool), pool.kv, None)
-
-
-def compute_logits(model: Model, pool: Pool, runs: Sequence[Run]) -> Tensor:
-    """Compute runs, and the logits after the last token of each: [runs, vocab_size]."""
-    found = []
-    for batch, ends in _batches(runs, BATCH_TOKENS[model.device.type]):
-        rows = torch.tensor(ends, device=model.device) if ends else None
-        logits = model.forward(make_batch(batch, pool), pool.kv, rows)
-        if logits is not None:
-            found.append(logits)
-    return torch.cat(found) if len(found) > 1 else found[0]
+    def cut(self, tokens: int) -> "tuple[Run, Run | None]":
+        """The first `tokens` of it, and the rest, None if there is none."""
+        if tokens >= len(self.token_ids):
+            return self, None
+        rest = replace(self, token_ids=self.token_ids[tokens:], start=self.start + tokens)
+        return replace(self, token_ids=self.token_ids[:tokens]), rest
 
 
-def _batches(runs: Iterable[Run], size: int) -> Iterator[tuple[list[Run], list[int]]]:
-    """Pack runs into batches of `size` tokens, in order; a run that does not fit is cut. With each batch the rows that
-    end a run."""
-    batch: list[Run] = []
-    ends: list[int] = []
-    room = size
-    for run in runs:
-        rest = run
-        while rest.token_ids:
-            part = replace(rest, token_ids=rest.token_ids[:room])
-            rest = replace(rest, token_ids=rest.token_ids[room:], start=rest.start + len(part.token_ids))
-            batch.append(part)
-            room -= len(part.token_ids)
-            if not rest.token_ids:
-                ends.append(size - room - 1)
-            if not room:
-                yield batch, ends
-                batch, ends, room = [], [], size
-    if batch:
-        yield batch, ends
+def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[bool] = ()) -> Tensor | None:
+    """One pass of the model over runs. A run may see an earlier one.
+
+    Args:
+        model: which.
+        pool: where their keys and values go.
+        runs: at least one.
+        wanted: for each run, whether the logits after its last token are wanted; none, if left out.
+
+    Returns:
+        Logits [wanted runs, vocab_size]; None if none are wanted.
+    """
+    rows, stop = [], 0
+    for run, logits in zip(runs, wanted, strict=False):
+        stop += len(run.token_ids)
+        if logits:
+            rows.append(stop - 1)
+    return model.forward(make_batch(runs, pool), pool.kv, torch.tensor(rows, device=model.device) if rows else None)
 
 
 def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:

@@ -1,0 +1,302 @@
+"""The paged KV memory of one device, and which entries are resident in it.
+
+Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim]. It takes its capacity at once: on a GPU because
+growing would copy, and move what CUDA graphs read; on a CPU because the system gives memory only to pages that are
+written to. When no page is free, the least recently used entry that nobody pins makes room.
+
+Padding is zero where attention needs it. Only the engine's thread changes a pool.
+
+Knows nothing about text, files or composition modes.
+"""
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import pairwise
+from typing import Self
+
+import psutil
+import torch
+from torch import Tensor
+
+from braidsdk.errors import PoolFullError
+from braidsdk.kernels.paging import PagedSegment
+from braidsdk.models.base import Model
+from braidsdk.store.keys import EntryKey
+from braidsdk.types import LEVEL_QUERY
+
+_log = logging.getLogger(__name__)
+
+PAGE_SIZE = {"cpu": 128, "cuda": 64}
+"""Tokens per page, by device: by measurement what its attention reads fastest."""
+
+KEPT_TURNS = 32
+"""Past turns of conversations that stay resident: most conversations never go on."""
+
+TOUCHED_BYTES = 256 * 2**20
+"""What a pool on a CPU writes to when it is made, so that the first question does not pay for it."""
+
+
+class State(StrEnum):
+    """Of an entry. LOADING -> READY -> DROPPED, or LOADING -> DROPPED."""
+
+    LOADING = "loading"
+    """Its pages are taken; what lies there is not all its own yet."""
+    READY = "ready"
+    DROPPED = "dropped"
+    """Nobody finds it any more; its pages are freed with the last pin."""
+
+
+@dataclass(eq=False)
+class Resident:
+    """A KV entry in the pool.
+
+    Attributes:
+        key: what it is the cache of.
+        pages: its page ids, int64 [pages], on the CPU.
+        stored: whether the store holds it too, or a write of it runs.
+        state: see `State`.
+    """
+
+    key: EntryKey
+    pages: Tensor
+    stored: bool = False
+    state: State = State.LOADING
+
+    @property
+    def tokens(self) -> int:
+        return len(self.key.token_ids)
+
+    def at(self, origin: int) -> PagedSegment:
+        """The whole entry, its token 0 at absolute position `origin`."""
+        return PagedSegment(self.pages, 0, self.tokens, origin)
+
+
+class Pool:
+    """Pages, and the entries that lie in them."""
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity_bytes: int,
+        page_size: int | None = None,
+        zero_padding: bool = True,
+    ) -> None:
+        """Take the memory.
+
+        Args:
+            layers, kv_heads, head_dim: geometry of the model's cache.
+            dtype, device: of the memory.
+            capacity_bytes: how much it takes, rounded down to whole pages.
+            page_size: tokens per page; None is what suits the device.
+            zero_padding: whether slots without tokens must be zero: torch's attention multiplies them by zero, kernels
+                that leave them out spare a pool the writing.
+
+        Raises:
+            PoolFullError: the device has not got so much.
+        """
+        self.page_size = page_size = page_size or PAGE_SIZE[device.type]
+        self.page_bytes = layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
+        self.capacity_pages = capacity_bytes // self.page_bytes
+        shape = (layers, 2, self.capacity_pages, kv_heads, page_size, head_dim)
+        try:
+            with torch.inference_mode(False):  # written in both modes, also by callers who open us inside one
+                self.kv = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # how torch says that there is no memory
+            raise PoolFullError(
+                f"pool_bytes must be at most the memory that is free on {device}; got {capacity_bytes / 1e6:,.1f} MB. "
+                "Open the Braid with a smaller pool_bytes, or free memory."
+            ) from error
+        touched = self.capacity_pages if device.type == "cuda" else TOUCHED_BYTES // self.page_bytes
+        self.kv[:, :, :touched] = 0
+        self.zero_padding = zero_padding
+        self._free = list(range(self.capacity_pages - 1, -1, -1))
+        self._entries: OrderedDict[str, Resident] = OrderedDict()
+        self._turns: OrderedDict[str, Resident] = OrderedDict()
+        self._pins: Counter[Resident] = Counter()
+        self._evictable = 0  # pages of entries that nobody pins
+
+    @classmethod
+    def for_model(cls, model: Model, capacity_bytes: int) -> Self:
+        """The pool of a model's device."""
+        return cls(
+            layers=model.config.layers,
+            kv_heads=model.config.kv_heads,
+            head_dim=model.config.head_dim,
+            dtype=model.dtype,
+            device=model.device,
+            capacity_bytes=capacity_bytes,
+            zero_padding=model.paths.attention == "torch",
+        )
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of pages that are not free."""
+        return (self.capacity_pages - len(self._free)) * self.page_bytes
+
+    @property
+    def room(self) -> int:
+        """Pages that can be taken now: free ones, and those of entries that nobody pins."""
+        return len(self._free) + self._evictable
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens fill."""
+        return -(-tokens // self.page_size)
+
+    def bytes_for(self, tokens: int) -> int:
+        """Bytes that `tokens` tokens take, padding to whole pages included."""
+        return self.pages_for(tokens) * self.page_bytes
+
+    def find(self, digest: str) -> Resident | None:
+        """The entry of that key digest, loading or ready; does not count as a use. Any thread may ask."""
+        return self._entries.get(digest)
+
+    def check_fits(self, token_counts: Iterable[int]) -> None:
+        """Raise, before anything is loaded or computed, if entries of so many tokens could never be here together.
+
+        Raises:
+            PoolFullError: they need more pages than the pool has.
+        """
+        needed = sum(map(self.pages_for, token_counts))
+        if needed > self.capacity_pages:
+            raise PoolFullError(
+                f"The context and its answer need {needed * self.page_bytes / 1e6:,.1f} MB of KV memory; the pool's "
+                f"limit is {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB. Compose fewer chunks, lower "
+                "max_new_tokens, or open the Braid with a larger pool_bytes."
+            )
+
+    def take(self, tokens: int) -> Tensor:
+        """Take pages for `tokens` tokens; anything may lie on them, see `clear`.
+
+        Returns:
+            Page ids, int64 [pages], on the CPU.
+
+        Raises:
+            PoolFullError: they do not fit beside what is pinned.
+        """
+        wanted = self.pages_for(tokens)
+        if wanted > self.room:
+            raise PoolFullError(
+                f"{tokens:,} tokens need {wanted * self.page_bytes / 1e6:,.1f} MB of KV memory; of "
+                f"{self.capacity_pages * self.page_bytes / 1e6:,.1f} MB all but {self.room * self.page_bytes / 1e6:,.1f}"
+                " MB is held by running calls. Try again when they have ended, or open the Braid with a larger "
+                "pool_bytes."
+            )
+        while len(self._free) < wanted:
+            self._evict(self._entries)
+        return torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64)
+
+    def clear(self, pages: Tensor) -> None:
+        """Zero pages that will not be filled to the last slot, where attention needs that."""
+        if self.zero_padding:
+            for start, stop in _runs(pages.tolist()):
+                self.kv[:, :, start:stop] = 0
+
+    def give_back(self, pages: Tensor) -> None:
+        """Free pages that belong to no entry."""
+        self._free += reversed(pages.tolist())
+
+    def memory_of(self, pages: Tensor) -> list[list[memoryview]]:
+        """For each layer the bytes of these pages, all keys before all values, in few pieces. For a pool on the CPU."""
+        part = self.kv.stride(2) * self.kv.itemsize  # of one page: its keys, or its values, in one layer
+        memory = self.kv.view(-1).view(torch.uint8).numpy().data
+        runs = [(start * part, stop * part) for start, stop in _runs(pages.tolist())]
+        halves = [half * self.capacity_pages * part for half in range(2 * len(self.kv))]
+        pieces = [[memory[at + start : at + stop] for start, stop in runs] for at in halves]
+        return [keys + values for keys, values in zip(pieces[::2], pieces[1::2], strict=True)]
+
+    def add(self, entry: Resident) -> Resident:
+        """Make an entry resident, loading or ready. Of past turns only the latest `KEPT_TURNS` stay."""
+        digest = entry.key.digest
+        self._entries[digest] = entry
+        self._evictable += len(entry.pages)
+        if entry.key.level == LEVEL_QUERY:
+            self._turns[digest] = entry
+            if len(self._turns) > KEPT_TURNS:
+                self._evict(self._turns)
+        return entry
+
+    def pin(self, entry: Resident) -> None:
+        """Keep an entry until it is unpinned as often; it is now the most recently used."""
+        for entries in (self._entries, self._turns):
+            if entry.key.digest in entries:
+                entries.move_to_end(entry.key.digest)
+        if entry not in self._pins and entry.state is not State.DROPPED:
+            self._evictable -= len(entry.pages)
+        self._pins[entry] += 1
+
+    def unpin(self, entry: Resident) -> None:
+        """Undo a `pin`."""
+        self._pins[entry] -= 1
+        if not self._pins[entry]:
+            del self._pins[entry]
+            if entry.state is State.DROPPED:
+                self.give_back(entry.pages)
+            else:
+                self._evictable += len(entry.pages)
+
+    def drop(self, entry: Resident) -> None:
+        """Forget an entry and free its pages, those that somebody pins with the last pin. Again is harmless."""
+        if entry.state is State.DROPPED:
+            return
+        entry.state = State.DROPPED
+        del self._entries[entry.key.digest]
+        self._turns.pop(entry.key.digest, None)
+        if entry not in self._pins:
+            self._evictable -= len(entry.pages)
+            self.give_back(entry.pages)
+
+    def drop_chunks(self, chunk_ids: Set[str]) -> list[Resident]:
+        """Drop every entry of these chunks, and every entry that was computed with sight of one; returns them."""
+        gone = [e for e in self._entries.values() if not chunk_ids.isdisjoint((e.key.chunk_id, *e.key.after))]
+        for entry in gone:
+            self.drop(entry)
+        return gone
+
+    def integrity(self, held: Iterable[Tensor] = ()) -> None:
+        """Check that each page is free, of one entry, or held by one request, and that pins and counts agree.
+
+        Args:
+            held: pages that requests hold beside entries.
+
+        Raises:
+            RuntimeError: they do not; the message says what.
+        """
+        dropped = [entry for entry in self._pins if entry.state is State.DROPPED]
+        owned = [*(entry.pages for entry in (*self._entries.values(), *dropped)), *held]
+        if sorted([*self._free, *(page for pages in owned for page in pages.tolist())]) != list(range(self.capacity_pages)):
+            raise RuntimeError("pool: a page is lost, or has two owners")
+        if any(count < 1 for count in self._pins.values()):
+            raise RuntimeError("pool: an entry is unpinned more often than it was pinned")
+        if self._evictable != sum(len(e.pages) for e in self._entries.values() if e not in self._pins):
+            raise RuntimeError("pool: the count of pages that can be evicted is wrong")
+        if any(entry.state is State.LOADING and entry not in self._pins for entry in self._entries.values()):
+            raise RuntimeError("pool: an entry is loading and nobody pins it")
+
+    def _evict(self, entries: OrderedDict[str, Resident]) -> None:
+        """Drop the least recently used of these that nobody pins, if there is one."""
+        entry = next((each for each in entries.values() if each not in self._pins), None)
+        if entry:
+            _log.debug("evicted an entry of %d tokens", entry.tokens)
+            self.drop(entry)
+
+
+def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive page ids as the first and one past the last of each run."""
+    cuts = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1), len(ids)]
+    return [(ids[start], ids[stop - 1] + 1) for start, stop in pairwise(cuts) if stop > start]
+
+
+def default_capacity_bytes(device: torch.device) -> int:
+    """Half of the memory that is free on the device now."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # free to us alone
+        return (int(torch.cuda.mem_get_info(device)[0]) + cached) // 2
+    return int(psutil.virtual_memory().available) // 2

@@ -1,0 +1,459 @@
+"""What requests need in memory: found, loaded, computed by one of them, and written to the store.
+
+An entry that several requests need is loaded or computed once. Who computes it is the one of them that was admitted
+first, so requests only ever wait for earlier ones. Reading, hashing and fsync run in I/O threads; they post what they
+found to the engine's thread, which alone changes the pool.
+"""
+
+import logging
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from time import perf_counter
+from typing import Generic, Protocol, TypeVar
+
+import torch
+import transformers
+from torch import Tensor
+
+from braidsdk.cache.pool import Pool, Resident, State
+from braidsdk.errors import StoreError
+from braidsdk.models.base import Model
+from braidsdk.rates import Rates
+from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
+
+READ_JOBS, WRITE_JOBS = 2, 1
+"""Reads and writes of requests that run at once; each takes threads of its own besides."""
+
+_log = logging.getLogger(__name__)
+
+
+class Need(Protocol):
+    """What a request needs of memory. Compared by identity."""
+
+    @property
+    def keys(self) -> Sequence[EntryKey]:
+        """Of its entries, one per segment."""
+        ...
+
+    @property
+    def keeps(self) -> Sequence[bool]:
+        """For each segment, whether its entry is written to the store once it is computed."""
+        ...
+
+    @property
+    def reserved(self) -> int:
+        """Tokens of its tail and its answer, at most."""
+        ...
+
+    @property
+    def computes(self) -> frozenset[str]:
+        """Digests of entries that the store is known to lack, and that are written even if they are resident."""
+        ...
+
+
+N = TypeVar("N", bound=Need)
+
+
+class Owner(Protocol[N]):
+    """Who is told what became of a request; the engine, in its own thread."""
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Run something in the engine's thread, soon. Any thread may call it."""
+        ...
+
+    def on_ready(self, request: N) -> None:
+        """Every entry that a request needs is there, or its own to compute."""
+        ...
+
+    def on_written(self, request: N) -> None:
+        """A write that a request waits for has ended well."""
+        ...
+
+    def on_failed(self, request: N, error: BaseException) -> None:
+        """A read or a write that a request waits for has failed."""
+        ...
+
+
+@dataclass(eq=False)
+class Held(Generic[N]):
+    """What an admitted request holds.
+
+    Attributes:
+        entries: one per segment, pinned.
+        pages: of its tail, int64 [pages], on the CPU.
+        absent: those of its entries that were not resident when it was admitted.
+        ready: whether the engine was told that it is ready.
+        writes: writes that it waits for.
+    """
+
+    entries: tuple[Resident, ...]
+    pages: Tensor
+    absent: tuple[Resident, ...]
+    ready: bool = False
+    writes: "set[_Write[N]]" = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class _Making(Generic[N]):
+    """An entry that is not whole yet.
+
+    Attributes:
+        holders: requests that need it, in the order of their admission; the first computes it.
+        reading: whether an I/O thread looks for it in the store.
+    """
+
+    holders: list[N]
+    reading: bool
+
+
+@dataclass(eq=False)
+class _Write(Generic[N]):
+    """Entries on their way to the store.
+
+    Attributes:
+        entries: which.
+        waiting: requests that wait for them.
+        computed_tokens: tokens that were computed for them, for the rate.
+        started: when computing them began, in seconds of `time.perf_counter`.
+    """
+
+    entries: list[Resident]
+    waiting: list[N]
+    computed_tokens: int
+    started: float
+
+
+class Residency(Generic[N]):
+    """Everything here but the I/O jobs runs in the engine's thread."""
+
+    def __init__(
+        self,
+        model: Model,
+        pool: Pool,
+        store: ChunkStore,
+        identity: ModelIdentity,
+        rates: Rates,
+        owner: Owner[N],
+    ) -> None:
+        """Args:
+        model: computes what the store lacks.
+        pool: where entries lie.
+        store: where they are kept.
+        identity: of the model, as in keys.
+        rates: takes what loading and computing took.
+        owner: is told what became of a request.
+        """
+        self.pool = pool
+        self.hits = self.misses = 0
+        self._model, self._store, self._identity, self._rates = model, store, identity, rates
+        self._owner = owner
+        self._held: dict[N, Held[N]] = {}
+        self._making: dict[Resident, _Making[N]] = {}
+        self._writing: dict[Resident, _Write[N]] = {}
+        self._last_written = 0.0
+        self._readers = ThreadPoolExecutor(READ_JOBS, "braid-read")
+        self._writers = ThreadPoolExecutor(WRITE_JOBS, "braid-write")
+        self._copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+
+    def __getitem__(self, request: N) -> Held[N]:
+        return self._held[request]
+
+    # the scheduler's Memory
+
+    def admit(self, request: N) -> bool:
+        """Pin the entries that a request needs, take pages for those that are missing and for its tail; or nothing."""
+        pool, unique = self.pool, {key.digest: key for key in request.keys}
+        found = {digest: entry for digest in unique if (entry := pool.find(digest))}
+        for entry in found.values():
+            pool.pin(entry)
+        absent = [key for digest, key in unique.items() if digest not in found]
+        wanted = sum(pool.pages_for(len(key.token_ids)) for key in absent) + pool.pages_for(request.reserved)
+        if wanted > pool.room:
+            for entry in found.values():
+                pool.unpin(entry)
+            return False
+        new = []
+        for key in absent:
+            entry = pool.add(Resident(key, pool.take(len(key.token_ids))))
+            pool.pin(entry)
+            found[key.digest] = entry
+            self._making[entry] = _Making([], reading=False)
+            new.append(entry)
+        for entry in found.values():
+            if entry in self._making:
+                self._making[entry].holders.append(request)
+        pages = pool.take(request.reserved)
+        pool.clear(pages)
+        self._held[request] = Held(tuple(found[key.digest] for key in request.keys), pages, tuple(new))
+        return True
+
+    def release(self, request: N) -> None:
+        """Give back all that a request holds; an entry that it was to compute goes over to the next that needs it."""
+        held = self._held.pop(request)
+        self.pool.give_back(held.pages)
+        heirs = []
+        for entry in dict.fromkeys(held.entries):
+            making = self._making.get(entry)
+            if making and request in making.holders:
+                making.holders.remove(request)
+                if not making.reading:
+                    heirs += self._pass_on(entry, making)
+            self.pool.unpin(entry)
+        for write in held.writes:
+            write.waiting.remove(request)
+        for heir in dict.fromkeys(heirs):
+            self._check_ready(heir)
+
+    # from admission to ready
+
+    def start(self, request: N) -> None:
+        """Begin to load what a request needs that was just admitted; the owner is told when it is ready, perhaps now."""
+        held = self._held[request]
+        for entry in held.entries:
+            if entry.key.digest in request.computes and entry not in self._writing:
+                entry.stored = False  # the store was asked, and lacks it
+        to_read = [entry for entry in held.absent if entry.key.digest not in request.computes]
+        if to_read:
+            for entry in to_read:
+                self._making[entry].reading = True
+                self.pool.pin(entry)  # until the job has ended: its thread writes to these pages
+            self._readers.submit(self._read, to_read)
+        self._check_ready(request)
+
+    def to_compute(self, request: N) -> list[Resident]:
+        """Entries that a ready request computes, in the order of its segments."""
+        entries = dict.fromkeys(self._held[request].entries)
+        return [entry for entry in entries if entry in self._making]
+
+    def computed(self, entry: Resident) -> None:
+        """All of an entry's keys and values are there, or will be before anything that is launched from now on."""
+        making = self._making.pop(entry)
+        if entry.state is State.LOADING:
+            entry.state = State.READY
+        for holder in making.holders:
+            self._check_ready(holder)
+
+    def count(self, request: N) -> None:
+        """Count a ready request's entries as hits and misses."""
+        missing = len(self.to_compute(request))
+        self.misses += missing
+        self.hits += len(set(self._held[request].entries)) - missing
+
+    # after computing
+
+    def write(self, request: N, computed_tokens: int, started: float) -> bool:
+        """Begin to write what a request keeps and the store lacks; whether there is a write that it waits for.
+
+        Args:
+            request: all of its entries are computed.
+            computed_tokens: tokens of those that it computed.
+            started: when computing them began, in seconds of `time.perf_counter`.
+        """
+        held = self._held[request]
+        kept = dict.fromkeys(entry for entry, keep in zip(held.entries, request.keeps, strict=True) if keep)
+        held.writes = {self._writing[entry] for entry in kept if entry in self._writing}
+        new = [entry for entry in kept if not entry.stored]
+        if new:
+            write = _Write[N](new, [], computed_tokens, started)
+            held.writes.add(write)
+            copies = []
+            for entry in new:
+                entry.stored = True
+                self._writing[entry] = write
+                self.pool.pin(entry)  # until its bytes are copied
+                copies.append((entry.key, self._copy_out(entry)))
+            self._writers.submit(self._publish, write, copies)
+        for write in held.writes:
+            write.waiting.append(request)
+        return bool(held.writes)
+
+    def adopt_turn(self, request: N, key: EntryKey) -> None:
+        """Leave the first tokens of a request's tail and answer resident, for the conversation's next turn.
+
+        Args:
+            request: running; all of these tokens are computed.
+            key: names exactly those tokens.
+        """
+        held = self._held[request]
+        if self.pool.find(key.digest) or any(entry.state is State.DROPPED for entry in held.entries):
+            return  # the same turn was taken before; or a chunk was deleted, and nothing that has seen it stays
+        pages = self.pool.pages_for(len(key.token_ids))
+        if self.pool.zero_padding:  # also where tokens were cut off
+            filled = len(key.token_ids) - (pages - 1) * self.pool.page_size
+            self.pool.kv[:, :, held.pages[pages - 1], :, filled:] = 0
+        self.pool.add(Resident(key, held.pages[:pages], state=State.READY))
+        held.pages = held.pages[pages:]
+
+    def close(self) -> None:
+        """Wait for the I/O that runs; what has not begun is not done. No request holds anything any more."""
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown()
+
+    def integrity(self) -> None:
+        """Check pool, pins and pages against what requests hold.
+
+        Raises:
+            RuntimeError: they do not agree.
+        """
+        self.pool.integrity(held.pages for held in self._held.values())
+        for entry, making in self._making.items():
+            if not making.holders and not making.reading:
+                raise RuntimeError("residency: nobody makes an entry that is not whole")
+            if any(holder not in self._held for holder in making.holders):
+                raise RuntimeError("residency: a request that has ended is to compute an entry")
+            if entry.state is State.READY:
+                raise RuntimeError("residency: an entry is ready and not whole")
+
+    def _check_ready(self, request: N) -> None:
+        held = self._held[request]
+        making = [found for entry in held.entries if (found := self._making.get(entry))]
+        if not held.ready and not any(each.reading or each.holders[0] is not request for each in making):
+            held.ready = True
+            self._owner.on_ready(request)
+
+    def _pass_on(self, entry: Resident, making: _Making[N]) -> list[N]:
+        """Who computes an entry now; without anybody it is dropped."""
+        if making.holders:
+            return making.holders[:1]
+        del self._making[entry]
+        self.pool.drop(entry)
+        return []
+
+    # I/O jobs, and what they post
+
+    def _read(self, entries: list[Resident]) -> None:
+        """In an I/O thread: load what the store holds of these."""
+        started, loaded = perf_counter(), 0
+        by_digest = {entry.key.digest: entry for entry in entries}
+        place = (lambda key: self._place(by_digest[key.digest])) if self._model.device.type == "cpu" else None
+        left = list(entries)
+        try:
+            for found in self._store.stream([entry.key for entry in entries], place):
+                entry = left.pop(0)
+                if isinstance(found, Entry):
+                    loaded += found.nbytes
+                    self._owner.post(partial(self._loaded, entry, found))
+                else:
+                    self._owner.post(partial(self._not_loaded, entry, None))
+        except BaseException as error:
+            for entry in left:
+                self._owner.post(partial(self._not_loaded, entry, error))
+        if loaded:
+            self._rates.add("load", loaded, perf_counter() - started)
+            _log.info("loaded %d bytes in %.1f ms", loaded, (perf_counter() - started) * 1e3)
+
+    def _loaded(self, entry: Resident, found: Entry) -> None:
+        if found.slabs is not None:
+            self._scatter(found, found.slabs, entry.pages)
+        entry.stored = True
+        self._making[entry].reading = False
+        self.computed(entry)
+        self.pool.unpin(entry)
+
+    def _not_loaded(self, entry: Resident, error: BaseException | None) -> None:
+        """The store lacks it, or could not be read: then those that need it fail."""
+        making = self._making[entry]
+        if error is not None:
+            for holder in list(making.holders):
+                self._owner.on_failed(holder, error)
+        making.reading = False
+        for heir in self._pass_on(entry, making):
+            self._check_ready(heir)
+        self.pool.unpin(entry)
+
+    def _place(self, entry: Resident) -> Place:
+        _, _, _, kv_heads, page_size, head_dim = self.pool.kv.shape
+        shape = (2, len(entry.pages), kv_heads, page_size, head_dim)
+        return Place(self._identity.dtype, shape, self.pool.memory_of(entry.pages))
+
+    def _publish(self, write: _Write[N], copies: Sequence[tuple[EntryKey, Callable[[], list[Slab]]]]) -> None:
+        """In an I/O thread: write entries durably."""
+        error: BaseException | None = None
+        try:
+            provenance = self._provenance()
+            slabs = [(key, copy(), provenance) for key, copy in copies]
+            self._owner.post(partial(self._copied, write))
+        except BaseException as failure:
+            self._owner.post(partial(self._copied, write))
+            self._owner.post(partial(self._published, write, failure))
+            return
+        try:
+            self._store.publish(slabs)
+        except StoreError as failure:
+            error = type(failure)(f"{failure} To answer without storing, compose with keep=False.")
+            error.__cause__ = failure
+        except BaseException as failure:
+            error = failure
+        self._owner.post(partial(self._published, write, error))
+
+    def _copied(self, write: _Write[N]) -> None:
+        for entry in write.entries:
+            self.pool.unpin(entry)
+
+    def _published(self, write: _Write[N], error: BaseException | None) -> None:
+        now = perf_counter()
+        if error is None and write.computed_tokens:
+            self._rates.add("compute", write.computed_tokens, now - max(write.started, self._last_written))
+            self._last_written = now
+        for entry in write.entries:
+            del self._writing[entry]
+            entry.stored = error is None
+        for request in list(write.waiting):
+            if error is not None:
+                self._owner.on_failed(request, error)
+            else:
+                write.waiting.remove(request)
+                self._held[request].writes.remove(write)
+                self._owner.on_written(request)
+
+    # bytes of entries
+
+    def _copy_out(self, entry: Resident) -> Callable[[], list[Slab]]:
+        """Begin to copy an entry out of the pool; what is returned waits for it, in an I/O thread, and gives its slabs,
+        a layer each, padding zero."""
+        if self._copies is None:
+            return lambda: self._slabs(entry, self.pool.kv[:, :, entry.pages])
+        self._copies.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(self._copies):
+            gathered = self.pool.kv[:, :, entry.pages.to(self._model.device, non_blocking=True)]
+            host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
+            host.copy_(gathered, non_blocking=True)
+            there = torch.cuda.Event()
+            there.record()
+
+        def copied() -> list[Slab]:
+            there.synchronize()
+            return self._slabs(entry, host)
+
+        return copied
+
+    def _slabs(self, entry: Resident, tiles: Tensor) -> list[Slab]:
+        filled = entry.tokens - (len(entry.pages) - 1) * self.pool.page_size
+        with torch.inference_mode():
+            tiles[:, :, -1, :, filled:] = 0
+        shape = tuple(tiles.shape[1:])
+        return [Slab(self._identity.dtype, shape, layer.view(-1).view(torch.uint8).numpy().data) for layer in tiles]
+
+    def _scatter(self, found: Entry, slabs: Sequence[Slab], pages: Tensor) -> None:
+        """Copy a stored entry into the pool, a layer slab at a time."""
+        size = self.pool.page_size
+        for memory, slab in zip(self.pool.kv, slabs, strict=True):
+            tiles = torch.frombuffer(slab.data, dtype=self._model.dtype).view(slab.shape)
+            if found.page_size != size:  # written with other pages: lay its tokens out for these
+                tokens = tiles.transpose(1, 2).flatten(2, 3)[:, :, : len(found.key.token_ids)]
+                padded = torch.nn.functional.pad(tokens, (0, 0, 0, len(pages) * size - tokens.shape[2]))
+                tiles = padded.view(2, self.pool.kv.shape[3], len(pages), size, -1).transpose(1, 2)
+            memory[:, pages] = tiles.to(memory.device)
+
+    def _provenance(self) -> dict[str, str]:
+        """What may change an entry's rounding, for the record; never compared."""
+        return {
+            "device": str(self._model.device),
+            "machine": platform.machine(),
+            "threads": str(torch.get_num_threads()),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }

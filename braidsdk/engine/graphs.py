@@ -1,0 +1,528 @@
+"""Steps on CUDA graphs: questions and next tokens without a launch from the host per kernel.
+
+A graph reads all that changes from tables and counters on the device, so one graph per number of rows serves every
+context, and growing text needs no new one. Rows of the running batch lie in memory that all decoding graphs share, each
+in its slot: a row joins or leaves by a write to its slot alone. Tokens are chosen on the device too: where all requests
+are greedy, the likeliest alone; else by a graph of its own, which samples and counts repetitions for each request.
+
+Everything runs on one stream, in the order of the calls: what the pages of an ended request are used for next comes
+after its last write. A step is launched before the one before it was taken, so the device does not idle while the host
+looks at tokens.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.batch import Run, forward
+from braidsdk.engine.runner import Chosen, Piece, Row
+from braidsdk.engine.sampling import Sampler
+from braidsdk.engine.scheduler import ROW_SLOTS
+from braidsdk.errors import PoolFullError
+from braidsdk.kernels.attention.launch import Room, StaticPlan
+from braidsdk.kernels.head import greedy
+from braidsdk.kernels.measure import measuring
+from braidsdk.kernels.paging import PagedSegment, Request, slots_of
+from braidsdk.kernels.sample import Choices, sample
+from braidsdk.models.base import Model, Step
+
+_log = logging.getLogger(__name__)
+
+DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
+"""Requests that a graph computes the next token of; the smallest that holds them is taken."""
+
+QUESTION_ROWS = (16, 32, 64, 128)
+"""Tokens of a question that a graph computes; longer ones take a pass without a graph."""
+
+PREFILL_ROWS = (32, 512)
+"""Tokens of the texts that `warm_up` computes as if they were registered."""
+
+_KERNEL_NODE = 0
+"""CU_GRAPH_NODE_TYPE_KERNEL of the CUDA driver."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph and the memory that it reads and writes.
+
+    Attributes:
+        graph: one pass.
+        chosen: ids and whether their logits are finite, int64 [2, rows with logits].
+        choices: how they are chosen; None takes the likeliest.
+        plan: its attention.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    chosen: Tensor
+    choices: Choices | None
+    plan: StaticPlan
+
+
+@dataclass(frozen=True)
+class _Question(_Captured):
+    """A graph of one request's question.
+
+    Attributes:
+        state: absolute positions, positions in the tail's frame, token ids and slots; int64 [4, rows].
+        wanted: the row with logits, int64 [1].
+    """
+
+    state: Tensor
+    wanted: Tensor
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The running batch, in memory that all decoding graphs share.
+
+    Attributes:
+        state: of each slot's row the absolute position, the position in its tail's frame, and by how much both grow
+            each step: 1, or 0 in an empty slot; int64 [3, slots].
+        slots: where each token of a row's tail goes, -1 in an empty slot; int64 [slots, window].
+        chosen: the id to go on from, which the next one takes the place of, and whether its logits were finite; int64
+            [2, slots].
+        choices: how they are chosen.
+    """
+
+    state: Tensor
+    slots: Tensor
+    chosen: Tensor
+    choices: Choices
+
+
+class Graphs:
+    """The captured passes of one model and pool, made when first needed."""
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self._model, self._pool = model, pool
+        self._questions: dict[tuple[int, bool], _Question] = {}
+        self._decodings: dict[tuple[int, bool], _Captured] = {}
+        self._room = Room()
+        self._memory_pool: Any = None
+        self._stream = torch.cuda.Stream(model.device)
+        self._batch: _Batch | None = None
+
+    @property
+    @torch.inference_mode()
+    def batch(self) -> _Batch:
+        """The running batch; empty at first."""
+        if self._batch is None:
+            device, config = self._model.device, self._model.config
+            seen = torch.zeros(ROW_SLOTS, config.vocab_size, dtype=torch.bool, device=device)
+            self._batch = _Batch(
+                state=torch.zeros(3, ROW_SLOTS, dtype=torch.int64, device=device),
+                slots=torch.full((ROW_SLOTS, config.window), -1, dtype=torch.int64, device=device),
+                chosen=torch.zeros(2, ROW_SLOTS, dtype=torch.int64, device=device),
+                choices=Choices.greedy(seen),
+            )
+        return self._batch
+
+    def question(self, request: Request, *, drawn: bool) -> _Question:
+        """The pass for a request's question, its attention planned."""
+        size = _bucket(QUESTION_ROWS, request.rows.stop)
+        while True:
+            captured = self._question(size, drawn)
+            if (room := captured.plan.load([request])) is None:
+                return captured
+            self._grow(room)
+
+    def decoding(
+        self, rows: int, requests: Callable[[], Sequence[Request]], planned: _Captured | None, *, drawn: bool
+    ) -> _Captured:
+        """The pass for the next token of rows in slots below `rows`.
+
+        Args:
+            rows: how many slots it looks at, at least.
+            requests: whose tokens they are.
+            planned: the pass whose tables hold these requests already.
+            drawn: whether some are not greedy.
+        """
+        size = _bucket(DECODE_ROWS, rows)
+        while True:
+            captured = self._decoding(size, drawn)
+            if captured is planned or (room := captured.plan.load(requests())) is None:
+                return captured
+            self._grow(room)
+
+    def warm_up(self, requests: int) -> Iterator[Callable[[], object]]:
+        """Steps that compile what registering, questions, and so many requests at once need, and capture their passes.
+
+        Args:
+            requests: at most `ROW_SLOTS`.
+        """
+        for tokens in PREFILL_ROWS:
+            yield lambda tokens=tokens: self._prefill(tokens)
+        for drawn in (False, True):
+            for rows in QUESTION_ROWS:
+                yield lambda rows=rows, drawn=drawn: self._question(rows, drawn)
+            for rows in DECODE_ROWS:
+                if rows <= _bucket(DECODE_ROWS, requests):
+                    yield lambda rows=rows, drawn=drawn: self._decoding(rows, drawn)
+        yield torch.cuda.current_stream(self._model.device).synchronize
+
+    def launches(self) -> dict[str, int]:
+        """Kernels that a replay of each captured pass launches, by what it computes."""
+        kinds = (("question", self._questions), ("decoding", self._decodings))
+        return {
+            f"{kind} of {rows}{', drawn' if drawn else ''}": _kernels(captured.graph)
+            for kind, passes in kinds
+            for (rows, drawn), captured in sorted(passes.items())
+        }
+
+    @torch.inference_mode()
+    def _prefill(self, tokens: int) -> None:
+        pages = self._pool.take(tokens)
+        try:
+            forward(self._model, self._pool, [Run((0,) * tokens, (), pages, 0, 0)])
+        finally:
+            self._pool.give_back(pages)
+
+    def _grow(self, room: Room) -> None:
+        """More segments than ever before: all graphs get larger tables."""
+        self._room = room
+        self._questions.clear()
+        self._decodings.clear()
+
+    @torch.inference_mode()
+    def _question(self, rows: int, drawn: bool) -> _Question:
+        if (rows, drawn) not in self._questions:
+            device = self._model.device
+            state = torch.zeros(4, rows, dtype=torch.int64, device=device)
+            state[3] = -1
+            wanted = torch.zeros(1, dtype=torch.int64, device=device)
+            chosen = torch.zeros(2, 1, dtype=torch.int64, device=device)
+            choices = None
+            if drawn:
+                choices = Choices.greedy(torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=device))
+            plan = self._plan(state[0], shared=True)
+
+            def run() -> None:
+                self._pass(state[2], state[1], state[3], wanted, plan, choices, chosen)
+
+            graph = self._record(run, f"question of {rows}")
+            self._questions[rows, drawn] = _Question(graph, chosen, choices, plan, state, wanted)
+        return self._questions[rows, drawn]
+
+    @torch.inference_mode()
+    def _decoding(self, rows: int, drawn: bool) -> _Captured:
+        if (rows, drawn) not in self._decodings:
+            batch = self.batch
+            mine = (batch.state, batch.chosen, batch.choices.draws, batch.choices.seen)
+            kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
+            wanted = torch.arange(rows, device=self._model.device)
+            chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
+            plan = self._plan(state[0], shared=rows == 1)
+
+            def run() -> None:
+                slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
+                choices = None
+                if drawn:
+                    parts = (all_choices.shape, all_choices.draws)
+                    choices = Choices(*(part[:, :rows].contiguous() for part in parts), all_choices.seen[:rows])
+                self._pass(chosen[0], state[1], slots, wanted, plan, choices, chosen)
+                if choices:
+                    all_choices.draws[:, :rows] = choices.draws
+                state[:2].add_(state[2])
+
+            batch.state[2] = 0
+            graph = self._record(run, f"decoding of {rows}")
+            for part, value in zip(mine, kept, strict=True):
+                part.copy_(value)
+            self._decodings[rows, drawn] = _Captured(graph, chosen, None, plan)
+        return self._decodings[rows, drawn]
+
+    def _plan(self, positions: Tensor, *, shared: bool) -> StaticPlan:
+        config = self._model.config
+        cos, sin = self._model.rotary.table(config.window)
+        return StaticPlan(
+            rows=len(positions),
+            positions=positions,
+            cos=cos,
+            sin=sin,
+            group=config.q_heads // config.kv_heads,
+            kv_heads=config.kv_heads,
+            page_size=self._pool.page_size,
+            room=self._room,
+            shared=shared,
+        )
+
+    def _pass(
+        self,
+        token_ids: Tensor,
+        frames: Tensor,
+        slots: Tensor,
+        wanted: Tensor,
+        plan: StaticPlan,
+        choices: Choices | None,
+        chosen: Tensor,
+    ) -> None:
+        """What a graph records of the model: a pass, and the choice of tokens into `chosen`."""
+        cos, sin = self._model.rotary.table(self._model.config.window)
+        step = Step(cos[frames], sin[frames], (plan.plan,))
+        logits = self._model.compute(token_ids, slots, step, self._pool.kv, wanted)
+        if logits is None:
+            raise RuntimeError("the model gave no logits although rows were asked for")
+        choose_into(logits, choices, chosen)
+
+    def _record(self, run: Callable[[], None], what: str) -> torch.cuda.CUDAGraph:
+        started = perf_counter()
+        if self._memory_pool is None:
+            self._memory_pool = torch.cuda.graph_pool_handle()
+        graph = _record(run, self._stream, self._memory_pool)
+        _log.debug("captured a %s in %.0f ms", what, (perf_counter() - started) * 1e3)
+        return graph
+
+
+def _record(run: Callable[[], None], stream: torch.cuda.Stream, memory_pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of what `run` launches on the current stream; `stream` is for the recording alone."""
+    run()  # compiles, and makes what a graph must not own; in order with what other models of the process run
+    graph = torch.cuda.CUDAGraph(keep_graph=True)  # its nodes can be counted
+    # What other threads of the application do on the device must not end the capture.
+    with torch.cuda.graph(graph, pool=memory_pool, stream=stream, capture_error_mode="thread_local"):
+        run()
+    graph.instantiate()
+    return graph
+
+
+class _Pending:
+    """A step's results, on their way to the host. The last copy's event is the last of all."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+        self._parts: list[tuple[Tensor, list[tuple[Row, int]]]] = []
+        self._there: torch.cuda.Event | None = None
+
+    def add(self, chosen: Tensor, rows: list[tuple[Row, int]]) -> None:
+        """Results of rows, each in its column of `chosen`, int64 [2, columns]."""
+        host = torch.empty(chosen.shape, dtype=torch.int64, pin_memory=True)
+        host.copy_(chosen, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+        self._parts.append((host, rows))
+
+    def take(self) -> list[Chosen]:
+        if self._there:
+            self._there.synchronize()
+        found = []
+        for host, rows in self._parts:
+            ids, finite = host.tolist()
+            found += [Chosen(row, ids[column], bool(finite[column])) for row, column in rows]
+        return found
+
+
+class GraphRunner:
+    """`runner.Runner` over CUDA graphs. Texts, and questions longer than a graph takes, go through passes without."""
+
+    ahead = True
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self.graphs = Graphs(model, pool)
+        self._model, self._pool = model, pool
+        self._rows: dict[Row, None] = {}
+        self._planned: _Captured | None = None  # whose tables hold these rows
+
+    @torch.inference_mode()
+    def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
+        pending = _Pending()
+        for row in [row for row in self._rows if row not in rows]:
+            self._leave(row)
+        if rows:
+            self._decode(pending)
+        plain = [piece for piece in pieces if not _fits_a_graph(piece)]
+        if plain:
+            self._prefill(plain, pending)
+        for piece in pieces:
+            if piece.row and _fits_a_graph(piece):
+                self._ask(piece.run, piece.row, pending)
+        return pending
+
+    def _decode(self, pending: _Pending) -> None:
+        """The next token of every row."""
+        size = max(row.slot for row in self._rows) + 1
+        drawn = not all(row.sampler.greedy for row in self._rows)
+        captured = self._planned = self.graphs.decoding(size, self._requests, self._planned, drawn=drawn)
+        captured.graph.replay()
+        for row in self._rows:
+            row.done += 1
+        pending.add(self.graphs.batch.chosen, [(row, row.slot) for row in self._rows])
+
+    def _requests(self) -> list[Request]:
+        return [_request(row.run((0,)), slice(row.slot, row.slot + 1), row.reserved) for row in self._rows]
+
+    def _prefill(self, pieces: Sequence[Piece], pending: _Pending) -> None:
+        """A pass without a graph."""
+        wanted = [piece.row is not None or piece.logits for piece in pieces]
+        logits = forward(self._model, self._pool, [piece.run for piece in pieces], wanted)
+        enders = [piece for piece, ends in zip(pieces, wanted, strict=True) if ends]
+        for at, piece in enumerate(enders):
+            if logits is None:
+                raise RuntimeError("the model gave no logits although rows were asked for")
+            if piece.logits:
+                pending.logits.append(logits[at])
+            if piece.row:
+                choices = None
+                if not piece.row.sampler.greedy:
+                    choices = Choices.greedy(torch.zeros_like(logits[at : at + 1], dtype=torch.bool))
+                    set_choices(choices, 0, piece.row.sampler)
+                chosen = torch.empty(2, 1, dtype=torch.int64, device=logits.device)
+                choose_into(logits[at : at + 1], choices, chosen)
+                self._chosen_first(piece.run, piece.row, chosen, pending)
+
+    def _ask(self, run: Run, row: Row, pending: _Pending) -> None:
+        """A question by its graph."""
+        count = len(run.token_ids)
+        captured = self.graphs.question(_request(run, slice(0, count)), drawn=not row.sampler.greedy)
+        if captured.choices:
+            set_choices(captured.choices, 0, row.sampler)
+        frames = torch.arange(run.start, run.start + count)
+        state = torch.zeros_like(captured.state, device="cpu")
+        state[3] = -1
+        state[:, :count] = torch.stack(
+            (
+                frames + run.origin,
+                frames,
+                torch.tensor(run.token_ids),
+                slots_of(run.pages, run.start, run.start + count, self._pool.page_size),
+            )
+        )
+        captured.state.copy_(state.pin_memory(), non_blocking=True)
+        captured.wanted.fill_(count - 1)
+        captured.graph.replay()
+        self._chosen_first(run, row, captured.chosen, pending)
+
+    def _chosen_first(self, run: Run, row: Row, chosen: Tensor, pending: _Pending) -> None:
+        """A row's first token was chosen: it goes on from there."""
+        pending.add(chosen, [(row, 0)])
+        row.done = run.start + len(run.token_ids)
+        if row.done < row.reserved - 1:
+            self._join(row, chosen[0])
+
+    def _join(self, row: Row, token: Tensor) -> None:
+        """Put a row into its slot, where it decodes from now on."""
+        batch, slot = self.graphs.batch, row.slot
+        tail = slots_of(row.pages, 0, row.reserved, self._pool.page_size)
+        line = torch.cat((torch.tensor((row.origin + row.done, row.done, 1)), tail)).pin_memory()
+        line = line.to(self._model.device, non_blocking=True)
+        batch.state[:, slot] = line[:3]
+        batch.slots[slot, : row.reserved] = line[3:]
+        batch.chosen[0, slot : slot + 1] = token
+        if not row.sampler.greedy:
+            set_choices(batch.choices, slot, row.sampler, ahead=1)
+            batch.choices.seen[slot].scatter_(0, token, True)
+        self._rows[row] = None
+        self._planned = None
+
+    def _leave(self, row: Row) -> None:
+        """Take a row out of its slot."""
+        batch, slot = self.graphs.batch, row.slot
+        batch.state[:, slot] = 0
+        batch.slots[slot, : row.reserved] = -1
+        if not row.sampler.greedy:
+            batch.choices.shape[:, slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
+        del self._rows[row]
+        self._planned = None
+
+
+def workspace_bytes(model: Model) -> int:
+    """What a model's graphs take at most: activations, tables, partial results of attention, slots, what was seen.
+
+    Twice what the largest pass works in: graphs share one such memory, and a pass runs once before it is captured.
+    """
+    config, room, itemsize = model.config, Room(), model.dtype.itemsize
+    width = config.q_heads * config.head_dim
+    per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 6 * width
+    work = QUESTION_ROWS[-1] * per_token * itemsize
+    work += room.partials * (width + config.q_heads) * 4
+    work += ROW_SLOTS * config.vocab_size * 5
+    table = 4 * (4 * (room.items + room.spans + room.frames) + 2 * room.rows + room.pages)
+    graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS))
+    kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size
+    return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES
+
+
+GRAPH_BYTES = 2 * 2**20
+"""Of the driver, for the nodes of one graph, and rounding of the allocator."""
+
+LIBRARY_BYTES = 64 * 2**20
+"""Of libraries' workspaces, and of the kernels' code."""
+
+
+def runs_on_graphs(model: Model) -> bool:
+    """Whether all of a model's operations run on Triton's kernels, which graphs are captured of; measured one by one,
+    they run without."""
+    return model.device.type == "cuda" and model.paths.triton and not measuring()
+
+
+def left_for_entries(model: Model, budget_bytes: int) -> int:
+    """What remains of a memory budget for KV entries beside a model's graphs, if it runs on such.
+
+    Raises:
+        PoolFullError: nothing does.
+    """
+    if not runs_on_graphs(model):
+        return budget_bytes
+    taken = workspace_bytes(model)
+    if budget_bytes <= taken:
+        raise PoolFullError(
+            f"CUDA graphs and their workspace take {taken / 1e6:,.1f} MB; the memory budget is "
+            f"{budget_bytes / 1e6:,.1f} MB. Open the Braid with a larger pool_bytes, free memory on the device, or use "
+            "kernels='torch'."
+        )
+    return budget_bytes - taken
+
+
+def choose_into(logits: Tensor, choices: Choices | None, out: Tensor) -> None:
+    """Ids, and whether logits are finite, into `out`, int64 [2, rows]."""
+    ids, finite = sample(logits, choices, path="triton") if choices else greedy(logits, path="triton")
+    out[0] = ids
+    out[1] = finite
+
+
+def set_choices(choices: Choices, at: int, sampler: Sampler, *, ahead: int = 0) -> None:
+    """Say how one row chooses its next token, `ahead` tokens after the last that its sampler was told of."""
+    params, seed = sampler.params, sampler.seed
+    shape = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
+    draws = (params.top_k, seed - (seed >> 63 << 64), sampler.chosen + ahead)
+    device = choices.shape.device
+    choices.shape[:, at] = torch.tensor(shape, dtype=torch.float64).pin_memory().to(device, non_blocking=True)
+    choices.draws[:, at] = torch.tensor(draws).pin_memory().to(device, non_blocking=True)
+    if params.repetition_penalty != 1.0:
+        choices.seen[at] = False
+        choices.seen[at, sampler.said.pin_memory().to(device, non_blocking=True)] = True
+
+
+def _kernels(graph: torch.cuda.CUDAGraph) -> int:
+    """Kernel nodes of a graph, as the CUDA driver counts them."""
+    driver, handle = ctypes.CDLL("libcuda.so.1"), ctypes.c_void_p(graph.raw_cuda_graph())
+    count, kind = ctypes.c_size_t(), ctypes.c_int()
+    failed = driver.cuGraphGetNodes(handle, None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    failed = failed or driver.cuGraphGetNodes(handle, nodes, ctypes.byref(count))
+    kernels = 0
+    for node in nodes:
+        failed = failed or driver.cuGraphNodeGetType(ctypes.c_void_p(node), ctypes.byref(kind))
+        kernels += kind.value == _KERNEL_NODE
+    if failed:
+        raise RuntimeError(f"the CUDA driver could not list a graph's nodes: error {failed}")
+    return kernels
+
+
+def _fits_a_graph(piece: Piece) -> bool:
+    return piece.row is not None and not piece.logits and len(piece.run.token_ids) <= QUESTION_ROWS[-1]
+
+
+def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:
+    """What rows see; of the tail as much as is reserved: the kernel looks at positions."""
+    stop = reserved or run.start + len(run.token_ids)
+    return Request(rows, (*run.context, PagedSegment(run.pages, 0, stop, run.origin)))
+
+
+def _bucket(sizes: Sequence[int], rows: int) -> int:
+    return next(size for size in sizes if size >= rows)

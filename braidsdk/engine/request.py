@@ -1,0 +1,144 @@
+"""One unit of work for the engine: a question, a registration, or a look at resident entries.
+
+The engine's thread writes to a request, its reader's thread reads from it. Between them stand two things that are safe
+without a lock: a list that only grows, and a wake-up that says that something has changed.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Literal
+
+from braidsdk.compose import Composition
+from braidsdk.engine.scheduler import ENDED, Job
+from braidsdk.prompt.answer_text import AnswerText
+from braidsdk.store.keys import EntryKey
+from braidsdk.types import Timings, Usage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from braidsdk.cache.pool import Resident
+    from braidsdk.engine.sampling import SamplingParams
+
+Then = Callable[[Sequence["Resident"], "Tensor | None"], object]
+"""What the engine's thread does with a request's resident entries, one per segment, and with the logits after its tail,
+[vocab_size], None without a tail."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished question knows of itself."""
+
+    usage: Usage
+    timings: Timings
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass
+class Clock:
+    """When a request passed its stages, in seconds of `time.perf_counter`; 0.0 is not yet, or never.
+
+    Attributes:
+        admitted: it got its memory.
+        ready: what the store holds of its entries was loaded.
+        entries: the last of its missing entries was computed.
+        computed: its prefill was.
+        first_token, last_token: these were chosen.
+    """
+
+    admitted: float = 0.0
+    ready: float = 0.0
+    entries: float = 0.0
+    computed: float = 0.0
+    first_token: float = 0.0
+    last_token: float = 0.0
+
+    @property
+    def compute_ms(self) -> float:
+        """What computing missing entries took."""
+        return (self.entries - self.ready) * 1e3 if self.entries else 0.0
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Job):
+    """See the module.
+
+    Attributes:
+        composition: its segments, and its tail.
+        keys: of its segments' entries.
+        params: how tokens are chosen; None generates none.
+        then: what is done once its prefill is done, instead of generating tokens.
+        computes: digests of entries that the store is known to lack, and that are written even if they are resident.
+        counted: whether its entries count as hits and misses.
+        streamed: whether its reader is woken for each token, or only at the end.
+        text: follows the answer's text, where stop strings can end it.
+        wake: called by the engine's thread when there is something to read; must not block.
+        tokens: ids generated so far.
+        clock: see `Clock`.
+        computed_tokens: context tokens that were computed for it.
+        outcome: of a finished question.
+        value: what `then` returned.
+        error: why it failed.
+    """
+
+    composition: Composition
+    keys: tuple[EntryKey, ...] = ()
+    params: "SamplingParams | None" = None
+    then: Then | None = None
+    computes: frozenset[str] = frozenset()
+    counted: bool = True
+    streamed: bool = False
+    text: AnswerText | None = None
+    wake: Callable[[], None] | None = None
+    tokens: list[int] = field(default_factory=list)
+    clock: Clock = field(default_factory=Clock)
+    computed_tokens: int = 0
+    outcome: Outcome | None = None
+    value: object = None
+    error: BaseException | None = None
+    _bell: "SimpleQueue[None]" = field(default_factory=SimpleQueue)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state in ENDED
+
+    @property
+    def keeps(self) -> list[bool]:
+        """For each segment, whether its entry is written to the store once it is computed."""
+        return [segment.keep for segment in self.composition.segments]
+
+    @property
+    def reserved(self) -> int:
+        """Tokens of its tail and its answer, at most."""
+        return len(self.composition.tail) + (self.params.max_new_tokens if self.params else 0)
+
+    def emit(self, token: int) -> None:
+        """Give the reader a token. For the engine's thread."""
+        self.tokens.append(token)
+        if self.streamed:
+            self.ring()
+
+    def ring(self) -> None:
+        """Wake the reader. For the engine's thread."""
+        if self.wake:
+            self.wake()
+        else:
+            self._bell.put(None)
+
+    def wait(self, seen: int | None = None) -> None:
+        """Block until it has ended, or has more tokens than the `seen` ones. Ctrl-C interrupts it."""
+        while not self.ended and (seen is None or len(self.tokens) <= seen):
+            self._bell.get()
+
+    def result(self) -> object:
+        """What `then` returned, once it has ended.
+
+        Raises:
+            BaseException: why it failed.
+        """
+        self.wait()
+        if self.error is not None:
+            raise self.error
+        return self.value

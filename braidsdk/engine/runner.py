@@ -1,0 +1,146 @@
+"""A step of the model for many requests: pieces of prefill, and a token for each row that decodes.
+
+Knows nothing of requests' states, of text or of files. For the engine's thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.batch import Run, forward
+from braidsdk.engine.sampling import Sampler
+from braidsdk.kernels.paging import PagedSegment
+from braidsdk.models.base import Model
+
+
+@dataclass(eq=False)
+class Row:
+    """One request's tail and answer.
+
+    Attributes:
+        slot: its place in the running batch.
+        sampler: chooses its tokens.
+        context: what it sees beside its tail.
+        pages: where its tail lies, int64 [pages], on the CPU.
+        origin: absolute position of the tail's token 0.
+        reserved: tokens that its pages are meant for.
+        done: tokens of the tail whose keys and values are computed.
+        last: the id chosen last; not computed yet. Only where tokens come to the host one by one.
+    """
+
+    slot: int
+    sampler: Sampler
+    context: tuple[PagedSegment, ...]
+    pages: Tensor
+    origin: int
+    reserved: int
+    done: int = 0
+    last: int = 0
+
+    def run(self, token_ids: Sequence[int]) -> Run:
+        """The next tokens of its tail, to be computed."""
+        return Run(tuple(token_ids), self.context, self.pages, self.done, self.origin)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of a request's prefill.
+
+    Attributes:
+        run: the tokens to compute.
+        row: where they end a tail, the row whose first token is chosen then.
+        logits: whether the logits after them are wanted themselves.
+    """
+
+    run: Run
+    row: Row | None = None
+    logits: bool = False
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A row's next token, and whether its logits were finite; if not the token means nothing."""
+
+    row: Row
+    token: int
+    finite: bool
+
+
+class Results(Protocol):
+    """What a step gives, perhaps not there yet."""
+
+    def take(self) -> list[Chosen]:
+        """The tokens, once they are there."""
+        ...
+
+    @property
+    def logits(self) -> Sequence[Tensor]:
+        """[vocab_size] for each piece that wanted them, in order."""
+        ...
+
+
+class Runner(Protocol):
+    """How steps are computed on one device."""
+
+    ahead: bool
+    """Whether a step can be launched before the one before was taken."""
+
+    def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> Results:
+        """Compute pieces, and the next token of rows; or start to. Rows that were there before and are not given now
+        have left. Launched again after an error it gives what it would have given."""
+        ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """Results that are there."""
+
+    chosen: list[Chosen]
+    logits: Sequence[Tensor]
+
+    def take(self) -> list[Chosen]:
+        return self.chosen
+
+
+class EagerRunner:
+    """One pass of the model for a whole step, on any device."""
+
+    ahead = False
+
+    def __init__(self, model: Model, pool: Pool) -> None:
+        self._model, self._pool = model, pool
+
+    @torch.inference_mode()
+    def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> Done:
+        runs = [*(row.run((row.last,)) for row in rows), *(piece.run for piece in pieces)]
+        wanted = [True] * len(rows) + [piece.row is not None or piece.logits for piece in pieces]
+        logits = forward(self._model, self._pool, runs, wanted)
+        if logits is None:
+            return Done([], [])
+        enders = [piece for piece in pieces if piece.row is not None or piece.logits]
+        choosing = [*rows, *(piece.row for piece in enders)]
+        chosen = choose(logits, choosing)
+        for row in rows:
+            row.done += 1
+        for piece in enders:
+            if piece.row:
+                piece.row.done = piece.run.start + len(piece.run.token_ids)
+        for each in chosen:
+            each.row.last = each.token
+        given = logits[len(rows) :]
+        return Done(chosen, [one for one, piece in zip(given, enders, strict=True) if piece.logits])
+
+
+def choose(logits: Tensor, rows: Sequence[Row | None]) -> list[Chosen]:
+    """A token for each row from its logits, [rows, vocab_size]; none for those that are None."""
+    finite = torch.isfinite(logits).all(-1).tolist()
+    likeliest = logits.argmax(-1).tolist()
+    return [
+        Chosen(row, best if row.sampler.greedy or not good else row.sampler.pick(scores), good)
+        for row, scores, best, good in zip(rows, logits, likeliest, finite, strict=True)
+        if row
+    ]
