@@ -19,10 +19,9 @@ from braidsdk import errors, logs
 from braidsdk.errors import BraidError
 
 if TYPE_CHECKING:
-    from braidsdk.answer import AsyncStream
+    from braidsdk.answer import AsyncStream, Stream
     from braidsdk.braid import Braid
     from braidsdk.context import Context
-    from braidsdk.answer import Stream
     from braidsdk.types import (
         Answer,
         Chunk,

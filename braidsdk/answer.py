@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, Self
 
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
@@ -34,7 +34,7 @@ def ask(engine: Engine, request: Request) -> Answer:
 def ask_many(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
     """`ask` for many at once; one that fails, or an interrupt, ends them all."""
     running: deque[Request] = deque()
-    answers = []
+    answers: list[Answer] = []
     left = iter(requests)
     try:
         while True:
@@ -238,7 +238,7 @@ class AsyncStream(_Reader):
 class _Bell:
     """Wakes tasks of one event loop from the engine's thread: with one call into the loop, however many it wakes."""
 
-    _of: "weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell]" = weakref.WeakKeyDictionary()
+    _of: ClassVar["weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell]"] = weakref.WeakKeyDictionary()
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
@@ -292,5 +292,3 @@ def _answer(engine: Engine, request: Request, text: AnswerText) -> Answer:
         usage=outcome.usage,
         timings=outcome.timings,
     )
-
-

@@ -132,9 +132,7 @@ class Braid:
         self._engine = engine
         self.chunks = Chunks(engine)
         self._is_tiny = is_tiny
-        self._described = (
-            f"Braid({model!r}, {engine.dtype} on {engine.device}, store={str(engine.store.path)!r})"
-        )
+        self._described = f"Braid({model!r}, {engine.dtype} on {engine.device}, store={str(engine.store.path)!r})"
         self._name_model(model)
 
     def _name_model(self, model: str) -> None:
@@ -386,7 +384,9 @@ class Braid:
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).stream(question, history=history, timeout_s=timeout_s, **options)
+        return self.compose(chunks, mode=mode, keep=keep).stream(
+            question, history=history, timeout_s=timeout_s, **options
+        )
 
     def warm_up(
         self,

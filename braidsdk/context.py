@@ -6,13 +6,14 @@ from numbers import Real
 from time import perf_counter
 from typing import Literal, Unpack, cast
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.pool import Resident
-from braidsdk.compose import Composition, check_window
+from braidsdk.compose import Composition, check_length, check_window
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request, Then
 from braidsdk.engine.sampling import SamplingOptions, resolve
@@ -32,7 +33,7 @@ class Context:
     """What `Braid.compose` returns: a composition and the engine that can answer over it.
 
     It holds no memory of its own: entries are pinned only while a call runs. Making one for every set of chunks is as
-    cheap as tokenizing them. Any number of threads and tasks may use it at once: their requests share the engine's steps.
+    cheap as tokenizing them. Any number of threads and tasks may use it: their requests share the engine's steps.
     """
 
     def __init__(self, engine: Engine, composition: Composition) -> None:
@@ -182,7 +183,8 @@ class Context:
         engine, segments = self._engine, self._composition.segments
 
         def copied(entries: Sequence[Resident], _: Tensor | None) -> DynamicCache:
-            return to_dynamic_cache(engine.model, engine.pool, segments, entries, config)
+            with torch.inference_mode(False), torch.no_grad():  # plain tensors, free to be changed
+                return to_dynamic_cache(engine.model, engine.pool, segments, entries, config)
 
         return cast("DynamicCache", self._run(self._composition, self._keys, copied))
 
@@ -268,6 +270,8 @@ class Context:
         """This composition with a conversation's past and a question, and the keys of its segments."""
         self._engine.check_open()
         layout = self._engine.layout
+        if isinstance(question, str):  # else it is refused by its type below
+            check_length(question, self._engine.config.window, "The question", "Shorten it.")
         past = conversation(parse_history(history or ()), layout, self._engine.turns)
         composition = self._composition
         for turn in past.turns:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from braidsdk.cache.pool import Pool, Resident
 from braidsdk.compose import Segment
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
-from braidsdk.cache.pool import Pool, Resident
 
 
 def to_dynamic_cache(

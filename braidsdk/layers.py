@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from braidsdk.cache.pool import PAGE_SIZE, Pool
 from braidsdk.engine.batch import Run, make_batch
 from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
-from braidsdk.cache.pool import PAGE_SIZE, Pool
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> 
     chunks = {each.chunk.id: each.chunk for each in candidates}.values()
     tokens = sum(len(chunk.token_ids) for chunk in chunks)
     to_write = sum(
-        engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids) for key in planned.keys
+        engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids)
+        for key in planned.keys
     )
     absent = [key for key in planned.keys if engine.pool.find(key.digest) is None]
     to_compute = sum(len(key.token_ids) for key in absent)

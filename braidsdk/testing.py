@@ -26,7 +26,7 @@ from torch import Tensor
 
 from braidsdk.braid import Braid
 from braidsdk.cache.pool import Pool
-from braidsdk.engine.engine import Engine
+from braidsdk.engine.engine import MAX_QUEUE, Engine
 from braidsdk.errors import InputError, did_you_mean, shown
 from braidsdk.kernels.paging import PagedSegment, append
 from braidsdk.kernels.paths import TORCH
@@ -164,6 +164,7 @@ class FakeBraid(Braid):
         namespace: str = "default",
         window: int = _WINDOW,
         pool_bytes: int = _POOL_BYTES,
+        max_queue: int = MAX_QUEUE,
     ) -> None:
         """Open it.
 
@@ -172,7 +173,7 @@ class FakeBraid(Braid):
                 answers every question with `ANSWER`.
             store: a folder, for tests of what a second process finds. None is a temporary one.
             namespace: as for `Braid`.
-            pool_bytes: as for `Braid`.
+            pool_bytes, max_queue: as for `Braid`.
             window: how many tokens, that is bytes, a prompt and its answer may have.
 
         Raises:
@@ -183,7 +184,7 @@ class FakeBraid(Braid):
         # `load` is what it lacks of a Model, and nobody loads it.
         model = cast("Model", FakeModel(_any_answer if answers is None else answers, window=window))
         pool = Pool.for_model(model, pool_bytes)
-        self._adopt(Engine(model, FakeLayout(), opened, pool, namespace), "fake", is_tiny=False)
+        self._adopt(Engine(model, FakeLayout(), opened, pool, namespace, max_queue=max_queue), "fake", is_tiny=False)
 
     def close(self) -> None:
         """As `Braid.close`; a temporary store is removed. Safe to call twice."""

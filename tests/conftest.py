@@ -15,6 +15,10 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, logging
 
 from braidsdk import Braid
+from braidsdk.cache.pool import Pool
+from braidsdk.compose import Composition
+from braidsdk.engine.request import Request
+from braidsdk.engine.scheduler import Priority
 from braidsdk.models.tiny.tokenizer import save_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +26,7 @@ TINY = ROOT / "models" / "tiny" / "checkpoint"
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+os.environ["BRAID_CHECK"] = "1"  # the engine checks itself whenever it is idle
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: models are tiny, and machines shared
 torch.set_num_threads(1)
 
@@ -70,6 +75,36 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0, **changes: object) ->
     model.save_pretrained(folder)
     save_tokenizer(Tokenizer.from_file(str(TINY / "tokenizer.json")), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pool_of() -> Callable[[Braid], Pool]:
+    """A Braid's pool, once the engine has done what it was asked for."""
+
+    def settled(braid: Braid) -> Pool:
+        braid._engine.call(lambda: None)
+        return braid._engine.pool
+
+    return settled
+
+
+@pytest.fixture(scope="session")
+def tail_logits() -> Callable[[Braid, Composition], torch.Tensor]:
+    """Logits after a composition's tail, [vocab_size]."""
+
+    def computed(braid: Braid, composition: Composition) -> torch.Tensor:
+        engine = braid._engine
+        request = Request(
+            priority=Priority.QUESTION,
+            submitted=0.0,
+            decodes=False,
+            composition=composition,
+            keys=engine.keys(composition),
+            then=lambda _, logits: logits.clone(),
+        )
+        return engine.run(request)  # type: ignore[return-value]
+
+    return computed
 
 
 @pytest.fixture(scope="session")

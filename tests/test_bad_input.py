@@ -160,7 +160,7 @@ def test_a_context_that_can_never_fit_computes_nothing(
             braid.register("word " * 200)
         assert braid.chunks.list() == [], "nothing is registered that could never be used"
         documents = braid.register_many([f"{name} " * 20 for name in ("one", "two", "three")])
-        monkeypatch.setattr("braidsdk.engine.compute", lambda *_: pytest.fail("something was computed"))
+        monkeypatch.setattr("braidsdk.engine.runner.forward", lambda *_: pytest.fail("something was computed"))
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
             braid.ask("Well?", chunks=documents, max_new_tokens=5)
         with pytest.raises(PoolFullError, match="larger pool_bytes"):

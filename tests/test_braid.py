@@ -1,6 +1,7 @@
 """What an application sees: registering, composing, asking, explaining, deleting."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from braidsdk import Braid, Stream
-from braidsdk.encode import compute
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.batch import forward
 from braidsdk.errors import BraidError, ClosedError, NameTakenError, UnknownChunkError
 from braidsdk.store import ChunkStore
 
@@ -21,12 +23,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of tokens of each pass that computes missing entries."""
     seen: list[int] = []
 
-    def counting(model, pool, runs):  # type: ignore[no-untyped-def]
-        if runs:
-            seen.append(sum(len(run.token_ids) for run in runs))
-        compute(model, pool, runs)
+    def counting(model, pool, runs, wanted):  # type: ignore[no-untyped-def]
+        if missing := [run for run, is_tail in zip(runs, wanted, strict=True) if not is_tail]:
+            seen.append(sum(len(run.token_ids) for run in missing))
+        return forward(model, pool, runs, wanted)
 
-    monkeypatch.setattr("braidsdk.engine.compute", counting)
+    monkeypatch.setattr("braidsdk.engine.runner.forward", counting)
     return seen
 
 
@@ -136,14 +138,14 @@ def test_a_stream_gives_the_answer_in_pieces(random_braid: Braid) -> None:
     assert stream.answer.token_ids == whole.token_ids
 
 
-def test_a_stream_closed_early_frees_its_pages(random_braid: Braid) -> None:
+def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, pool_of: Callable[[Braid], Pool]) -> None:
     context = random_braid.compose([random_braid.register(TEXTS[0])])
     context.ask("Well?", max_new_tokens=20)
-    free = len(random_braid._engine.pool._free)
-    with context.stream("Well?", max_new_tokens=20) as stream:
+    free = len(pool_of(random_braid)._free)
+    with context.stream("Well?", max_new_tokens=900) as stream:
         next(stream)
         assert len(random_braid._engine.pool._free) < free
-    assert len(random_braid._engine.pool._free) == free
+    assert len(pool_of(random_braid)._free) == free
     with pytest.raises(StopIteration):
         next(stream)
 
@@ -252,8 +254,8 @@ def test_a_chunk_of_another_braid_is_encoded_by_this_one(
 
 def test_the_clock_of_a_call_starts_with_the_call(random_braid: Braid) -> None:
     context = random_braid.compose([])
-    random_braid._engine.calls.acquire()
-    threading.Timer(0.3, random_braid._engine.calls.release).start()
+    threading.Thread(target=random_braid._engine.call, args=(lambda: time.sleep(0.3),)).start()
+    time.sleep(0.02)
     assert context.ask("Well?", max_new_tokens=1).timings.first_token_ms > 250
 
 

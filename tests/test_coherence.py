@@ -4,12 +4,13 @@ import itertools
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
+import torch
 
 from braidsdk import Braid, Chunk
 from braidsdk.compose import Composition
-from braidsdk.generate import tail_logits
 
 SYSTEM = "You answer questions from the documents."
 AISTONIA = "The capital of Aistonia is Flubarg."
@@ -70,12 +71,14 @@ def test_6_a_subset_knows_only_its_own_documents(tiny: Braid, rules: Chunk, mode
     assert "Troick" not in say(tiny, [rules, first], "What is the capital of Thessily?", mode)
 
 
-def test_7_exact_equals_a_full_prefill_and_anchored_does_not_pretend_to(tiny: Braid, rules: Chunk) -> None:
+def test_7_exact_equals_a_full_prefill_and_anchored_does_not_pretend_to(
+    tiny: Braid, rules: Chunk, tail_logits: Callable[[Braid, Composition], torch.Tensor]
+) -> None:
     chunks = [rules, *tiny.register_many([*OTHERS, AISTONIA], anchor=rules)]
     contexts = [tiny.compose(chunks, mode=mode) for mode in MODES]
     prompt = contexts[0].ask(ASK, max_new_tokens=1).prompt_ids
     whole = Composition("exact", (), tail=prompt)
-    full = tail_logits(tiny._engine, whole, ())
+    full = tail_logits(tiny, whole)
     exact, anchored = ((context.next_token_logits(ASK) - full).abs().max() / full.abs().max() for context in contexts)
     assert exact < 1e-4
     assert anchored > 1e-2

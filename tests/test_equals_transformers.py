@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from transformers import Qwen3ForCausalLM
 
 from braidsdk import Braid
+from braidsdk.cache.pool import PAGE_SIZE
 from braidsdk.compose import Composition, Segment
-from braidsdk.encode import BATCH_TOKENS
-from braidsdk.engine import Engine
-from braidsdk.generate import tail_logits
-from braidsdk.pool import PAGE_SIZE
+
+TailLogits = Callable[[Braid, Composition], torch.Tensor]
+Check = Callable[[Braid, Qwen3ForCausalLM, Composition], None]
 
 TOLERANCE = 1e-4
 """Of the largest logit: float32 sums in another order; observed are 1e-6 to 2e-6."""
@@ -50,14 +51,14 @@ def braid(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
-def engine(braid: Braid) -> Engine:
-    return braid._engine
+def check(tail_logits: TailLogits) -> Check:
+    return partial(_check, tail_logits)
 
 
 @torch.inference_mode()
-def check(engine: Engine, peer: Qwen3ForCausalLM, composition: Composition) -> None:
+def _check(tail_logits: TailLogits, braid: Braid, peer: Qwen3ForCausalLM, composition: Composition) -> None:
     want = peer(torch.tensor([composition.input_ids])).logits[0, -1]
-    got = tail_logits(engine, composition, engine.keys(composition))
+    got = tail_logits(braid, composition)
     assert relative_error(got, want) < TOLERANCE, [len(segment.token_ids) for segment in composition.segments]
 
 
@@ -65,35 +66,37 @@ PAGE = PAGE_SIZE["cpu"]
 
 
 @pytest.mark.parametrize("length", [1, 2, PAGE - 1, PAGE, PAGE + 1, 700])
-def test_a_plain_prompt(engine: Engine, peer: Qwen3ForCausalLM, length: int) -> None:
-    check(engine, peer, Composition("exact", (), tail=tokens(length, length)))
+def test_a_plain_prompt(check: Check, braid: Braid, peer: Qwen3ForCausalLM, length: int) -> None:
+    check(braid, peer, Composition("exact", (), tail=tokens(length, length)))
 
 
-def test_every_split_of_a_prompt_in_two(engine: Engine, peer: Qwen3ForCausalLM) -> None:
+def test_every_split_of_a_prompt_in_two(check: Check, braid: Braid, peer: Qwen3ForCausalLM) -> None:
     ids = tokens(PAGE + 8, 1)
     for cut in range(1, len(ids)):
-        check(engine, peer, exact([ids[:cut]], ids[cut:]))
+        check(braid, peer, exact([ids[:cut]], ids[cut:]))
 
 
-def test_all_orders_of_four_chunks_of_odd_lengths(engine: Engine, peer: Qwen3ForCausalLM) -> None:
+def test_all_orders_of_four_chunks_of_odd_lengths(check: Check, braid: Braid, peer: Qwen3ForCausalLM) -> None:
     pieces = [tokens(count, count) for count in (1, PAGE - 1, PAGE, PAGE + 1)]
     for order in itertools.permutations(pieces):
-        check(engine, peer, exact(order, tokens(9, 9)))
+        check(braid, peer, exact(order, tokens(9, 9)))
 
 
-def test_neighbours_of_whole_pages(engine: Engine, peer: Qwen3ForCausalLM) -> None:
+def test_neighbours_of_whole_pages(check: Check, braid: Braid, peer: Qwen3ForCausalLM) -> None:
     pieces = [tokens(count * PAGE, count) for count in (2, 1, 1, 2)]
-    check(engine, peer, exact(pieces, tokens(3, 7)))
+    check(braid, peer, exact(pieces, tokens(3, 7)))
 
 
-def test_the_same_chunk_twice(engine: Engine, peer: Qwen3ForCausalLM) -> None:
+def test_the_same_chunk_twice(check: Check, braid: Braid, peer: Qwen3ForCausalLM) -> None:
     piece = tokens(PAGE + 3, 5)
-    check(engine, peer, exact([piece, tokens(7, 6), piece, piece], tokens(4, 7)))
+    check(braid, peer, exact([piece, tokens(7, 6), piece, piece], tokens(4, 7)))
 
 
-def test_a_chain_longer_than_one_batch(engine: Engine, peer: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BATCH_TOKENS, "cpu", 50)
-    check(engine, peer, exact([tokens(120, 1), tokens(30, 2), tokens(49, 3)], tokens(101, 4)))
+def test_a_chain_longer_than_one_batch(
+    check: Check, braid: Braid, peer: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(braid._engine._loop.scheduler, "_step_tokens", 50)
+    check(braid, peer, exact([tokens(120, 1), tokens(30, 2), tokens(49, 3)], tokens(101, 4)))
 
 
 @torch.inference_mode()
@@ -140,21 +143,25 @@ def test_a_composition_that_is_not_exact_is_told_apart(braid: Braid, peer: Qwen3
     ids=lambda geometry: ",".join(geometry),
 )
 @torch.inference_mode()
-def test_other_geometries(make_checkpoint: Callable[..., Path], tmp_path: Path, geometry: dict[str, object]) -> None:
+def test_other_geometries(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, check: Check, geometry: dict[str, object]
+) -> None:
     folder = make_checkpoint(**geometry)
     other = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with Braid(folder, store=tmp_path / "store", device="cpu", dtype="float32") as opened:
-        check(opened._engine, other, exact([tokens(70, 1), tokens(5, 2)], tokens(12, 3)))
+        check(opened, other, exact([tokens(70, 1), tokens(5, 2)], tokens(12, 3)))
 
 
 @torch.inference_mode()
-def test_bfloat16_is_as_close_to_float64_as_transformers_is(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_as_close_to_float64_as_transformers_is(
+    random_checkpoint: Path, tmp_path: Path, tail_logits: TailLogits
+) -> None:
     """RMS error of the logits over 12 prompts, ours over theirs; the geometric mean scatters by about 0.03 here."""
     composed = [exact([tokens(90, seed), tokens(33, seed + 50)], tokens(12, seed + 99)) for seed in range(12)]
 
     def ours(dtype: str) -> list[torch.Tensor]:
         with Braid(random_checkpoint, store=tmp_path / dtype, device="cpu", dtype=dtype) as opened:
-            return [tail_logits(opened._engine, c, opened._engine.keys(c)).double() for c in composed]
+            return [tail_logits(opened, c).double() for c in composed]
 
     truth, rounded = ours("float64"), ours("bfloat16")
     theirs = Qwen3ForCausalLM.from_pretrained(random_checkpoint, dtype=torch.bfloat16).eval()

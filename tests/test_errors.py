@@ -2,6 +2,8 @@
 
 import pickle
 import sqlite3
+import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from braidsdk import Braid, BraidError, errors
+from braidsdk.engine.scheduler import Scheduler
 from braidsdk.errors import LONGEST_MESSAGE, did_you_mean, shown
 from braidsdk.testing import FakeBraid
 
@@ -176,6 +179,45 @@ def no_numbers(scene: Scene) -> None:
         braid.ask("Well?", chunks=[])
 
 
+def full_queue(scene: Scene) -> None:
+    with FakeBraid(max_queue=1) as braid:
+        held = threading.Event()
+        threading.Thread(target=braid._engine.call, args=(held.wait,)).start()
+        streams = [braid.stream("Well?", chunks=[]) for _ in range(70)]
+        readers = [threading.Thread(target=lambda stream=stream: [*stream]) for stream in streams[:-1]]
+        scene.monkeypatch.setattr(threading, "excepthook", lambda _: None)  # most of them are refused
+        for reader in readers:
+            reader.start()
+            time.sleep(0.002)
+        last = threading.Timer(0.2, held.set)
+        last.start()
+        try:
+            list(streams[-1])
+        finally:
+            for thread in (*readers, last):
+                thread.join()
+
+
+def too_late(scene: Scene) -> None:
+    with FakeBraid() as braid:
+        braid.ask("Well?", chunks=[], timeout_s=1e-6)
+
+
+def failing_engine(scene: Scene) -> None:
+    with FakeBraid() as braid:
+        scene.monkeypatch.setattr(Scheduler, "next", lambda *_: 1 / 0)
+        braid.ask("Well?", chunks=[])
+
+
+def forked(scene: Scene) -> None:
+    with FakeBraid() as braid:
+        scene.monkeypatch.setattr("os.getpid", lambda: -1)
+        try:
+            braid.ask("Well?", chunks=[])
+        finally:
+            scene.monkeypatch.undo()
+
+
 def full_pool(scene: Scene) -> None:
     with FakeBraid(pool_bytes=4096) as braid:
         braid.register(SECRET)
@@ -211,8 +253,12 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (full_disk, errors.StoreFullError, "Expected room for .* is free. Free some space"),
     (disk_that_fills_up, errors.StoreFullError, "No space left on device. Free some space"),
     (collision, errors.HashCollisionError, "Change the text by a character"),
-    (no_numbers, errors.NumericsError, "Expected finite logits .* open the model with dtype='float32'"),
+    (no_numbers, errors.NumericsError, "Logits must be finite; .* open the model with dtype='float32'"),
     (full_pool, errors.PoolFullError, "the pool's limit is .* larger pool_bytes"),
+    (full_queue, errors.QueueFullError, "queue must hold fewer than 1 .* larger max_queue"),
+    (too_late, errors.DeadlineError, "within timeout_s=1e-06; .* Ask with a larger timeout_s"),
+    (failing_engine, errors.EngineError, "ZeroDivisionError: .* Open another Braid"),
+    (forked, errors.ForkedError, "in the process that opened it; .* Open another one here"),
     (closed, errors.ClosedError, "This Braid is closed. Open a new one"),
 ]
 

@@ -1,5 +1,6 @@
 """The whole engine on a GPU, on Triton's kernels and CUDA graphs, against the CPU and against itself."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from braidsdk import Braid, Context
-from braidsdk.decoding import EagerDecoder
-from braidsdk.encode import Run, compute_logits
+from braidsdk import Braid, Context, Stream
+from braidsdk.engine.batch import Run, forward
+from braidsdk.engine.graphs import GraphRunner, workspace_bytes
+from braidsdk.engine.runner import EagerRunner
 from braidsdk.errors import InputError, PoolFullError
-from braidsdk.graphs import workspace_bytes
 from braidsdk.models.tiny.evaluate import held_out_sample
 
 pytestmark = pytest.mark.gpu
@@ -82,16 +83,27 @@ def test_greedy_answers_are_those_of_the_cpu(opened: Callable[..., Braid], mode:
     assert torch.equal(firsts[0].argmax(-1)[clear], firsts[1].argmax(-1)[clear])
 
 
-def test_graphs_give_what_single_passes_give(contexts: list[Context]) -> None:
-    engine = contexts[0]._engine
-    for length, context in zip(("Well?", "What is the capital of Belmora? " * 5, "Who? " * 40), contexts, strict=False):
-        graphed = context.ask(length, max_new_tokens=40).token_ids
-        again = context.ask(length, max_new_tokens=40).token_ids
-        assert graphed == again
-        graphs, engine._graphs = engine._graphs, None
-        assert isinstance(engine.decoder(), EagerDecoder)
-        eager = context.ask(length, max_new_tokens=40).token_ids
-        engine._graphs = graphs
+def switch(braid: Braid, runner: object) -> object:
+    """Let a Braid run on another runner; returns the one before."""
+    loop = braid._engine._loop
+    before = loop.runner
+    braid._engine.call(lambda: setattr(loop, "runner", runner))
+    return before
+
+
+def test_graphs_give_what_single_passes_give(opened: Callable[..., Braid]) -> None:
+    braid = opened("cuda", "bfloat16")
+    rules = braid.register_system("Answer from the documents.")
+    docs = braid.register_many(TEXTS, anchor=rules)
+    context = braid.compose([rules, *docs])
+    loop = braid._engine._loop
+    assert isinstance(loop.runner, GraphRunner)
+    for question in ("Well?", "What is the capital of Belmora? " * 5, "Who? " * 40):
+        graphed = context.ask(question, max_new_tokens=40).token_ids
+        assert graphed == context.ask(question, max_new_tokens=40).token_ids
+        graphs = switch(braid, EagerRunner(loop.model, loop.pool))
+        eager = context.ask(question, max_new_tokens=40).token_ids
+        switch(braid, graphs)
         assert graphed == eager
 
 
@@ -127,7 +139,6 @@ def test_many_requests_and_threads_share_the_graphs(opened: Callable[..., Braid]
 
 def test_requests_that_choose_differently_go_on_together(contexts: list[Context]) -> None:
     """Greedy, drawn and penalised rows of one batch, each as if it were alone, and computed ahead of the host."""
-    engine = contexts[0]._engine
     ways = [
         {},
         {"temperature": 0.9, "seed": 5},
@@ -142,17 +153,70 @@ def test_requests_that_choose_differently_go_on_together(contexts: list[Context]
     assert alone == [
         context.ask(question, max_new_tokens=16, **way).token_ids for context, way in zip(contexts, ways, strict=True)
     ]
-    with engine.calls:
-        with engine.working():
-            decoder = engine.decoder()
-        streams = [
-            context.open_stream(question, {"max_new_tokens": 16, **way}, started=0.0, decoder=decoder)
-            for context, way in zip(contexts, ways, strict=True)
-        ]
-        running = list(streams)
-        while running:
-            running = [stream for stream in running if next(stream, None) is not None]
+    streams = [context.stream(question, max_new_tokens=16, **way) for context, way in zip(contexts, ways, strict=True)]
+    read_together(streams)
     assert [stream.answer.token_ids for stream in streams] == alone
+
+
+def read_together(streams: list[Stream]) -> None:
+    """Read streams to their ends, each in a thread of its own."""
+    readers = [threading.Thread(target=lambda stream=stream: [*stream]) for stream in streams]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+
+
+@pytest.mark.parametrize("launch", range(1, 8))
+def test_a_stream_dropped_at_any_step_leaves_the_others_alone(
+    contexts: list[Context], monkeypatch: pytest.MonkeyPatch, launch: int
+) -> None:
+    want = contexts[1].ask("Well?", max_new_tokens=24).token_ids
+    dropped = [contexts[0].stream("Well?", max_new_tokens=24)]
+    kept = contexts[1].stream("Well?", max_new_tokens=24)
+    runner, launches = contexts[0]._engine._loop.runner, []
+    honest = runner.launch
+
+    def launching(*given: object) -> object:
+        launches.append(1)
+        if len(launches) == launch:
+            dropped.clear()
+        return honest(*given)
+
+    monkeypatch.setattr(runner, "launch", launching)
+    other = threading.Thread(target=lambda: next(dropped[0], None))
+    other.start()
+    list(kept)
+    other.join()
+    assert kept.answer.token_ids == want
+
+
+@pytest.mark.slow
+def test_load_on_graphs(contexts: list[Context]) -> None:
+    """Threads that ask, and close streams at random: every finished answer is the one asked alone."""
+    want = [context.ask("Well?", max_new_tokens=40).token_ids for context in contexts]
+    wrong = []
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(30):
+            at = draw.randrange(len(contexts))
+            stream = contexts[at].stream("Well?", max_new_tokens=40)
+            ends = draw.randrange(40) if draw.random() < 0.3 else None
+            for count, _ in enumerate(stream):
+                if count == ends:
+                    stream.close()
+            if ends is None and stream.answer.token_ids != want[at]:
+                wrong.append((seed, at))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(32)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    loop = contexts[0]._engine._loop
+    contexts[0]._engine.call(loop._integrity)
 
 
 def test_penalised_answers_are_those_of_the_cpu(opened: Callable[..., Braid]) -> None:
@@ -163,9 +227,7 @@ def test_penalised_answers_are_those_of_the_cpu(opened: Callable[..., Braid]) ->
         context = braid.compose(braid.register_many(TEXTS, progress=False))
         long = "Tell me about Falkirra. " * 12
         streams = [context.stream(text, max_new_tokens=24, repetition_penalty=3.0) for text in ("Well?", long)]
-        running = list(streams)
-        while running:
-            running = [stream for stream in running if next(stream, None) is not None]
+        read_together(streams)
         assert streams[0].answer.token_ids != context.ask("Well?", max_new_tokens=24).token_ids
         answers.append([stream.answer.token_ids for stream in streams])
     assert answers[0] == answers[1]
@@ -182,17 +244,21 @@ def test_a_temperature_draws_among_what_may_be_drawn(contexts: list[Context]) ->
     ), "without a seed each answer is another one"
 
 
-def test_after_warming_up_no_question_captures_anything(contexts: list[Context]) -> None:
+def test_after_warming_up_no_question_captures_anything(opened: Callable[..., Braid]) -> None:
+    braid = opened("cuda", "bfloat16")
+    docs = braid.register_many(TEXTS, progress=False)
+    contexts = [braid.compose(docs[:n]) for n in range(3)]
     engine, steps = contexts[0]._engine, []
     free = torch.cuda.mem_get_info()[0]
-    engine.warm_up(64, lambda done, total: steps.append((done, total)))
+    braid.warm_up(requests=64, on_progress=lambda done, total: steps.append((done, total)), progress=False)
     assert steps == [(done, steps[0][1]) for done in range(steps[0][1] + 1)]
     torch.cuda.synchronize()
     assert free - torch.cuda.mem_get_info()[0] <= workspace_bytes(engine.model), "as much was set aside"
-    captured = dict(engine._graphs._captured)
+    graphs = engine._loop.runner.graphs
+    captured = {**graphs._questions, **graphs._decodings}
     contexts[1].ask("Well?", max_new_tokens=5)
     contexts[2].ask("What is the capital of Belmora? " * 3, max_new_tokens=5, temperature=1.0)
-    assert engine._graphs._captured == captured
+    assert {**graphs._questions, **graphs._decodings} == captured
     launches = engine.launches()
     assert launches.keys() >= {"decoding of 1", "decoding of 64, drawn", "question of 32"}
     layers = engine.model.config.layers
@@ -213,14 +279,19 @@ def test_a_batch_changes_logits_by_no_more_than_rounding(opened: Callable[..., B
 
     def logits(braid: Braid, *, together: bool) -> torch.Tensor:
         engine = braid._engine
-        pages = engine.pool.allocate(64 * 64).view(64, -1)
+        pages = engine.pool.take(64 * 64).view(64, -1)
         ids = [engine.layout.plain_ids(f"{text} {number}") for number, text in enumerate(TEXTS * 22)][:64]
         texts = [Run(tuple(each[:-1]), (), own, 0, 0) for each, own in zip(ids, pages, strict=True)]
         steps = [Run((each[-1],), (), own, len(each) - 1, 0) for each, own in zip(ids, pages, strict=True)]
-        with engine.working(), torch.inference_mode():
-            compute_logits(engine.model, engine.pool, texts)
+
+        def compute() -> torch.Tensor:
+            forward(engine.model, engine.pool, texts)
             parts = [steps] if together else [[step] for step in steps]
-            return torch.cat([compute_logits(engine.model, engine.pool, part) for part in parts]).double().cpu()
+            found = [forward(engine.model, engine.pool, part, [True] * len(part)) for part in parts]
+            engine.pool.give_back(pages.flatten())
+            return torch.cat(found).double().cpu()
+
+        return engine.call(compute)
 
     exact = logits(opened("cuda", "float32"), together=True)
     half = opened("cuda", "bfloat16")

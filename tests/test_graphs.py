@@ -3,6 +3,7 @@
 Kernels are interpreted. On a GPU see test_gpu.py.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from braidsdk import Braid, Context, graphs
-from braidsdk.graphs import GraphDecoder, Graphs
+from braidsdk import Braid, Context
+from braidsdk.engine import graphs
+from braidsdk.engine.graphs import GraphRunner
+from braidsdk.engine.runner import Chosen, EagerRunner, Runner
+from braidsdk.kernels.attention.launch import Room
 from braidsdk.kernels.paths import TORCH, Paths
 
 pytestmark = [
@@ -27,12 +31,16 @@ INTERPRETED = Paths(attention="triton")
 class NowPending:
     """`graphs._Pending` where results are there at once; as they were then."""
 
-    def __init__(self, rows: list, chosen: torch.Tensor) -> None:
-        self.rows, self.chosen = list(rows), chosen.tolist()
+    def __init__(self) -> None:
+        self.logits: list[torch.Tensor] = []
+        self.chosen: list[Chosen] = []
 
-    def take(self) -> None:
-        for row, token, finite in zip(self.rows, *self.chosen, strict=False):
-            row.take(token, bool(finite))
+    def add(self, chosen: torch.Tensor, rows: list) -> None:
+        ids, finite = chosen.tolist()
+        self.chosen += [Chosen(row, ids[column], bool(finite[column])) for row, column in rows]
+
+    def take(self) -> list[Chosen]:
+        return self.chosen
 
 
 @pytest.fixture
@@ -46,15 +54,19 @@ def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(graphs, "_Pending", NowPending)
     monkeypatch.setattr(graphs, "QUESTION_ROWS", (8, 12))
-    monkeypatch.setattr(graphs, "DECODE_ROWS", (1, 4))
+    monkeypatch.setattr(graphs, "DECODE_ROWS", (1, 4, 16))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     folder = make_checkpoint(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     with Braid(folder, store=tmp_path / "store", device="cpu", dtype="float32") as braid:
-        engine = braid._engine
-        engine.model.paths = INTERPRETED
-        engine._graphs = Graphs(engine.model, engine.pool)
+        loop, model = braid._engine._loop, braid._engine.model
+
+        def switch() -> None:
+            model.paths = INTERPRETED
+            loop.runner = GraphRunner(model, loop.pool)
+
+        braid._engine.call(switch)
         yield braid
 
 
@@ -66,12 +78,17 @@ def contexts(braid: Braid) -> list[Context]:
 
 def eagerly(braid: Braid, ask: Callable[[], list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
     """What `ask` gives without graphs, by torch's operations."""
-    engine = braid._engine
-    kept, engine._graphs, engine.model.paths = engine._graphs, None, TORCH
+    loop, model = braid._engine._loop, braid._engine.model
+    kept = loop.runner
+
+    def switch(runner: Runner, paths: Paths) -> None:
+        model.paths, loop.runner = paths, runner
+
+    braid._engine.call(lambda: switch(EagerRunner(model, loop.pool), TORCH))
     try:
         return ask()
     finally:
-        engine._graphs, engine.model.paths = kept, INTERPRETED
+        braid._engine.call(lambda: switch(kept, INTERPRETED))
 
 
 def test_answers_are_those_of_single_passes(braid: Braid, contexts: list[Context]) -> None:
@@ -82,42 +99,68 @@ def test_answers_are_those_of_single_passes(braid: Braid, contexts: list[Context
             contexts[2].ask("Well? " * 9, max_new_tokens=3, repetition_penalty=0.2).token_ids,
         ]
 
-    assert isinstance(braid._engine.decoder(), GraphDecoder)
     answers = ask()
     assert answers == eagerly(braid, ask)
     assert answers[1] != contexts[1].ask("Well", max_new_tokens=4).token_ids, "the penalty matters"
 
 
+WAYS = [
+    {"repetition_penalty": 0.2},
+    {"temperature": 2.0, "seed": 7},
+    {},
+    {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.2},
+]
+
+
 def test_requests_of_a_batch_choose_as_they_would_alone(braid: Braid, contexts: list[Context]) -> None:
-    ways = [{"repetition_penalty": 0.2}, {"temperature": 2.0, "seed": 7}, {}]
-    alone = [
-        context.ask("Well?", max_new_tokens=4 + at, **way).token_ids
-        for at, (context, way) in enumerate(zip(contexts, ways, strict=True))
-    ]
-    engine = braid._engine
-    with engine.calls:
-        with engine.working():
-            decoder = engine.decoder()
-        streams = [
-            context.open_stream("Well?", {"max_new_tokens": 4 + at, **way}, started=0.0, decoder=decoder)
-            for at, (context, way) in enumerate(zip(contexts, ways, strict=True))
-        ]
-        running = list(streams)
-        while running:
-            running = [stream for stream in running if stream.step() is not None]
+    """Rows join and leave while others decode, and each is as if it were alone."""
+    asked = [(contexts[at % 3], {"max_new_tokens": 3 + at % 5, **WAYS[at % 4]}) for at in range(9)]
+    alone = [context.ask("Well?", **way).token_ids for context, way in asked]
+    streams = [context.stream("Well?", **way) for context, way in asked]
+    held = threading.Event()
+    holding = threading.Thread(target=braid._engine.call, args=(held.wait,))
+    holding.start()
+    readers = [threading.Thread(target=lambda stream=stream: [*stream]) for stream in streams]
+    for reader in readers:
+        reader.start()
+    held.set()
+    for thread in (holding, *readers):
+        thread.join()
     assert [stream.answer.token_ids for stream in streams] == alone
-    again = contexts[1].ask("Well?", max_new_tokens=5, temperature=2.0, seed=7).token_ids
-    assert again == alone[1]
-    assert contexts[1].ask("Well?", max_new_tokens=5, temperature=2.0, seed=8).token_ids != again
+    assert contexts[1].ask("Well?", max_new_tokens=4, temperature=2.0, seed=8).token_ids != alone[1]
 
 
-def test_streams_that_take_turns_do_not_disturb_each_other(braid: Braid, contexts: list[Context]) -> None:
-    ways = [{"repetition_penalty": 0.2}, {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.2}]
-    alone = [
-        context.ask("Well?", max_new_tokens=5, **way).token_ids for context, way in zip(contexts, ways, strict=False)
-    ]
-    streams = [context.stream("Well?", max_new_tokens=5, **way) for context, way in zip(contexts, ways, strict=False)]
-    running = list(streams)
-    while running:
-        running = [stream for stream in running if stream.step() is not None]
-    assert [stream.answer.token_ids for stream in streams] == alone
+@pytest.mark.parametrize("launch", range(1, 7))
+def test_a_stream_dropped_at_any_step_leaves_the_others_alone(
+    braid: Braid, contexts: list[Context], monkeypatch: pytest.MonkeyPatch, launch: int
+) -> None:
+    want = contexts[1].ask("Well?", max_new_tokens=12, repetition_penalty=0.2).token_ids
+    dropped = [contexts[0].stream("Well?", max_new_tokens=12)]
+    kept = contexts[1].stream("Well?", max_new_tokens=12, repetition_penalty=0.2)
+    runner, launches = braid._engine._loop.runner, []
+    honest = runner.launch
+
+    def launching(*given: object) -> object:
+        launches.append(1)
+        if len(launches) == launch:
+            dropped.clear()
+        return honest(*given)
+
+    monkeypatch.setattr(runner, "launch", launching)
+    other = threading.Thread(target=lambda: next(dropped[0], None))
+    other.start()
+    list(kept)
+    other.join()
+    assert kept.answer.token_ids == want
+    assert not dropped or len(launches) < launch
+    braid._engine.call(braid._engine._loop._integrity)
+
+
+def test_tables_grow_when_more_segments_come_than_ever(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(braid._engine._loop.runner.graphs, "_room", Room(items=2, spans=2, rows=2, frames=2, pages=2))
+    contexts = [braid.compose(braid.register_many([f"Text {n} of {m}." for n in range(m)])) for m in (1, 3, 6)]
+
+    def ask() -> list[tuple[int, ...]]:
+        return [a.token_ids for a in braid.ask_many([(c, "Well?") for c in contexts], max_new_tokens=5)]
+
+    assert ask() == eagerly(braid, ask)

@@ -10,7 +10,6 @@ from transformers import AutoTokenizer
 from braidsdk import Answer, Braid, Context
 from braidsdk.compose import Composition
 from braidsdk.errors import EmptyTextError, InputError, WindowExceededError
-from braidsdk.generate import tail_logits
 from braidsdk.history import Spoken, SpokenTurns
 from braidsdk.types import LEVEL_QUERY
 
@@ -102,7 +101,7 @@ def _spoken(layout, answer: Answer) -> int:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("mode", ["exact", "anchored"])
 def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
-    random_braid: Braid, fresh: Braid, mode: str
+    random_braid: Braid, fresh: Braid, mode: str, tail_logits: Callable[[Braid, Composition], torch.Tensor]
 ) -> None:
     context = compose(random_braid, mode)
     history, answers = talk(context, 3, max_new_tokens=30)
@@ -113,15 +112,10 @@ def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
     assert scratch.prompt_ids(QUESTIONS[3], history=history) == context.prompt_ids(QUESTIONS[3], history=history)
     assert relative_error(scratch.next_token_logits(QUESTIONS[3], history=history), got) < TOLERANCE
     if mode == "exact":
-        plain = plain_logits(fresh, context.prompt_ids(QUESTIONS[3], history=history))
+        plain = tail_logits(fresh, Composition("exact", (), tail=context.prompt_ids(QUESTIONS[3], history=history)))
         assert relative_error(got, plain) < TOLERANCE
     assert relative_error(got, context.next_token_logits(QUESTIONS[3])) > 100 * TOLERANCE, "the history matters"
     assert answers[2].prompt_ids[: len(answers[1].prompt_ids)] == answers[1].prompt_ids
-
-
-def plain_logits(braid: Braid, ids: tuple[int, ...]) -> torch.Tensor:
-    """Logits of a prompt computed in one piece."""
-    return tail_logits(braid._engine, Composition("exact", (), tail=ids), ())
 
 
 def test_an_evicted_history_is_computed_again(random_braid: Braid) -> None:
@@ -129,9 +123,10 @@ def test_an_evicted_history_is_computed_again(random_braid: Braid) -> None:
     history, _ = talk(context, 2, max_new_tokens=30)
     want = context.ask(QUESTIONS[2], history=history, max_new_tokens=9)
     pool = random_braid._engine.pool
-    turns = [digest for digest, entry in pool._entries.items() if entry.key.level == LEVEL_QUERY]
+    turns = [entry for entry in pool._entries.values() if entry.key.level == LEVEL_QUERY]
     assert len(turns) == 3
-    pool.drop(turns)
+    for turn in turns:
+        pool.drop(turn)
     again = context.ask(QUESTIONS[2], history=history, max_new_tokens=9)
     assert again.token_ids == want.token_ids
     assert again.prompt_ids == want.prompt_ids

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 
-from braidsdk.encode import Run, compute, make_batch
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.batch import Run, forward, make_batch
 from braidsdk.kernel_choice import amx_obstacle
 from braidsdk.kernels.attention import op
 from braidsdk.kernels.paths import AMX, Paths
@@ -25,7 +26,6 @@ from braidsdk.kernels.rope import RotaryTable
 from braidsdk.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.models.qwen3 import model as qwen3
 from braidsdk.models.registry import load_model
-from braidsdk.pool import Pool
 
 SEEDS = 12
 MEAN, WORST = 1.05, 1.10
@@ -153,7 +153,7 @@ def logits(model: object, pieces: list[tuple[int, ...]], shift: int = 0) -> Tens
     pool = pool_for(model)
     *before, last = runs_of(pool, pieces, shift)
     if before:
-        compute(model, pool, before)
+        forward(model, pool, before)
     rows = torch.arange(len(last.token_ids), device=model.device)
     return model.forward(make_batch([last], pool), pool.kv, rows).double()
 

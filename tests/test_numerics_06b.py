@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from braidsdk.encode import Run, compute, make_batch
+from braidsdk.cache.pool import Pool
+from braidsdk.engine.batch import Run, forward, make_batch
 from braidsdk.models.registry import load_model
-from braidsdk.pool import Pool
 
 CPU = torch.device("cpu")
 NEEDED_GB = 12
@@ -73,10 +73,10 @@ def our_logits(folder: Path, dtype: torch.dtype) -> list[Tensor]:
         pool = Pool(layers=28, kv_heads=8, head_dim=128, dtype=dtype, device=CPU, capacity_bytes=1 << 30)
         runs, context, origin = [], [], 0
         for piece in pieces(seed):
-            runs.append(Run(piece, tuple(context), pool.allocate(len(piece)), 0, origin))
+            runs.append(Run(piece, tuple(context), pool.take(len(piece)), 0, origin))
             context.append(make_batch(runs[-1:], pool).requests[0].segments[-1])
             origin += len(piece)
-        compute(model, pool, runs[:-1])
+        forward(model, pool, runs[:-1])
         rows = torch.arange(len(runs[-1].token_ids))
         found.append(model.forward(make_batch(runs[-1:], pool), pool.kv, rows).double())
     return found

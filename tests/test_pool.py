@@ -1,17 +1,18 @@
-"""The paged pool: growth, eviction, pins, deletion under a running call."""
+"""The paged pool: pages, eviction, pins, deletion under a running call."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from braidsdk import Braid
+from braidsdk.cache.pool import Pool, Resident, State
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention import cascade_attention, plan_attention
 from braidsdk.kernels.paging import PagedSegment, Request, append, slots_of
 from braidsdk.kernels.rope import RotaryTable
-from braidsdk.pool import Pool, Resident
 from braidsdk.store.keys import EntryKey, ModelIdentity, sha256_of_tokens
 
 MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 8, "{}")
@@ -36,32 +37,30 @@ def make_pool(pages: int) -> Pool:
 
 
 def put(pool: Pool, entry_key: EntryKey) -> Resident:
-    entry = Resident(entry_key, pool.allocate(len(entry_key.token_ids)), stored=False)
-    pool.adopt(entry)
-    return entry
+    return pool.add(Resident(entry_key, pool.take(len(entry_key.token_ids)), state=State.READY))
 
 
-def test_growing_keeps_what_is_there_and_new_pages_are_zero() -> None:
-    pool = make_pool(100)
-    first = put(pool, key("a", 3 * PAGE))
-    pool.kv[:, :, first.pages] = 5.0
-    more = pool.allocate(60 * PAGE)
-    assert torch.all(pool.kv[:, :, first.pages] == 5.0)
-    assert torch.all(pool.kv[:, :, more] == 0.0)
-    assert not set(first.pages.tolist()) & set(more.tolist())
+def test_a_pool_takes_only_the_memory_that_is_written_to() -> None:
+    before = psutil.Process().memory_info().rss
+    pool = Pool(
+        layers=2, kv_heads=8, head_dim=128, dtype=torch.float32, device=torch.device("cpu"), capacity_bytes=2**34
+    )
+    assert pool.kv.nbytes > 2**33
+    assert psutil.Process().memory_info().rss - before < 2**30
 
 
-def test_released_pages_come_back_zeroed() -> None:
+def test_cleared_pages_are_zero() -> None:
     pool = make_pool(2)
-    pages = pool.allocate(2 * PAGE)
+    pages = pool.take(2 * PAGE)
     pool.kv[:, :, pages] = 1.0
-    pool.release(pages)
-    assert torch.all(pool.kv[:, :, pool.allocate(2 * PAGE)] == 0.0)
+    pool.give_back(pages)
+    again = pool.take(2 * PAGE)
+    pool.clear(again)
+    assert torch.all(pool.kv[:, :, again] == 0.0)
 
 
 def test_the_memory_of_pages_is_that_of_their_keys_and_then_their_values() -> None:
     pool = make_pool(9)
-    pool.reserve(9)
     pool.kv.copy_(torch.arange(pool.kv.numel()).view(pool.kv.shape))
     for ids in ([4], [2, 3, 4], [7, 1, 2, 8]):
         pages = torch.tensor(ids)
@@ -72,36 +71,58 @@ def test_the_memory_of_pages_is_that_of_their_keys_and_then_their_values() -> No
 
 def test_the_least_recently_used_entry_makes_room() -> None:
     pool = make_pool(3)
-    keys = [key(name) for name in "abc"]
-    for each in keys:
-        put(pool, each)
-    pool.get(keys[0].digest)
-    pool.peek(keys[1].digest)  # looking is no use
-    pool.allocate(1)
-    assert [pool.peek(each.digest) is not None for each in keys] == [True, False, True]
+    entries = [put(pool, key(name)) for name in "abc"]
+    pool.pin(entries[0])
+    pool.unpin(entries[0])
+    pool.find(entries[1].key.digest)  # looking is no use
+    pool.take(1)
+    assert [pool.find(each.key.digest) is not None for each in entries] == [True, False, True]
 
 
 def test_pinned_entries_stay_and_exhaustion_is_a_typed_error() -> None:
     pool = make_pool(3)
-    keys = [key("a"), key("b")]
-    with pool.pinned(keys):
-        for each in keys:
-            put(pool, each)
-        with pytest.raises(PoolFullError, match="held by running calls"):
-            pool.allocate(2 * PAGE)
-        assert all(pool.peek(each.digest) for each in keys)
-    pool.allocate(2 * PAGE)
+    entries = [put(pool, key(name)) for name in "ab"]
+    for entry in entries:
+        pool.pin(entry)
+    assert pool.room == 1
+    with pytest.raises(PoolFullError, match="held by running calls"):
+        pool.take(2 * PAGE)
+    assert all(pool.find(entry.key.digest) for entry in entries)
+    for entry in entries:
+        pool.unpin(entry)
+    assert pool.room == 3
+    pages = pool.take(2 * PAGE)
+    pool.integrity([pages])
 
 
 def test_an_entry_deleted_under_a_running_call_keeps_its_pages_until_the_call_ends() -> None:
     pool = make_pool(1)
-    with pool.pinned([key("a")]):
-        entry = put(pool, key("a"))
-        pool.drop_chunks({"a" * 32})
-        assert pool.peek(key("a").digest) is None
-        with pytest.raises(PoolFullError):
-            pool.allocate(1)
-    assert pool.allocate(1).tolist() == entry.pages.tolist()
+    entry = put(pool, key("a"))
+    pool.pin(entry)
+    pool.drop_chunks({"a" * 32})
+    assert pool.find(entry.key.digest) is None
+    pool.integrity()
+    with pytest.raises(PoolFullError):
+        pool.take(1)
+    pool.unpin(entry)
+    assert pool.take(1).tolist() == entry.pages.tolist()
+
+
+@pytest.mark.parametrize("fault", ["lost", "twice", "count", "loading"])
+def test_integrity_notices_what_is_wrong(fault: str) -> None:
+    pool = make_pool(3)
+    entry = put(pool, key("a"))
+    pool.integrity()
+    if fault == "lost":
+        pool._free.pop()
+    elif fault == "twice":
+        pool._free.append(int(entry.pages[0]))
+    elif fault == "count":
+        pool._evictable += 1
+    else:
+        entry.state = State.LOADING
+    with pytest.raises(RuntimeError, match="pool"):
+        pool.integrity()
 
 
 def test_dropping_a_chunk_drops_what_was_computed_with_sight_of_it() -> None:
@@ -110,15 +131,15 @@ def test_dropping_a_chunk_drops_what_was_computed_with_sight_of_it() -> None:
     for each in (key("a"), seen, other):
         put(pool, each)
     pool.drop_chunks({"a" * 32})
-    assert pool.peek(seen.digest) is None
-    assert pool.peek(other.digest) is not None
+    assert pool.find(seen.digest) is None
+    assert pool.find(other.digest) is not None
 
 
 def test_what_can_never_fit_is_said_before_anything_happens() -> None:
     pool = make_pool(3)
-    pool.check_capacity([key("a"), key("a"), key("b")], tail_tokens=1)
+    pool.check_fits([PAGE, PAGE, 1])
     with pytest.raises(PoolFullError, match="larger pool_bytes"):
-        pool.check_capacity([key("a"), key("b")], tail_tokens=PAGE + 1)
+        pool.check_fits([PAGE, PAGE, PAGE + 1])
 
 
 def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> None:
@@ -134,14 +155,14 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
         capacity_bytes=pages * 2 * kv_heads * page_size * head_dim * 2,
         page_size=page_size,
     )
-    pool._grow(pages)  # only touched pages take memory
     assert pool.kv[0].numel() > 2**31
     torch.manual_seed(0)
     keys, values = torch.randn(2, 100, kv_heads, head_dim).bfloat16()
     rotary = RotaryTable(torch.rand(head_dim // 2), 1.0, torch.float32, torch.device("cpu"))
     outs = []
     for _ in range(2):
-        mine = pool.allocate(100)
+        mine = pool.take(100)
+        pool.clear(mine)
         append(pool.kv[0], slots_of(mine, 0, 100, page_size), keys, values)
         for rows in (3, 100):
             plans = plan_attention(
@@ -162,40 +183,30 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
     assert torch.equal(outs[1], outs[3])
 
 
-def test_past_turns_make_room_before_memory_grows_for_more_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("braidsdk.pool.KEPT_TURNS", 2)
+def test_of_past_turns_only_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braidsdk.cache.pool.KEPT_TURNS", 2)
     pool = make_pool(100)
     turns = [replace(key(name), level=2, chunk_id=None, after_sha256=name) for name in "abcdefgh"]
     document = put(pool, key("d"))
     for each in turns:
         put(pool, each)
-    assert pool.peek(document.key.digest)
-    assert pool.peek(turns[-1].digest)
-    assert pool.peek(turns[0].digest) is None
-    assert pool.kv.shape[2] <= 8, "memory for the document, three turns, and what doubling gave"
+    assert pool.find(document.key.digest)
+    assert [pool.find(each.digest) is not None for each in turns] == [False] * 6 + [True] * 2
+    assert pool.used_bytes == 3 * pool.page_bytes
 
 
-def test_growing_without_memory_is_a_typed_error_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = make_pool(100)
-    pool.release(pool.allocate(4 * PAGE))
-    have = pool.kv.shape[2]
-
-    def full(*_: object, **__: object) -> torch.Tensor:
-        raise RuntimeError("can't allocate memory")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(torch.Tensor, "new_empty", full)
-        with pytest.raises(PoolFullError, match="smaller pool_bytes"):
-            pool.allocate((have + 1) * pool.page_size)
-    taken = [page for _ in range(have + 1) for page in pool.allocate(pool.page_size).tolist()]
-    assert len(set(taken)) == len(taken) == have + 1
+def test_more_memory_than_there_is_is_a_typed_error() -> None:
+    with pytest.raises(PoolFullError, match="smaller pool_bytes"):
+        make_pool(2**60 // (2 * 2 * 1 * PAGE * 8 * 4))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_lies_in_unused_memory_never_matters(random_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
     found = []
     for index, filling in enumerate((0.0, float("nan"))):
-        with Braid(random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype) as braid:
+        with Braid(
+            random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype, pool_bytes=2**26
+        ) as braid:
             braid._engine.pool.kv.fill_(filling)
             texts = [f"Oslo is cold. Rome is warm. {'So it is said. ' * n}" for n in (1, 9, 40)]
             chunks = braid.register_many(texts, anchor=braid.register_system("You answer."), progress=False)

@@ -210,7 +210,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_computed(
     rules = random_braid.register_system(RULES)
     needed = random_braid.estimate(TEXTS, anchor=rules).bytes_to_write
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr("braidsdk.engine.compute", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("braidsdk.engine.runner.forward", lambda *_: pytest.fail("something was computed"))
     for free in (0, needed, needed + MARGIN_BYTES - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(0, 0, free))
         with pytest.raises(StoreFullError, match=r"Expected room for .* and 67.1 MB to spare.*Nothing was computed"):
@@ -332,7 +332,7 @@ def test_what_is_stored_has_zero_padding_whatever_lies_in_the_pool(random_braid:
     entry = next(each for each in engine.pool._entries.values() if each.stored)
     filled = entry.tokens % engine.pool.page_size
     engine.pool.kv[:, :, entry.pages[-1], :, filled:] = float("nan")
-    for slab in engine._slabs(entry):
+    for slab in engine._loop.residency._copy_out(entry)():
         tiles = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)
         assert not tiles[:, -1, :, filled:].any()
         assert tiles[:, -1, :, :filled].any()

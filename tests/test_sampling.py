@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Qwen3ForCausalLM
 
-from braidsdk import Braid, Context, decoding
+from braidsdk import Braid, Context
+from braidsdk.engine import runner
+from braidsdk.engine.sampling import Sampler, SamplingParams, candidates, penalise
 from braidsdk.errors import InputError, NumericsError
 from braidsdk.models.base import GenerationDefaults
-from braidsdk.sampling import Sampler, SamplingParams, candidates, penalise
-from braidsdk.stop_strings import StopStrings
+from braidsdk.prompt.stop_strings import StopStrings
 
 GREEDY = SamplingParams(max_new_tokens=1)
 
@@ -33,6 +34,7 @@ def context(random_braid: Braid) -> Context:
 
 def free_pages(braid: Braid) -> int:
     """Pages that no running call holds: free ones, and those of entries that nothing pins."""
+    braid._engine.call(lambda: None)
     pool = braid._engine.pool
     assert not pool._pins
     return len(pool._free) + sum(len(entry.pages) for entry in pool._entries.values())
@@ -268,7 +270,7 @@ def test_logits_that_are_not_finite_are_a_typed_error(
 ) -> None:
     before = context.ask("Well?", max_new_tokens=9)
     idle = free_pages(random_braid)
-    honest, calls = decoding.compute_logits, []
+    honest, calls = runner.forward, []
 
     def broken(*arguments):  # type: ignore[no-untyped-def]
         calls.append(1)
@@ -276,7 +278,7 @@ def test_logits_that_are_not_finite_are_a_typed_error(
         return logits.index_fill(-1, torch.tensor([5]), value) if len(calls) == 4 else logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoding, "compute_logits", broken)
+        patch.setattr(runner, "forward", broken)
         with pytest.raises(NumericsError, match="token 4 of the answer"):
             context.ask("Well?", max_new_tokens=9, **options)  # type: ignore[arg-type]
     assert free_pages(random_braid) == idle

@@ -185,9 +185,9 @@ class Pool:
         if wanted > self.room:
             raise PoolFullError(
                 f"{tokens:,} tokens need {wanted * self.page_bytes / 1e6:,.1f} MB of KV memory; of "
-                f"{self.capacity_pages * self.page_bytes / 1e6:,.1f} MB all but {self.room * self.page_bytes / 1e6:,.1f}"
-                " MB is held by running calls. Try again when they have ended, or open the Braid with a larger "
-                "pool_bytes."
+                f"{self.capacity_pages * self.page_bytes / 1e6:,.1f} MB running calls leave "
+                f"{self.room * self.page_bytes / 1e6:,.1f} MB. Try again when they have ended, or open the Braid with "
+                "a larger pool_bytes."
             )
         while len(self._free) < wanted:
             self._evict(self._entries)
@@ -271,7 +271,9 @@ class Pool:
         """
         dropped = [entry for entry in self._pins if entry.state is State.DROPPED]
         owned = [*(entry.pages for entry in (*self._entries.values(), *dropped)), *held]
-        if sorted([*self._free, *(page for pages in owned for page in pages.tolist())]) != list(range(self.capacity_pages)):
+        if sorted([*self._free, *(page for pages in owned for page in pages.tolist())]) != list(
+            range(self.capacity_pages)
+        ):
             raise RuntimeError("pool: a page is lost, or has two owners")
         if any(count < 1 for count in self._pins.values()):
             raise RuntimeError("pool: an entry is unpinned more often than it was pinned")

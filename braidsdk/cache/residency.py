@@ -7,7 +7,7 @@ found to the engine's thread, which alone changes the pool.
 
 import logging
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -55,24 +55,25 @@ class Need(Protocol):
 
 
 N = TypeVar("N", bound=Need)
+N_contra = TypeVar("N_contra", bound=Need, contravariant=True)
 
 
-class Owner(Protocol[N]):
+class Owner(Protocol[N_contra]):
     """Who is told what became of a request; the engine, in its own thread."""
 
     def post(self, work: Callable[[], None]) -> None:
         """Run something in the engine's thread, soon. Any thread may call it."""
         ...
 
-    def on_ready(self, request: N) -> None:
+    def on_ready(self, request: N_contra) -> None:
         """Every entry that a request needs is there, or its own to compute."""
         ...
 
-    def on_written(self, request: N) -> None:
+    def on_written(self, request: N_contra) -> None:
         """A write that a request waits for has ended well."""
         ...
 
-    def on_failed(self, request: N, error: BaseException) -> None:
+    def on_failed(self, request: N_contra, error: BaseException) -> None:
         """A read or a write that a request waits for has failed."""
         ...
 
@@ -210,7 +211,7 @@ class Residency(Generic[N]):
     # from admission to ready
 
     def start(self, request: N) -> None:
-        """Begin to load what a request needs that was just admitted; the owner is told when it is ready, perhaps now."""
+        """Begin to load what a request needs that was just admitted. The owner hears when it is ready, perhaps now."""
         held = self._held[request]
         for entry in held.entries:
             if entry.key.digest in request.computes and entry not in self._writing:
@@ -326,7 +327,7 @@ class Residency(Generic[N]):
 
     def _read(self, entries: list[Resident]) -> None:
         """In an I/O thread: load what the store holds of these."""
-        started, loaded = perf_counter(), 0
+        started, loaded, count = perf_counter(), 0, 0
         by_digest = {entry.key.digest: entry for entry in entries}
         place = (lambda key: self._place(by_digest[key.digest])) if self._model.device.type == "cpu" else None
         left = list(entries)
@@ -334,7 +335,7 @@ class Residency(Generic[N]):
             for found in self._store.stream([entry.key for entry in entries], place):
                 entry = left.pop(0)
                 if isinstance(found, Entry):
-                    loaded += found.nbytes
+                    loaded, count = loaded + found.nbytes, count + 1
                     self._owner.post(partial(self._loaded, entry, found))
                 else:
                     self._owner.post(partial(self._not_loaded, entry, None))
@@ -343,7 +344,7 @@ class Residency(Generic[N]):
                 self._owner.post(partial(self._not_loaded, entry, error))
         if loaded:
             self._rates.add("load", loaded, perf_counter() - started)
-            _log.info("loaded %d bytes in %.1f ms", loaded, (perf_counter() - started) * 1e3)
+            _log.info("loaded %d entries, %d bytes in %.1f ms", count, loaded, (perf_counter() - started) * 1e3)
 
     def _loaded(self, entry: Resident, found: Entry) -> None:
         if found.slabs is not None:

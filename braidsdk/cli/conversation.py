@@ -16,8 +16,8 @@ from braidsdk.types import LEVEL_SYSTEM, milliseconds
 
 if TYPE_CHECKING:
     from braidsdk import Answer, Braid, Chunk
-    from braidsdk.engine.sampling import SamplingOptions
     from braidsdk.answer import Stream
+    from braidsdk.engine.sampling import SamplingOptions
 
 HELP = """\
 /add NAME...   answer from these chunks too: names, ids or globs such as guide*
@@ -147,7 +147,7 @@ class _ChunksHere:
 
 @contextmanager
 def _ctrl_c_stops(stream: "Stream") -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C lets the stream end after the step that runs; a second one interrupts that too.
+    """Within it, Ctrl-C closes the stream, which then ends; a second one interrupts
 
     Yields:
         A function: whether the stream was stopped.
@@ -159,7 +159,7 @@ def _ctrl_c_stops(stream: "Stream") -> Iterator[Callable[[], bool]]:
         if stopped:
             raise KeyboardInterrupt
         stopped = True
-        stream.stop()
+        stream.close()
 
     before = signal.signal(signal.SIGINT, stop)
     try:

@@ -31,10 +31,18 @@ from braidsdk.compose import Composition
 from braidsdk.engine.batch import Run
 from braidsdk.engine.graphs import GraphRunner, runs_on_graphs
 from braidsdk.engine.request import Outcome, Request
-from braidsdk.engine.runner import Chosen, EagerRunner, Piece, Results, Row, Runner
+from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
 from braidsdk.engine.sampling import Sampler
-from braidsdk.engine.scheduler import Priority, Scheduler, State, Work
-from braidsdk.errors import BraidError, ClosedError, EngineError, ForkedError, NumericsError, QueueFullError, UnknownChunkError
+from braidsdk.engine.scheduler import Scheduler, State, Work
+from braidsdk.errors import (
+    BraidError,
+    ClosedError,
+    EngineError,
+    ForkedError,
+    NumericsError,
+    QueueFullError,
+    UnknownChunkError,
+)
 from braidsdk.history import SpokenTurns
 from braidsdk.models.base import Model
 from braidsdk.rates import Rates
@@ -365,15 +373,18 @@ class Loop:
         try:
             if self.model.device.type == "cuda":
                 torch.cuda.set_device(self.model.device)
-            busy = False
-            while self.open:
-                if not busy and self._checks:
-                    self._integrity()
-                self._receive(block=not busy)
-                busy = self.open and self._step()
+            with torch.inference_mode():
+                busy = False
+                while self.open:
+                    if not busy and self._checks:
+                        self._integrity()
+                    self._receive(block=not busy)
+                    busy = self.open and self._step()
         except BaseException as failure:
             _log.exception("the engine failed")
-            error = EngineError(f"The engine failed: {type(failure).__name__}: {str(failure)[:200]}. Open another Braid.")
+            error = EngineError(
+                f"The engine failed: {type(failure).__name__}: {str(failure)[:200]}. Open another Braid."
+            )
             error.__cause__ = failure
         finally:
             self._end(error)
@@ -486,6 +497,8 @@ class Loop:
         task, clock = self._tasks[request], request.clock
         clock.computed = perf_counter()
         self.scheduler.running(request)
+        if request.computed_tokens:
+            _log.info("computed %d tokens of missing entries in %.1f ms", request.computed_tokens, clock.compute_ms)
         writes = self.residency.write(request, request.computed_tokens, clock.ready)
         if request.computed_tokens and not writes and self.model.device.type == "cpu" and not self._rows:
             self._rates.add("compute", request.computed_tokens, clock.computed - clock.ready)
@@ -661,7 +674,9 @@ class Loop:
         """Check that nothing is lost, when nothing runs."""
         self.scheduler.integrity()
         self.residency.integrity()
-        if self._rows.keys() != {task.row for task in self._tasks.values() if task.row and task.launched and not task.answered}:
+        if self._rows.keys() != {
+            task.row for task in self._tasks.values() if task.row and task.launched and not task.answered
+        }:
             raise RuntimeError("engine: a row is lost")
 
 

@@ -14,6 +14,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -110,7 +111,6 @@ class Graphs:
         self._batch: _Batch | None = None
 
     @property
-    @torch.inference_mode()
     def batch(self) -> _Batch:
         """The running batch; empty at first."""
         if self._batch is None:
@@ -158,13 +158,13 @@ class Graphs:
             requests: at most `ROW_SLOTS`.
         """
         for tokens in PREFILL_ROWS:
-            yield lambda tokens=tokens: self._prefill(tokens)
+            yield partial(self._prefill, tokens)
         for drawn in (False, True):
             for rows in QUESTION_ROWS:
-                yield lambda rows=rows, drawn=drawn: self._question(rows, drawn)
+                yield partial(self._question, rows, drawn)
             for rows in DECODE_ROWS:
                 if rows <= _bucket(DECODE_ROWS, requests):
-                    yield lambda rows=rows, drawn=drawn: self._decoding(rows, drawn)
+                    yield partial(self._decoding, rows, drawn)
         yield torch.cuda.current_stream(self._model.device).synchronize
 
     def launches(self) -> dict[str, int]:
@@ -176,7 +176,6 @@ class Graphs:
             for (rows, drawn), captured in sorted(passes.items())
         }
 
-    @torch.inference_mode()
     def _prefill(self, tokens: int) -> None:
         pages = self._pool.take(tokens)
         try:
@@ -190,7 +189,6 @@ class Graphs:
         self._questions.clear()
         self._decodings.clear()
 
-    @torch.inference_mode()
     def _question(self, rows: int, drawn: bool) -> _Question:
         if (rows, drawn) not in self._questions:
             device = self._model.device
@@ -210,7 +208,6 @@ class Graphs:
             self._questions[rows, drawn] = _Question(graph, chosen, choices, plan, state, wanted)
         return self._questions[rows, drawn]
 
-    @torch.inference_mode()
     def _decoding(self, rows: int, drawn: bool) -> _Captured:
         if (rows, drawn) not in self._decodings:
             batch = self.batch
@@ -224,8 +221,8 @@ class Graphs:
                 slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
                 choices = None
                 if drawn:
-                    parts = (all_choices.shape, all_choices.draws)
-                    choices = Choices(*(part[:, :rows].contiguous() for part in parts), all_choices.seen[:rows])
+                    shape, draws = (part[:, :rows].contiguous() for part in (all_choices.shape, all_choices.draws))
+                    choices = Choices(shape, draws, all_choices.seen[:rows])
                 self._pass(chosen[0], state[1], slots, wanted, plan, choices, chosen)
                 if choices:
                     all_choices.draws[:, :rows] = choices.draws
@@ -328,7 +325,6 @@ class GraphRunner:
         self._rows: dict[Row, None] = {}
         self._planned: _Captured | None = None  # whose tables hold these rows
 
-    @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
         pending = _Pending()
         for row in [row for row in self._rows if row not in rows]:

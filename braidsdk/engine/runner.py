@@ -1,6 +1,6 @@
 """A step of the model for many requests: pieces of prefill, and a token for each row that decodes.
 
-Knows nothing of requests' states, of text or of files. For the engine's thread.
+Knows nothing of requests' states, of text or of files. For the engine's thread, which is in inference mode.
 """
 
 from collections.abc import Sequence
@@ -114,7 +114,6 @@ class EagerRunner:
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
 
-    @torch.inference_mode()
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> Done:
         runs = [*(row.run((row.last,)) for row in rows), *(piece.run for piece in pieces)]
         wanted = [True] * len(rows) + [piece.row is not None or piece.logits for piece in pieces]

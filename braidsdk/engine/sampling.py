@@ -167,7 +167,6 @@ class Sampler:
         """What the repetition penalty counts: ids of the prompt and of the answer so far, int64."""
         return torch.cat((self._said, torch.tensor(self._chosen, dtype=torch.int64)))
 
-    @torch.inference_mode()
     def pick(self, logits: Tensor) -> int:
         """The next token's id; `take` notes it.
 

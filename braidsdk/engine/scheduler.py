@@ -61,12 +61,14 @@ class State(StrEnum):
 
 ENDED = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
 
-TRANSITIONS = {
+TRANSITIONS: dict[State, set[State]] = {
     State.WAITING: {State.LOADING, State.FAILED, State.CANCELLED},
     State.LOADING: {State.READY, State.FAILED, State.CANCELLED},
     State.READY: {State.RUNNING, State.FAILED, State.CANCELLED},
     State.RUNNING: {State.FINISHED, State.FAILED, State.CANCELLED},
-    **dict.fromkeys(ENDED, set[State]()),
+    State.FINISHED: set(),
+    State.FAILED: set(),
+    State.CANCELLED: set(),
 }
 
 
@@ -202,12 +204,11 @@ class Scheduler(Generic[J]):
         """End a request; False if it has ended before."""
         if job.state in ENDED:
             return False
-        waited = job.state is State.WAITING
-        self._move(job, state)
-        if waited:
+        if job.state is State.WAITING:
             self._queues[job.priority].remove(job)
         else:
             self._give_back(job)
+        self._move(job, state)  # last: whoever sees it finds all given back
         return True
 
     def next(self, now: float, decoding: tuple[J, ...]) -> Work[J]:
