@@ -86,7 +86,8 @@ def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, st
 
 def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], dict[str, str]]:
     """Return the newest records, by their digests, for each value of a column (None: null) and each namespace."""
-    conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(sorted({*values} - {None}))]
+    wanted = list(dict.fromkeys(value for value in values if value is not None))
+    conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(wanted)]
     if None in values:
         conditions.append((f"{column} is null", []))
     found: dict[tuple[str | None, str], dict[str, str]] = {}

@@ -268,7 +268,8 @@ class ChunkStore:
             # A chunk without a row may still have been seen by entries: a rebuilt index can know it by id alone.
             free = [each for each, owner in owners.items() if owner in (namespace, None)]
             gone = entries.delete_of_chunks(db, free)
-            _ = [self._layout.entry(digest) for digest in gone]  # raises, and undoes, for one that is no digest
+            for digest in gone:
+                self._layout.entry(digest)  # raises for one that is no digest: then nothing is deleted
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known = sum(owner == namespace for owner in owners.values())
