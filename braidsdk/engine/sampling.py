@@ -197,7 +197,8 @@ class Sampler:
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
         if self._seen is not None:
-            self._seen[token] = True
+            with torch.inference_mode():  # where `pick` made it
+                self._seen[token] = True
 
     def _mask(self, logits: Tensor) -> Tensor:
         if self._seen is None:
