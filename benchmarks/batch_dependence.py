@@ -45,7 +45,7 @@ def _logits(braid: Braid) -> tuple[Tensor, Tensor]:
     """Of each request by itself, and of all in one pass: float64 [requests, vocab_size], on the CPU."""
     engine = braid._engine
     model, pool = engine.model, engine.pool
-    ids = [engine.layout.plain_ids(text_of(engine.layout, TOKENS, 5000 + number)) for number in range(REQUESTS)]
+    ids = [engine.layout.plain_ids(text_of(braid, TOKENS, 5000 + number)) for number in range(REQUESTS)]
     with engine.working():
         pages = [pool.allocate(TOKENS) for _ in ids]
         try:

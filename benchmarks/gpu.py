@@ -22,7 +22,7 @@ import torch
 import transformers
 import triton
 from batch_dependence import batch_dependence
-from random_model import GEOMETRIES, question_of, save_checkpoint, text_of
+from random_model import GEOMETRIES, question_of, save_checkpoint, text_of, token_bytes
 from timing import BYTES_PER_S, Row, seconds, spread
 from transformers import AutoModelForCausalLM
 from transformers_peer import compiled, eager
@@ -51,24 +51,21 @@ prefix that it has seen is the same order again, any other order is new to it; i
 class Bench:
     """An open Braid on Triton's kernels, or an error, and the texts that it is asked about."""
 
-    def __init__(self, braid: Braid) -> None:
+    def __init__(self, braid: Braid, geometry: str) -> None:
         self.braid = braid
-        self.layout = braid._engine.layout
+        self.token_bytes = token_bytes(geometry)
         self.rng = random.Random(0)
         self.short = braid.register_system(SHORT_SYSTEM)
         self.anchor = self.system(0)
-        model = braid._engine.model
-        config = model.config
-        self.token_bytes = config.layers * 2 * config.kv_heads * config.head_dim * model.dtype.itemsize
 
     def system(self, seed: int) -> Chunk:
         """A system prompt of about `ANCHOR_TOKENS` tokens, its control tokens aside."""
-        return self.braid.register_system(text_of(self.layout, ANCHOR_TOKENS, 1000 + seed))
+        return self.braid.register_system(text_of(self.braid, ANCHOR_TOKENS, 1000 + seed))
 
     def documents(self, count: int) -> list[Chunk]:
         """Chunks that nothing was computed of yet."""
         return self.braid.register_many(
-            [text_of(self.layout, CHUNK_TOKENS, seed) for seed in range(count)], progress=False
+            [text_of(self.braid, CHUNK_TOKENS, seed) for seed in range(count)], progress=False
         )
 
     def composed(self, docs: list[Chunk]) -> Context:
@@ -79,7 +76,7 @@ class Bench:
 
     def question(self, tokens: int = QUESTION_TOKENS) -> str:
         """A question whose tail is exactly so many tokens."""
-        return question_of(self.layout, tokens)
+        return question_of(self.braid.compose([self.short]), tokens)
 
     def decode_rate(self, context: Context, tokens: int) -> float:
         """Tokens per second after the first, on the caller's clock."""
@@ -248,7 +245,7 @@ def main() -> None:
         for row in processes(folder, options.scratch):
             show("warm_up", row)
         with opened(folder) as braid:
-            bench = Bench(braid)
+            bench = Bench(braid, "0.6B")
             docs = bench.documents(64)
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
             model.eval().cuda()
@@ -265,7 +262,7 @@ def main() -> None:
             del model
     for geometry in options.geometries:
         with checkpoint(geometry, options.scratch) as folder, opened(folder) as braid:
-            bench = Bench(braid)
+            bench = Bench(braid, geometry)
             context = bench.composed(bench.documents(1))
             tokens = 2 * (1024 - len(context.input_ids) - QUESTION_TOKENS)  # 1,024 tokens of context in the mean
             length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2

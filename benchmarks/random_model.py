@@ -1,5 +1,6 @@
 """Checkpoints of Qwen3's geometries with random weights, and texts of an exact number of tokens."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from braidsdk import Braid, Context
 from braidsdk.models.tiny import CHECKPOINT
-from braidsdk.tokens import PromptLayout
+
+_EOS = 151_935
 
 _COMMON = {
     "vocab_size": 151_936,
@@ -18,7 +21,7 @@ _COMMON = {
     "max_position_embeddings": 40_960,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "bos_token_id": None,
-    "eos_token_id": 151_935,
+    "eos_token_id": _EOS,
 }
 
 
@@ -42,8 +45,25 @@ GEOMETRIES = {
 """Arguments of `transformers.Qwen3Config`."""
 
 
-def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu") -> None:
-    """A checkpoint of the geometry with random weights in bfloat16, made on `device`, and braid-tiny's tokenizer."""
+def token_bytes(geometry: str) -> int:
+    """KV of one token in bfloat16."""
+    shape = GEOMETRIES[geometry]
+    layers, kv_heads, head_dim = (int(shape[name]) for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    return layers * 2 * kv_heads * head_dim * 2
+
+
+def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu", *, visible: bool = False) -> None:
+    """A checkpoint of the geometry with random weights in bfloat16, and braid-tiny's tokenizer.
+
+    No greedy answer ends early: the logit of the id that would end it is 0, far below the greatest.
+
+    Args:
+        folder: where it goes.
+        geometry: a key of `GEOMETRIES`.
+        device: where it is made.
+        visible: let nearly every id decode to a text of its own. braid-tiny's tokenizer knows the first 1,024 ids only,
+            so that a stream of random ids would show hardly a piece of text.
+    """
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**GEOMETRIES[geometry], dtype="bfloat16")).to(torch.bfloat16)
     model.to_empty(device=device)
@@ -54,20 +74,38 @@ def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu") -
             weight.data.fill_(1.0)
         else:
             weight.data.uniform_(-0.035, 0.035)  # the standard deviation of the usual 0.02
+    model.get_output_embeddings().weight.data[_EOS] = 0.0
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(CHECKPOINT / name, folder)
+    if visible:
+        _show_every_id(folder / "tokenizer.json")
 
 
-def text_of(layout: PromptLayout, tokens: int, seed: int) -> str:
+def _show_every_id(tokenizer: Path) -> None:
+    """Name the ids that a tokenizer does not know. No merge leads to them, so encoding stays as it was."""
+    spec = json.loads(tokenizer.read_text(encoding="utf-8"))
+    vocabulary = spec["model"]["vocab"]
+    known = {*vocabulary.values(), *(token["id"] for token in spec["added_tokens"])}
+    vocabulary |= {f"\u0120{number}": number for number in range(_EOS + 1) if number not in known}  # U+0120: a space
+    tokenizer.write_text(json.dumps(spec), encoding="utf-8")
+
+
+def text_of(braid: Braid, tokens: int, seed: int) -> str:
     """A text that is exactly so many tokens as a chunk."""
     rng = random.Random(seed)
-    return _exact(lambda text: len(layout.plain_ids(text)), tokens, [rng.choice(_WORDS) for _ in range(tokens)])
+    return _exact(braid.count_tokens, tokens, [rng.choice(_WORDS) for _ in range(tokens)])
 
 
-def question_of(layout: PromptLayout, tokens: int) -> str:
-    """A question whose tail is exactly so many tokens."""
-    return _exact(lambda text: len(layout.question_ids(text)), tokens, ["what", *["x"] * tokens])
+def question_of(context: Context, tokens: int, seed: int | None = None) -> str:
+    """A question whose tail is exactly so many tokens; one of its own for a seed."""
+    rng = random.Random(seed)
+    words = ["x" if seed is None else rng.choice(_WORDS) for _ in range(tokens)]
+
+    def tail_tokens(question: str) -> int:
+        return len(context.prompt_ids(question)) - len(context.input_ids)
+
+    return _exact(tail_tokens, tokens, ["what", *words])
 
 
 _WORDS = ("the", "river", "city", "old", "queen", "rules", "north", "small", "kingdom", "mountain", "sea")

@@ -24,7 +24,7 @@ from time import perf_counter
 
 import torch
 import transformers
-from random_model import save_checkpoint, text_of
+from random_model import question_of, save_checkpoint, text_of
 from transformers import AutoModelForCausalLM
 
 from braidsdk import Braid, Chunk
@@ -50,10 +50,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def register(folder: Path, store: Path, chunks: int) -> dict[str, object]:
     """Register everything in one call, the store's writing included."""
     with Braid(folder, store=store, device="cpu") as braid:
-        layout = braid._engine.layout
-        texts = [text_of(layout, CHUNK_TOKENS, seed) for seed in range(chunks)]
+        texts = [text_of(braid, CHUNK_TOKENS, seed) for seed in range(chunks)]
         rules = braid.register_system(SYSTEM, name="rules")
-        braid.register(text_of(layout, CHUNK_TOKENS, 10_000), anchor=rules)  # first touches and lazy set-up
+        braid.register(text_of(braid, CHUNK_TOKENS, 10_000), anchor=rules)  # first touches and lazy set-up
         seconds = timed(lambda: braid.register_many(texts, anchor=rules, progress=False))
         return {"tokens": chunks * CHUNK_TOKENS, "seconds": seconds}
 
@@ -62,8 +61,9 @@ def fresh(folder: Path, store: Path, chunks: int) -> dict[str, object]:
     """A process that has just opened: its first question, every entry read from disk."""
     with Braid(folder, store=store, device="cpu") as braid:
         context = braid.compose(documents(braid, chunks))
+        asked = question_of(context, QUESTION_TOKENS)
         assert all(row.where == "store" for row in context.explain().chunks)
-        answer = context.ask(question(braid), max_new_tokens=1)
+        answer = context.ask(asked, max_new_tokens=1)
         assert answer.usage.cached_tokens == len(context.input_ids)
         timings = answer.timings
         return {"first_token_ms": timings.first_token_ms, "load_ms": timings.load_ms, "token_ids": answer.token_ids}
@@ -76,8 +76,9 @@ def resident(folder: Path, store: Path, chunks: int) -> dict[str, object]:
             folder, dtype=braid.dtype, attn_implementation="sdpa"
         )
         model.eval()
-        asked, chosen = question(braid), documents(braid, chunks)
+        chosen = documents(braid, chunks)
         context = braid.compose(chosen)
+        asked = question_of(context, QUESTION_TOKENS)
         prompt = context.prompt_ids(asked)
         ids = torch.tensor([prompt])
 
@@ -124,18 +125,6 @@ def documents(braid: Braid, chunks: int) -> list[Chunk]:
     rest = rest[:chunks]
     random.Random(1).shuffle(rest)
     return [rules, *rest]
-
-
-def question(braid: Braid) -> str:
-    """A question whose tail is exactly `QUESTION_TOKENS` tokens."""
-
-    def missing(text: str) -> int:
-        return QUESTION_TOKENS - len(braid._engine.layout.question_ids(text))
-
-    text = "what"
-    while left := missing(text):
-        text = next(longer for end in (" x", "x", " a", "1") if 0 <= missing(longer := text + end) < left)
-    return text
 
 
 def measure(folder: Path, chunks: int, fresh_runs: int) -> dict[str, object]:
