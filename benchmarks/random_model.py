@@ -38,6 +38,7 @@ def _geometry(hidden: int, intermediate: int, layers: int, heads: int, *, tied: 
 
 GEOMETRIES = {
     "0.6B": _geometry(1024, 3072, 28, 16),
+    "0.6B, 4 layers": _geometry(1024, 3072, 4, 16),
     "1.7B": _geometry(2048, 6144, 28, 16),
     "4B": _geometry(2560, 9728, 36, 32),
     "8B": _geometry(4096, 12_288, 36, 32, tied=False),
@@ -52,7 +53,7 @@ def token_bytes(geometry: str) -> int:
     return layers * 2 * kv_heads * head_dim * 2
 
 
-def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu", *, visible: bool = False) -> None:
+def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu", *, telling: bool = False) -> None:
     """A checkpoint of the geometry with random weights in bfloat16, and braid-tiny's tokenizer.
 
     No greedy answer ends early: the logit of the id that would end it is 0, far below the greatest.
@@ -61,8 +62,9 @@ def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu", *
         folder: where it goes.
         geometry: a key of `GEOMETRIES`.
         device: where it is made.
-        visible: let nearly every id decode to a text of its own. braid-tiny's tokenizer knows the first 1,024 ids only,
-            so that a stream of random ids would show hardly a piece of text.
+        telling: let answers depend on what is asked, where plain random weights repeat one id whatever the prompt is,
+            and let nearly every id decode to a text of its own, where braid-tiny's tokenizer knows 1,024 of them only
+            and a stream of random ids shows hardly a piece of text. Costs the same time.
     """
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**GEOMETRIES[geometry], dtype="bfloat16")).to(torch.bfloat16)
@@ -74,12 +76,23 @@ def save_checkpoint(folder: Path, geometry: str = "0.6B", device: str = "cpu", *
             weight.data.fill_(1.0)
         else:
             weight.data.uniform_(-0.035, 0.035)  # the standard deviation of the usual 0.02
+    if telling:
+        _tell(model)
     model.get_output_embeddings().weight.data[_EOS] = 0.0
     model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(CHECKPOINT / name, folder)
-    if visible:
+    if telling:
         _show_every_id(folder / "tokenizer.json")
+
+
+def _tell(model: Qwen3ForCausalLM) -> None:
+    """Make the next token a function of the last one and of the context that a wrong context or row would change."""
+    for layer in model.model.layers:
+        layer.self_attn.q_norm.weight.data.fill_(2.0)  # attention picks some tokens instead of averaging all
+    model.model.embed_tokens.weight.data *= 25.0  # else what all tokens have in common outweighs each token
+    signs = torch.randint(0, 2, model.model.norm.weight.shape, device=model.device) * 2 - 1
+    model.model.norm.weight.data.copy_(signs)  # else a tied head finds the last token likeliest again
 
 
 def _show_every_id(tokenizer: Path) -> None:

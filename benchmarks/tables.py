@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,68 @@ def _transformers(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def serving_table(report: dict[str, Any]) -> str:
+    """Many callers at once, and what else `serving.py` measured, as Markdown."""
+    rows = report.get("rows")
+    if not rows:
+        return _NOTHING_KEPT
+    shape, versions = report["shape"], ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    lines = [
+        f"One {report['device']}, {versions}; {report['model']}. {shape['chunks']} chunks of {shape['chunk_tokens']} "
+        f"tokens, {shape['drawn']} in a request; answers of {shape['answer_tokens']} tokens:",
+        "",
+        "| pool holds | requests come from | requests/s | first token, p50 and p99, ms "
+        "| between tokens, p50 and p99, ms | tokens/s | tokens a step | failed |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        callers = (
+            f"{row['callers']:,} callers" if row["load"] == "closed" else f"{row['arrivals_per_s']:.2g} arrivals/s"
+        )
+        cells = [
+            {"resident": "all", "third": "a third"}[row["pool"]],
+            callers,
+            _short(row.get("requests_per_s")),
+            _both(row.get("first_token_ms")),
+            _both(row.get("inter_token_ms")),
+            _short(row.get("tokens_per_s")),
+            _short(row.get("tokens_per_step")),
+            f"{row['failed']:,}" if row["failed"] else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    if singles := list(_singles(report)):
+        lines += ["", "| what else | |", "| --- | ---: |", *(f"| {what} | {found} |" for what, found in singles)]
+    return "\n".join(lines)
+
+
+def _singles(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The parts of `serving.py` that are no row of its first table; skipped ones are left out."""
+    if ratio := report.get("eight_over_one"):
+        yield "requests/s of 8 callers over those of one", f"{ratio:.2f} x"
+    for row in report.get("lone", []):
+        rate = f"{row['value']:,.4g} tokens/s ({row['least']:,.4g} to {row['most']:,.4g})"
+        yield f"decode of a caller alone, after {row['prompt_tokens']:,} tokens", rate
+    if "aask_passes" in (row := report.get("aask8", {})):
+        passes = f"{row['aask_passes']:,} and {row['ask_many_passes']:,}"
+        yield f"passes for {row['requests']} `aask` of {row['tokens']} tokens at once, and for one `ask_many`", passes
+    if "ratio" in (row := report.get("threads", {})):
+        yield f"tokens/s of {row['threads']} threads that `ask`, over those of one `ask_many`", f"{row['ratio']:.2f} x"
+    if (row := report.get("register", {})).get("ratio"):
+        what = f"between tokens of {row['running']} answers while {row['texts']} x {row['text_tokens']} tokens register"
+        yield f"{what}, p50 and p99, over those without", f"{row['ratio']['p50']:.2f} x and {row['ratio']['p99']:.2f} x"
+
+
+def _short(value: float | None) -> str:
+    """A number with three digits at least; nothing of nothing."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _both(value: dict[str, float] | None) -> str:
+    return "" if value is None else f"{_short(value['p50'])} and {_short(value['p99'])}"
+
+
 def warm_up_table(report: dict[str, Any]) -> str:
     """Seconds until a process is ready, as Markdown."""
     rows = report.get("warm_up")
@@ -194,6 +257,8 @@ TABLES = {
     "warm_up": ("docs/performance.md", "gpu.json", warm_up_table),
     "launches": ("docs/performance.md", "gpu.json", launches_table),
     "batch": ("docs/performance.md", "gpu.json", batch_table),
+    "serving": ("docs/performance.md", "serving.json", serving_table),
+    "serving_cpu": ("docs/performance.md", "serving-cpu.json", serving_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
     "linear": ("docs/performance.md", "kernels/linear.json", linear_table),
@@ -217,7 +282,8 @@ def fill(text: str, name: str, table: str) -> str:
 def filled(name: str) -> tuple[Path, str]:
     """A table's page, and its text with the table made anew."""
     page, results, make = TABLES[name]
-    report = json.loads((RESULTS / results).read_text(encoding="utf-8"))
+    kept = RESULTS / results
+    report = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     return ROOT / page, fill((ROOT / page).read_text(encoding="utf-8"), name, make(report))
 
 

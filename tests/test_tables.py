@@ -26,7 +26,7 @@ def test_missing_marks_are_an_error() -> None:
 
 
 def test_a_report_without_a_part_has_no_table_of_it() -> None:
-    for make in (tables.warm_up_table, tables.launches_table, tables.batch_table):
+    for make in (tables.serving_table, tables.warm_up_table, tables.launches_table, tables.batch_table):
         assert make({}) == "No result of this is kept yet."
 
 
@@ -60,6 +60,27 @@ def test_warm_up_has_a_column_per_process() -> None:
     lines = tables.warm_up_table({"warm_up": rows}).splitlines()
     assert lines[0] == "| | first process, s | second process, s |"
     assert "| `warm_up()` | 12.3 | 12.3 |" in lines
+
+
+def test_serving_shows_each_load_and_what_else_was_measured() -> None:
+    times = {"first_token_ms": {"p50": 2.0, "p99": 12.34}, "inter_token_ms": {"p50": 3.456, "p99": 1234.0}}
+    rows = [
+        {"pool": "resident", "load": "closed", "callers": 64, "failed": 0, "requests_per_s": 123.4, **times},
+        {"pool": "third", "load": "poisson", "arrivals_per_s": 61.7, "failed": 3, "tokens_per_step": 9.87},
+    ]
+    shape = {"chunks": 256, "chunk_tokens": 512, "drawn": 8, "answer_tokens": 64}
+    report = {"device": "G", "versions": {"torch": "1"}, "model": "M", "shape": shape, "rows": rows}
+    report["aask8"] = {"requests": 8, "tokens": 16, "aask_passes": 17, "ask_many_passes": 16}
+    lines = tables.serving_table({**report, "threads": {"skipped": "why"}, "eight_over_one": 2.345}).splitlines()
+    assert lines[0].startswith("One G, torch 1; M. 256 chunks of 512 tokens, 8 in a request; answers of 64 tokens")
+    assert lines[4:6] == [
+        "| all | 64 callers | 123 | 2.00 and 12.3 | 3.46 and 1,234 |  |  |  |",
+        "| a third | 62 arrivals/s |  |  |  |  | 9.87 | 3 |",
+    ]
+    assert lines[9:] == [
+        "| requests/s of 8 callers over those of one | 2.35 x |",
+        "| passes for 8 `aask` of 16 tokens at once, and for one `ask_many` | 17 and 16 |",
+    ]
 
 
 def test_a_batch_is_shown_with_the_tokens_that_stay_the_same() -> None:
