@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out gpu.json
 
 Times are the host's clock around public calls. Logits are compared with those of transformers before anything is
-timed. A limit is the bytes that must be read (weights and KV) over the bandwidth of a device copy.
+timed. A limit is the bytes that must be read (weights and KV) over the bandwidth of a device copy, measured first.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import transformers
 import triton
 from batch_dependence import batch_dependence
 from random_model import GEOMETRIES, question_of, save_checkpoint, text_of, token_bytes
-from timing import BYTES_PER_S, Row, seconds, spread
+from timing import Row, copy_bytes_per_s, seconds, spread
 from transformers import AutoModelForCausalLM
 from transformers_peer import compiled, eager
 from warm_up import processes
@@ -107,11 +107,11 @@ def check(bench: Bench, model: torch.nn.Module, docs: list[Chunk]) -> Row:
     return {"exact_logits_error": error}
 
 
-def ours(bench: Bench, docs: list[Chunk], weight_bytes: int) -> Iterator[Row]:
+def ours(bench: Bench, docs: list[Chunk], weight_bytes: int, bytes_per_s: float) -> Iterator[Row]:
     """Single answers, batches, registering."""
 
     def limit(tokens: int, requests: int = 1) -> float:
-        return requests * BYTES_PER_S / (weight_bytes + tokens * bench.token_bytes)
+        return requests * bytes_per_s / (weight_bytes + tokens * bench.token_bytes)
 
     short = bench.braid.compose([bench.short])
     contexts = {"short": (short, 48), "8k": (bench.composed(docs[:16]), 385), "32k": (bench.composed(docs), 385)}
@@ -214,6 +214,8 @@ def main() -> None:
     )
     parser.add_argument("--no-transformers", action="store_true", help="leave transformers' times out")
     options = parser.parse_args()
+    bytes_per_s = copy_bytes_per_s()
+    torch.cuda.empty_cache()
     report: Row = {
         "command": "python benchmarks/gpu.py",
         "gpu": torch.cuda.get_device_name(),
@@ -223,7 +225,7 @@ def main() -> None:
             "triton": triton.__version__,
             "transformers": transformers.__version__,
         },
-        "bytes_per_s": BYTES_PER_S,
+        "copy_bytes_per_s": bytes_per_s,
         "vllm_recorded": VLLM,
         "warm_up": [],
         "rows": [],
@@ -250,7 +252,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
             model.eval().cuda()
             show("check", check(bench, model, docs))
-            for row in ours(bench, docs, weight_bytes("0.6B")):
+            for row in ours(bench, docs, weight_bytes("0.6B"), bytes_per_s):
                 show("rows", row)
             show("profile", profile(bench, bench.composed(docs[:16])))
             braid.warm_up(requests=REQUESTS, progress=False)
@@ -268,7 +270,7 @@ def main() -> None:
             length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2
             bench.decode_rate(context, 17)
             rates = [bench.decode_rate(context, tokens) for _ in range(3)]
-            limit = BYTES_PER_S / (weight_bytes(geometry) + length * bench.token_bytes)
+            limit = bytes_per_s / (weight_bytes(geometry) + length * bench.token_bytes)
             show("geometries", {"what": geometry, "limit": limit, **spread(rates, "tokens/s")})
 
 

@@ -89,12 +89,20 @@ def _number(value: float | None, unit: str) -> str:
     return "" if value is None else f"{value:,.{2 if unit == 'ms' else 0}f} {unit}"
 
 
+def _bandwidth(report: dict[str, Any]) -> str:
+    """What the limits were computed from; older runs did not measure it and took a constant."""
+    if measured := report.get("copy_bytes_per_s"):
+        return f"{measured / 1e12:.2f} TB/s, the best device copy of the same run"
+    return f"{report['bytes_per_s'] / 1e12:.2f} TB/s, a constant: that of a device copy on one H200"
+
+
 def gpu_table(report: dict[str, Any]) -> str:
     """Public calls on one GPU, with transformers in the same run, as Markdown."""
     versions = report["versions"]
     lines = [
         f"One {report['gpu']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
-        f"{versions['transformers']}; Qwen3-0.6B's geometry, random weights, bfloat16. Medians and ranges:",
+        f"{versions['transformers']}; Qwen3-0.6B's geometry, random weights, bfloat16. The limit is what must be read "
+        f"over {_bandwidth(report)}. Medians and ranges:",
         "",
         "| what | ours | range | limit of the bandwidth | vLLM 0.22.0, an earlier run |",
         "| --- | ---: | ---: | ---: | ---: |",

@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 
-BYTES_PER_S = 4.24e12
-"""Of a device copy on one H200."""
-
 Row = dict[str, Any]
 
 
@@ -22,6 +19,15 @@ def spread(values: list[float], unit: str) -> Row:
         "unit": unit,
         "runs": len(values),
     }
+
+
+def copy_bytes_per_s(gib: int = 4, runs: int = 10) -> float:
+    """Bandwidth of this GPU's memory: the best of several device copies of `gib` GiB, bytes read and written."""
+    source = torch.ones(gib << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    best = min(seconds(lambda: target.copy_(source)) for _ in range(runs))
+    return 2 * source.nbytes / best
 
 
 def seconds(run: Callable[[], object]) -> float:

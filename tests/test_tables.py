@@ -44,6 +44,14 @@ def test_launches_stand_in_the_order_of_their_rows() -> None:
     assert lines == ["| decoding of 2 | 2 | 5 |", "| decoding of 16 | 3 |  |", "| question of 16 | 9 |  |"]
 
 
+def test_limits_name_the_bandwidth_that_they_come_from() -> None:
+    report = json.loads((tables.RESULTS / "gpu.json").read_text(encoding="utf-8"))
+    constant = {name: value for name, value in report.items() if name != "copy_bytes_per_s"} | {"bytes_per_s": 4.24e12}
+    assert "over 4.24 TB/s, a constant: that of a device copy on one H200." in tables.gpu_table(constant)
+    measured = tables.gpu_table({**report, "copy_bytes_per_s": 2.8e12})
+    assert "over 2.80 TB/s, the best device copy of the same run." in measured
+
+
 def test_transformers_shows_each_kind_of_attention_that_was_tried() -> None:
     report = json.loads((tables.RESULTS / "gpu.json").read_text(encoding="utf-8"))
     tried = {"torch's choice": 18.0, "without cuDNN": 40.0}
