@@ -34,19 +34,6 @@ CHUNK_TOKENS, ANCHOR_TOKENS, QUESTION_TOKENS, OWN_TOKENS = 512, 256, 32, 64
 REQUESTS = 64
 SHORT_SYSTEM = "You answer questions."
 
-VLLM = {
-    "decode, 1 request, short": 616,
-    "decode, 1 request, 8k": 518,
-    "decode, 1 request, 32k": 387,
-    "first token, any order, 8k": 33.0,
-    "first token, any order, 32k": 273,
-    "first token, same order again, 8k": 7.7,
-    "first token, same order again, 32k": 15.4,
-    "decode, 64 requests, one 8k, own orders": 6262,
-}
-"""vLLM 0.22.0 (FA3, CUDA graphs, prefix caching) on the same kind of GPU with the same geometry, from an earlier run: a
-prefix that it has seen is the same order again, any other order is new to it; its 64 requests share one order."""
-
 
 class Bench:
     """An open Braid on Triton's kernels, or an error, and the texts that it is asked about."""
@@ -226,7 +213,6 @@ def main() -> None:
             "transformers": transformers.__version__,
         },
         "copy_bytes_per_s": bytes_per_s,
-        "vllm_recorded": VLLM,
         "warm_up": [],
         "rows": [],
         "transformers": [],

@@ -96,24 +96,32 @@ def _bandwidth(report: dict[str, Any]) -> str:
     return f"{report['bytes_per_s'] / 1e12:.2f} TB/s, a constant: that of a device copy on one H200"
 
 
-def gpu_table(report: dict[str, Any]) -> str:
-    """Public calls on one GPU, with transformers in the same run, as Markdown."""
-    versions = report["versions"]
+def gpu_table(report: dict[str, Any], vllm: dict[str, Any]) -> str:
+    """Public calls on one GPU, with transformers in the same run and a recorded run of vLLM, as Markdown."""
+    versions, peers = report["versions"], {row["what"]: row["value"] for row in vllm["rows"]}
     lines = [
         f"One {report['gpu']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
         f"{versions['transformers']}; Qwen3-0.6B's geometry, random weights, bfloat16. The limit is what must be read "
         f"over {_bandwidth(report)}. Medians and ranges:",
         "",
-        "| what | ours | range | limit of the bandwidth | vLLM 0.22.0, an earlier run |",
+        f"| what | ours | range | limit of the bandwidth | vLLM {vllm['versions']['vllm']}, an earlier run |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
 
     for row in report["rows"]:
         unit = row["unit"]
-        shown = [row["value"], row.get("limit"), report["vllm_recorded"].get(row["what"])]
+        shown = [row["value"], row.get("limit"), peers.get(row["what"])]
         ours, limit, peer = (_number(value, unit) for value in shown)
         least, most = (_number(row[name], unit).split()[0] for name in ("least", "most"))
         lines.append(f"| {row['what']} | {ours} | {least} to {most} | {limit} | {peer} |")
+    lines += [
+        "",
+        f"vLLM: one {vllm['gpu']}, torch {vllm['versions']['torch']}; {vllm['model']}; {vllm['engine']}. {vllm['how']}",
+    ]
+    shown_above = {row["what"] for row in report["rows"]}
+    rest = [row for row in vllm["rows"] if row["what"] not in shown_above]
+    lines += ["", "| vLLM, the same run, what has no row above | |", "| --- | ---: |"]
+    lines += [f"| {row['what']} | {_number(row['value'], row['unit'])} |" for row in rest]
     lines += ["", *_transformers(report["transformers"])]
     lines += ["", "| decode at 1k, other geometries | ours | limit | share |", "| --- | ---: | ---: | ---: |"]
     lines += [
@@ -261,7 +269,7 @@ def sample_table(report: dict[str, Any]) -> str:
 
 TABLES = {
     "sample": ("docs/performance.md", "kernels/sample.json", sample_table),
-    "gpu": ("docs/performance.md", "gpu.json", gpu_table),
+    "gpu": ("docs/performance.md", "gpu.json vllm.json", gpu_table),
     "warm_up": ("docs/performance.md", "gpu.json", warm_up_table),
     "launches": ("docs/performance.md", "gpu.json", launches_table),
     "batch": ("docs/performance.md", "gpu.json", batch_table),
@@ -271,7 +279,8 @@ TABLES = {
     "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
     "linear": ("docs/performance.md", "kernels/linear.json", linear_table),
 }
-"""By the name of its marks: the page that a table stands in, the results that it shows, and what makes it."""
+"""By the name of its marks: the page that a table stands in, the results that it shows (a space between two), and what
+makes it."""
 
 
 def fill(text: str, name: str, table: str) -> str:
@@ -290,9 +299,15 @@ def fill(text: str, name: str, table: str) -> str:
 def filled(name: str) -> tuple[Path, str]:
     """A table's page, and its text with the table made anew."""
     page, results, make = TABLES[name]
-    kept = RESULTS / results
-    report = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    return ROOT / page, fill((ROOT / page).read_text(encoding="utf-8"), name, make(report))
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return ROOT / page, fill(text, name, make(*(_kept(each) for each in results.split())))
+
+
+def _kept(results: str) -> dict[str, Any]:
+    """A report; an empty one where none is kept."""
+    path = RESULTS / results
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,11 @@ assert spec
 assert spec.loader
 tables = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tables)
+
+
+def kept(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((tables.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
@@ -44,20 +50,31 @@ def test_launches_stand_in_the_order_of_their_rows() -> None:
     assert lines == ["| decoding of 2 | 2 | 5 |", "| decoding of 16 | 3 |  |", "| question of 16 | 9 |  |"]
 
 
+def test_vllm_stands_beside_our_rows_and_what_has_no_row_follows() -> None:
+    vllm = {"gpu": "G", "versions": {"vllm": "9", "torch": "1"}, "model": "M", "engine": "E", "how": "H."}
+    rows = [("decode, 1 request, 8k", 123.0), ("decode, 1 request, 1k", 45.0)]
+    vllm["rows"] = [{"what": what, "value": value, "unit": "tokens/s"} for what, value in rows]
+    lines = tables.gpu_table(kept("gpu"), vllm).splitlines()
+    (row,) = [line for line in lines if line.startswith("| decode, 1 request, 8k |")]
+    assert row.endswith("| 123 tokens/s |")
+    assert "vLLM: one G, torch 1; M; E. H." in lines
+    assert "| decode, 1 request, 1k | 45 tokens/s |" in lines
+
+
 def test_limits_name_the_bandwidth_that_they_come_from() -> None:
-    report = json.loads((tables.RESULTS / "gpu.json").read_text(encoding="utf-8"))
+    report = kept("gpu")
     constant = {name: value for name, value in report.items() if name != "copy_bytes_per_s"} | {"bytes_per_s": 4.24e12}
-    assert "over 4.24 TB/s, a constant: that of a device copy on one H200." in tables.gpu_table(constant)
-    measured = tables.gpu_table({**report, "copy_bytes_per_s": 2.8e12})
+    assert "over 4.24 TB/s, a constant: that of a device copy on one H200." in tables.gpu_table(constant, kept("vllm"))
+    measured = tables.gpu_table({**report, "copy_bytes_per_s": 2.8e12}, kept("vllm"))
     assert "over 2.80 TB/s, the best device copy of the same run." in measured
 
 
 def test_transformers_shows_each_kind_of_attention_that_was_tried() -> None:
-    report = json.loads((tables.RESULTS / "gpu.json").read_text(encoding="utf-8"))
+    report = kept("gpu")
     tried = {"torch's choice": 18.0, "without cuDNN": 40.0}
     row = {"what": "decode, eager, short", "value": 40.0, "unit": "tokens/s", "tried": tried}
     plain = {"what": "decode, compiled", "value": 327.0, "unit": "tokens/s"}
-    text = tables.gpu_table({**report, "transformers": [row, plain]})
+    text = tables.gpu_table({**report, "transformers": [row, plain]}, kept("vllm"))
     assert "| decode, eager, short | 40 tokens/s | 18 tokens/s | 40 tokens/s |" in text
     assert "| decode, compiled | 327 tokens/s |  |  |" in text
 
