@@ -24,10 +24,10 @@ def _unit(
     """One item, one KV head."""
     HALF: tl.constexpr = HEAD_DIM // 2
     q_heads: tl.constexpr = KV_HEADS * GROUP
-    first_row = tl.load(items + item * 4)
-    row_count = tl.load(items + item * 4 + 1)
-    first_span = tl.load(items + item * 4 + 2)
-    last_span = tl.load(items + item * 4 + 3)
+    first_row = tl.load(items + item * 5)
+    row_count = tl.load(items + item * 5 + 1)
+    first_span = tl.load(items + item * 5 + 2)
+    last_span = tl.load(items + item * 5 + 3)
 
     m = tl.arange(0, BLOCK_M)
     member = m // GROUP
@@ -38,7 +38,7 @@ def _unit(
         place = row
     else:
         row = tl.load(rows + (first_row + member) * 2, mask=live, other=0)
-        place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0)
+        place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0) + tl.load(items + item * 5 + 4)
     position = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
 
     half = tl.arange(0, HALF)
@@ -179,13 +179,13 @@ def cascade(
     partials, lses, out, arrived, merges, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, FOLLOWED: tl.constexpr,
-    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, MERGES: tl.constexpr, MERGE_BLOCK: tl.constexpr,
-    MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
+    FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, MERGES: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
 
-    MERGES: the last unit of a row merges it. FOLLOWED: another launch takes the other items; it begins once this one
-    has its queries, so it needs no wait of its own but the one that keeps completion in order.
+    MERGES: the last unit of a row merges it. FOLLOWED: another launch, which FOLLOWS, takes the other items; it begins
+    once this one has its queries, so it needs no wait of its own but the one that keeps completion in order.
     """
     q_heads: tl.constexpr = KV_HEADS * GROUP
     start = tl.load(counts + FROM) * KV_HEADS + tl.program_id(0)
@@ -203,13 +203,13 @@ def cascade(
         _unit(
             item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
             pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, PAGE, BLOCK_M, STAGES,
-            DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and FROM == 0,
+            DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and not FOLLOWS,
         )  # fmt: skip
         if MERGES:
             tl.debug_barrier()
-            row = tl.load(rows + tl.load(items + item * 4) * 2)
-            first = tl.load(merges + row)
-            count = tl.load(merges + row + 1) - first
+            row = tl.load(rows + tl.load(items + item * 5) * 2)
+            first = tl.load(merges + row * 2)
+            count = tl.load(merges + row * 2 + 1)
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if before == count - 1:
                 if MERGE_HEADS == GROUP:
@@ -224,7 +224,7 @@ def cascade(
                             q_heads, 1, HEAD_DIM, MERGE_BLOCK, ".cg",
                         )  # fmt: skip
                 tl.store(arrived + row * KV_HEADS + head, 0)
-    if USE_PDL and (FROM > 0 or start >= stop):
+    if USE_PDL and (FOLLOWS or start >= stop):
         tl.extra.cuda.gdc_wait()
 
 
@@ -236,8 +236,8 @@ def merge(
     """One program per row and query head; a row without partials is zero."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    first = tl.load(merges + row)
-    count = tl.load(merges + row + 1) - first
+    first = tl.load(merges + row * 2)
+    count = tl.load(merges + row * 2 + 1)
     k = tl.arange(0, MERGE_BLOCK)
     d = tl.arange(0, HEAD_DIM)
     top = float("-inf")

@@ -62,7 +62,7 @@ class Launch:
 
     Attributes:
         block_m: rows times query heads per KV head of one product.
-        programs: how many run.
+        programs: how many run; 0 if all items are small ones, far from large ones in the table.
         small_programs: how many more take items of few rows, in a launch of their own; 0 if all items are of one size.
         partials: room for partial results.
         direct: no partial results: every item holds all that its rows see.
@@ -195,14 +195,14 @@ class StaticPlan:
             return torch.zeros(entries, *width, dtype=torch.int32, device=device)
 
         tables = Tables(
-            items=table(room.items, 4),
+            items=table(room.items, 5),
             spans=table(room.spans, 4),
             rows=table(room.rows, 2),
             frames=table(room.frames, 4),
             pages=table(room.pages),
             hidden=table(room.hidden),
-            counts=table(3),
-            merges=table(rows + 1),
+            counts=table(4),
+            merges=table(rows, 2),
             shared=shared,
             lone=rows == 1,
             complete=True,
@@ -230,7 +230,7 @@ class StaticPlan:
             ValueError: some keys are hidden.
         """
         static = self.plan.tables
-        tables = _split(requests, len(static.merges) - 1, *self._geometry, static.counts.device)
+        tables = _split(requests, len(static.merges), *self._geometry, static.counts.device)
         if len(tables.hidden):
             raise ValueError("expected segments without hidden keys; plan this pass by itself")
         room = self._room.for_(tables)
@@ -315,11 +315,14 @@ def cascade_attention_triton(
         lses = torch.empty(launch.partials, q_heads, dtype=torch.float32, device=kv.device)
     options = launch_options(kv.device)
     group = q_heads // kv_heads
-    parts = [(0, 2, launch.block_m, launch.programs)]
+    parts = []  # where `counts` has an end of the items, M, programs
+    if launch.programs:
+        parts.append((0, 1 if launch.small_programs else 3, launch.block_m, launch.programs))
     if launch.small_programs:
-        parts = [(0, 1, launch.block_m, launch.programs), (1, 2, SMALL_M, launch.small_programs)]
+        parts.append((2, 3, SMALL_M, launch.small_programs))
     for begin, end, size, programs in parts:
-        config = BESIDE if begin else DIRECT_CONFIG if launch.direct else CONFIGS[size]
+        follows = len(parts) == 2 and begin == 2
+        config = BESIDE if follows else DIRECT_CONFIG if launch.direct else CONFIGS[size]
         if kv.dtype == torch.float32:
             config = _EXACT
         kernel.cascade[(programs,)](
@@ -351,6 +354,7 @@ def cascade_attention_triton(
             FROM=begin,
             TO=end,
             FOLLOWED=end == 1,
+            FOLLOWS=follows,
             DIRECT=launch.direct,
             SHARED=launch.shared,
             HIDES=launch.hides,

@@ -27,17 +27,18 @@ class Tables:
     An item is a block of rows against some pages; a span is a run of pages of one entry within an item.
 
     Attributes:
-        items: [items, 4]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
-            its last span.
+        items: [items, 5]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
+            its last span, what is added to the places of its partial results.
         spans: [spans, 4]: its first page in `pages`, the entry's token at which that page starts, one past the last
             token, f >= 0 if the frames of the item's rows are those from f on, or -1 - f if all share frame f.
-        rows: [members, 2]: row of the batch, place of its partial result. Empty if direct.
+        rows: [members, 2]: row of the batch, place of its partial result in an item that adds 0. Empty if direct.
         frames: [frames, 4]: origin, first and one past the last token that may be seen, offset in `hidden` of the
             entry's first word or -1.
         pages: [pages].
         hidden: [words]: bit i % 32 of word i / 32 is set where an entry's key i is hidden.
-        counts: [3]: zero, how many items are large, how many there are; the large ones come first.
-        merges: [rows + 1]: a row's partial results are those from merges[row] to merges[row + 1].
+        counts: [4]: the first large item and one past the last, the same of the small ones. One launch walks both
+            kinds only where they adjoin.
+        merges: [rows, 2]: a row's first partial result, and how many it has; they stand together. Empty if direct.
         shared: the rows of each item are of one request: every span has one frame.
         lone: every item holds one row.
         complete: every row of the batch is in some item.
@@ -62,7 +63,7 @@ class Tables:
 
     @property
     def partials(self) -> int:
-        return int(self.merges[-1])
+        return int(self.merges[:, 1].sum())
 
     def to(self, device: torch.device) -> "Tables":
         """Moved in one copy."""
@@ -140,9 +141,8 @@ def direct_tables(requests: Sequence[Request], rows: int, page_size: int, block_
         for start in range(request.rows.start, request.rows.stop, block_rows):
             builder.item(start, min(block_rows, request.rows.stop - start), first_span)
         covered += request.rows.stop - request.rows.start
-    builder.ends += [builder.items] * 2
-    nothing = torch.zeros(1, dtype=torch.int64)
-    return builder.finish(nothing[:0].view(0, 2), nothing, complete=covered == rows)
+    nothing = torch.zeros(0, 2, dtype=torch.int32)
+    return builder.finish(nothing, nothing, large=builder.items, complete=covered == rows)
 
 
 def split_tables(
@@ -174,7 +174,7 @@ def split_tables(
     """
     tiles = list(_tiles(requests, page_size, block_rows, by_segment))
     cut: list[tuple[_Tile, int]] = []  # in the order of the items, each tile with the number of its items
-    ends = [0]
+    large = 0
     for few, items in ((False, large_items), (True, small_items)):
         some = [tile for tile in tiles if (len(tile.rows) <= small_rows) == few]
         pages = sum([tile.pages for tile in some])
@@ -182,25 +182,22 @@ def split_tables(
         if per_item >= long_item:
             per_item = -(-pages // (2 * items))
         cut += [(tile, -(-tile.pages // per_item)) for tile in some]
-        ends.append(sum([count for _, count in cut]))
+        large = large if few else sum([count for _, count in cut])
     partials = [0] * rows
     for tile, count in cut:
         for row in tile.rows:
             partials[row] += count
-    merges = list(accumulate(partials, initial=0))
-    free = merges[:-1]  # a row's partial results stand together, in the order of the items
-    steps = torch.zeros(max([count for _, count in cut], default=0), 1, 2, dtype=torch.int32)
-    steps[:, 0, 1] = torch.arange(len(steps))
+    firsts = list(accumulate(partials, initial=0))[:-1]
+    free = list(firsts)  # a row's partial results stand together, in the order of the items
     builder = _Builder(page_size)
-    members = [torch.zeros(0, 2, dtype=torch.int32)]
+    members = array("i")
     for tile, count in cut:
         builder.tile(tile, count)
-        first = array("i", [value for row in tile.rows for value in (row, free[row])])
-        members.append((_tensor(first).view(1, -1, 2) + steps[:count]).view(-1, 2))
         for row in tile.rows:
+            members.extend((row, free[row]))
             free[row] += count
-    builder.ends += ends[1:]
-    tables = builder.finish(torch.cat(members), torch.tensor(merges), complete=all(partials))
+    merges = torch.tensor([firsts, partials], dtype=torch.int32).t().contiguous()
+    tables = builder.finish(_tensor(members).view(-1, 2), merges, large=large, complete=all(partials))
     if not by_segment:
         return tables
     seen = [entry for tile, _ in cut for entry, _ in tile.entries]
@@ -209,8 +206,12 @@ def split_tables(
         for _ in part.rows
     ]  # fmt: skip
     most = max([len(requests[user].segments) for entry in seen for user in entry.users], default=0)
-    members_rows, partial = tables.rows.long().unbind(1)
-    groups = partials_by_segment(members_rows, torch.tensor(places, dtype=torch.int64), partial, rows, most)
+    first_row, count_of, _, _, step = tables.items.long().unbind(1)
+    before = count_of.cumsum(0) - count_of
+    member = torch.arange(len(places)) + (first_row - before).repeat_interleave(count_of)
+    row_of, partial = tables.rows.long()[member].unbind(1)
+    partial = partial + step.repeat_interleave(count_of)
+    groups = partials_by_segment(row_of, torch.tensor(places, dtype=torch.int64), partial, rows, most)
     return replace(tables, by_segment=groups)
 
 
@@ -263,7 +264,6 @@ class _Builder:
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
-        self.ends = [0]
         self.most_rows = 0
         self.shared = True
         self._items = array("i")
@@ -278,7 +278,7 @@ class _Builder:
 
     @property
     def items(self) -> int:
-        return len(self._items) // 4
+        return len(self._items) // 5
 
     @property
     def spans(self) -> int:
@@ -287,23 +287,23 @@ class _Builder:
     def tile(self, tile: _Tile, count: int) -> None:
         """A tile's pages in `count` equal parts, an item each."""
         alone, rows = len(tile.parts) == 1, len(tile.rows)
-        at, cut, first_span = 0, 1, self.spans
+        at, done, first_span = 0, 0, self.spans
         for entry, shown in tile.entries:
             frames = self.frames([(entry.segments[user], 1 if alone else len(rows)) for user, rows in tile.parts])
             page, last = shown.start, shown.stop
             while page < last:
-                end = cut * tile.pages // count
+                end = (done + 1) * tile.pages // count
                 taken = min(last - page, end - at)
                 self.span(entry, page * self.page_size, (page + taken) * self.page_size, frames, shared=alone)
                 page, at = page + taken, at + taken
                 if at == end:
-                    self.item(self._members, rows, first_span)
-                    self._members += rows
-                    cut, first_span = cut + 1, self.spans
+                    self.item(self._members, rows, first_span, done)
+                    done, first_span = done + 1, self.spans
+        self._members += rows
 
-    def item(self, first_row: int, rows: int, first_span: int) -> None:
-        """An item over the spans from `first_span` on."""
-        self._items.extend((first_row, rows, first_span, self.spans))
+    def item(self, first_row: int, rows: int, first_span: int, step: int = 0) -> None:
+        """An item over the spans from `first_span` on, `step` added to the places of its partial results."""
+        self._items.extend((first_row, rows, first_span, self.spans, step))
         self.most_rows = max(self.most_rows, rows)
 
     def frames(self, of: Sequence[tuple[PagedSegment, int]]) -> int:
@@ -326,16 +326,16 @@ class _Builder:
         self._spans.extend((pages_at + first, first * self.page_size, stop, -1 - frames if shared else frames))
         self.shared &= shared
 
-    def finish(self, rows: Tensor, merges: Tensor, *, complete: bool) -> Tables:
+    def finish(self, rows: Tensor, merges: Tensor, *, large: int, complete: bool) -> Tables:
         return Tables(
-            items=_tensor(self._items).view(-1, 4),
+            items=_tensor(self._items).view(-1, 5),
             spans=_tensor(self._spans).view(-1, 4),
-            rows=rows.to(torch.int32),
+            rows=rows,
             frames=_tensor(self._frames).view(-1, 4),
             pages=_tensor(self._pages),
             hidden=torch.cat(self._hidden) if self._hidden else torch.zeros(0, dtype=torch.int32),
-            counts=torch.tensor(self.ends, dtype=torch.int32),
-            merges=merges.to(torch.int32),
+            counts=torch.tensor((0, large, large, self.items), dtype=torch.int32),
+            merges=merges,
             shared=self.shared,
             lone=self.most_rows <= 1,
             complete=complete,
