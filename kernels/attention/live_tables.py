@@ -1,0 +1,404 @@
+"""The tables of a running batch, on the host: a request that joins or leaves changes what is its own, in microseconds.
+
+`tables.split_tables` cuts all work anew, evenly for the machine, in milliseconds where requests are many. Here an entry
+is cut in the same way whoever uses it: a join adds a member to the items of its entries, or makes them. Hence a
+request's partial results, and the order in which they are merged, do not depend on the others.
+"""
+
+import struct
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from operator import le
+
+from torch import Tensor
+
+from braidsdk.kernels.paging import PagedSegment
+
+_ITEM, _SPAN, _MEMBER, _FRAME = (struct.Struct(f"{width}i") for width in (5, 4, 2, 4))
+_KNOWN = 4096
+"""Lists of pages that are remembered; most requests share the tensors of their pages."""
+
+
+@dataclass(frozen=True)
+class LiveRoom:
+    """How much the tables of a running batch may hold.
+
+    Attributes:
+        items: work items.
+        words: integers of spans, pages, members and frames.
+        partials: partial results of one request, one for each item that it is in.
+    """
+
+    items: int = 1024
+    words: int = 1 << 17
+    partials: int = 64
+
+
+_Name = tuple[int, int, int, int, int]
+"""Pages that belong together: the first one's id, how many the entry has, which of them are seen, from and to, and how
+often the same request has used them before."""
+
+
+class _Tile:
+    """Slots that are computed together, as many as an item takes at most, and the items of the pages that they see.
+
+    Attributes:
+        name: of its pages.
+        slots: in the order of its members.
+        few_at, most_at: where in the words its blocks are, for few members, and for the most; -1 where there is none.
+            One that is large keeps the block for few, so that a request can leave however full the tables are.
+        large: whether the block for the most holds its members, and its items are the large launch's.
+        frames, rows: where in the words its members' frames and rows are.
+        spans: where in the words each of its items has its span and pages.
+        items: where in the table each of them is.
+    """
+
+    __slots__ = ("few_at", "frames", "items", "large", "most_at", "name", "rows", "slots", "spans")
+
+    def __init__(self, name: _Name) -> None:
+        self.name = name
+        self.slots: list[int] = []
+        self.few_at = self.most_at = self.frames = self.rows = -1
+        self.large = False
+        self.spans: list[int] = []
+        self.items: list[int] = []
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A request of the batch: what it sees, and the tiles that it is in."""
+
+    segments: tuple[PagedSegment, ...]
+    tiles: list[_Tile]
+
+
+class _Heap:
+    """Blocks of words, in few sizes; one that is given back serves its size again.
+
+    Attributes:
+        top: one past the last word that was ever taken.
+    """
+
+    def __init__(self) -> None:
+        self.top = 0
+        self._free: dict[int, list[int]] = defaultdict(list)
+
+    def lacking(self, *blocks: tuple[int, int]) -> int:
+        """Words beyond the top that blocks take: sizes, and how many of each."""
+        counts: dict[int, int] = defaultdict(int)
+        for size, count in blocks:
+            counts[size] += count
+        return sum([size * max(0, count - len(self._free[size])) for size, count in counts.items()])
+
+    def take(self, size: int) -> int:
+        if free := self._free[size]:
+            return free.pop()
+        self.top += size
+        return self.top - size
+
+    def give(self, at: int, size: int) -> None:
+        self._free[size].append(at)
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Those that are free: where, and their size."""
+        return ((at, size) for size, free in self._free.items() for at in free)
+
+    def clear(self) -> None:
+        """All of them are given back: begin again from the start."""
+        self.top = 0
+        self._free.clear()
+
+
+class LiveTables:
+    """What `tables.Tables` says of a batch whose rows are slots, one request each, in one array of integers.
+
+    Attributes:
+        host: counts [4], merges [slots, 2], items [items, 5], words; each begins where 16 bytes do, as kernels assume.
+            Large items stand at the start of the items, small ones at their end. The words hold spans, pages, rows
+            and frames, each counted from the first word in entries of its own width.
+        items_at, words_at: where in `host` items and words begin.
+    """
+
+    def __init__(
+        self, *, slots: int, most_rows: int, small_rows: int, page_size: int, item_pages: int, room: LiveRoom
+    ) -> None:
+        """Args:
+        slots: rows of the batch at most.
+        most_rows: of one item.
+        small_rows: of an item that goes to the kernel for few of them; at most `most_rows`, 0 if none does.
+        page_size: tokens per page.
+        item_pages: of one item at most; those of a longer entry are cut into equal parts.
+        room: what the tables may hold.
+        """
+        self.slots, self.room = slots, room
+        self._page_size, self._item_pages = page_size, item_pages
+        self._few, self._most = small_rows, most_rows
+        self.items_at = 4 + -(-slots // 2) * 4
+        self.words_at = self.items_at + -(-room.items * 5 // 4) * 4
+        self.host = array("i", bytes(4 * (self.words_at + -(-room.words // 4) * 4)))
+        # What blocks take, in whole frames: an item's span and pages; frames and rows of few or of most members.
+        self._span_size = -(-(4 + item_pages) // 4) * 4
+        self._few_size, self._most_size = (-(-6 * rows // 4) * 4 for rows in (small_rows, most_rows))
+        self._heap = _Heap()
+        self._running: dict[int, _Running] = {}
+        self._tiles: dict[_Name, list[_Tile]] = {}
+        self._small: list[tuple[_Tile, int]] = []  # whose the items are, and which of its: from the end backwards
+        self._large: list[tuple[_Tile, int]] = []  # from the start
+        self._listed: dict[int, tuple[Tensor, array[int]]] = {}
+        self._count()
+
+    @property
+    def used(self) -> int:
+        """Integers of `host` that say something; what stands behind them is free."""
+        return self.words_at + self._heap.top
+
+    @property
+    def rows(self) -> int:
+        """One past the last occupied slot."""
+        return max(self._running, default=-1) + 1
+
+    def join(self, slot: int, segments: Sequence[PagedSegment]) -> LiveRoom | None:
+        """As `LivePlan.join`."""
+        if not 0 <= slot < self.slots or slot in self._running:
+            raise ValueError(f"expected a free slot below {self.slots}, got {slot}.")
+        named: dict[_Name, PagedSegment] = {}
+        items = 0
+        for segment in segments:
+            if segment.stop <= segment.start:
+                continue
+            if segment.hidden is not None:
+                raise ValueError("expected segments without hidden keys; plan this pass by itself")
+            pages = self._pages(segment.pages)
+            first, last = segment.start // self._page_size, -(-segment.stop // self._page_size)
+            name = (pages[0], len(pages), first, last, 0)  # a page belongs to one entry
+            while name in named:
+                name = (*name[:4], name[4] + 1)
+            named[name] = segment
+            items += -(-(last - first) // self._item_pages)
+        if wanted := self._wanted(items, len(named)):
+            return wanted
+        place = slot * self.room.partials
+        tiles = []
+        for name, segment in named.items():
+            tile = self._open_tile(name, segment)
+            self._add(tile, slot, place, segment)
+            place += len(tile.items)
+            tiles.append(tile)
+        self._running[slot] = _Running(tuple(named.values()), tiles)
+        _MEMBER.pack_into(self.host, 16 + 8 * slot, slot * self.room.partials, items)
+        self._count()
+        return None
+
+    def leave(self, slot: int) -> None:
+        """As `LivePlan.leave`."""
+        if slot not in self._running:
+            raise ValueError(f"expected an occupied slot, got {slot}.")
+        for tile in self._running.pop(slot).tiles:
+            self._remove(tile, slot)
+        if not self._running:
+            self._heap.clear()
+        self.host[5 + 2 * slot] = 0
+        self._count()
+
+    def integrity(self) -> None:
+        """As `LivePlan.integrity`."""
+        partials = self._partials()
+        for slot in range(self.slots):
+            found = sorted(partials.pop(slot, []))
+            first, count = _MEMBER.unpack_from(self.host, 16 + 8 * slot)
+            if [place for place, _ in found] != list(range(first, first + count)):
+                raise RuntimeError(f"slot {slot}: its items do not leave partial results 0 to {count - 1}.")
+            if found and not slot * self.room.partials <= first <= (slot + 1) * self.room.partials - count:
+                raise RuntimeError(f"slot {slot}: its {count} partial results lie outside its room.")
+            segments = self._running[slot].segments if slot in self._running else ()
+            if list(chain.from_iterable([seen for _, seen in found])) != list(_keys(segments, self._page_size)):
+                raise RuntimeError(f"slot {slot}: what its items see is not its {len(segments)} segments.")
+        if partials:
+            raise RuntimeError(f"items are for slots {sorted(partials)} of {self.slots}.")
+        tiles = [tile for some in self._tiles.values() for tile in some]
+        taken = [(tile.few_at, self._few_size) for tile in tiles if self._few]
+        taken += [(tile.most_at, self._most_size) for tile in tiles if tile.most_at >= 0]
+        taken += [(span, self._span_size) for tile in tiles for span in tile.spans]
+        end = 0
+        for at, size in sorted(chain(taken, self._heap.blocks())):
+            if at != end:
+                raise RuntimeError(f"words {min(at, end)} to {max(at, end)}: used twice, or lost.")
+            end = at + size
+        if end != self._heap.top:
+            raise RuntimeError(f"words {end} to {self._heap.top}: used twice, or lost.")
+        if end > self.room.words or len(self._small) + len(self._large) > self.room.items:
+            raise RuntimeError(f"{end} words and {len(self._small) + len(self._large)} items do not fit {self.room}.")
+
+    def _partials(self) -> dict[int, list[tuple[int, list[tuple[int, ...]]]]]:
+        """What the host's tables say: by slot, the places of partial results, each with the keys that it is of."""
+        found = defaultdict(list)
+        start, large, small, stop = _SPAN.unpack_from(self.host, 0)
+        rows = {False: range(1, self._few + 1), True: range(self._few + 1, self._most + 1)}
+        for item in chain(range(start, large), range(small, stop)):
+            first_row, count, span, last_span, step = _ITEM.unpack_from(self.host, 4 * (self.items_at + 5 * item))
+            first_page, token, end, frame = self._read(_SPAN, 4 * span)
+            if count not in rows[item < large] or last_span != span + 1:
+                raise RuntimeError(f"item {item}: of {count} rows and {last_span - span} spans.")
+            pages = self.host[self.words_at + first_page :][: (end - token) // self._page_size]
+            for member in range(count):
+                slot, place = self._read(_MEMBER, 2 * (first_row + member))
+                seen = self._read(_FRAME, 4 * (frame + member))
+                keys = [(*seen, token + index * self._page_size, page) for index, page in enumerate(pages)]
+                found[slot].append((place + step, keys))
+        return found
+
+    def _read(self, kind: struct.Struct, at: int) -> tuple[int, ...]:
+        return kind.unpack_from(self.host, 4 * (self.words_at + at))
+
+    def _pages(self, pages: Tensor) -> "array[int]":
+        """Ids of an entry's pages."""
+        known = self._listed.get(id(pages))  # kept beside its tensor, so that the id stays its own
+        if known is None:
+            if len(self._listed) == _KNOWN:
+                self._listed.clear()
+            known = self._listed[id(pages)] = (pages, array("i", pages.tolist()))
+        return known[1]
+
+    def _wanted(self, items: int, segments: int) -> LiveRoom | None:
+        """Twice what the tables would take where they do not fit, if all of a request's segments are new and large."""
+        words = self._heap.lacking((self._span_size, items), (self._few_size, segments), (self._most_size, segments))
+        needed = (len(self._small) + len(self._large) + items, self._heap.top + words, items)
+        sizes = (self.room.items, self.room.words, self.room.partials)
+        if all(map(le, needed, sizes)):
+            return None
+        return LiveRoom(*[size if need <= size else 2 * need for need, size in zip(needed, sizes, strict=True)])
+
+    def _open_tile(self, name: _Name, segment: PagedSegment) -> _Tile:
+        """The fullest tile of an entry that has a member free, so that others run empty; or a new one."""
+        tiles = self._tiles.setdefault(name, [])
+        best = None
+        for tile in tiles:
+            if len(tile.slots) < self._most and (best is None or len(tile.slots) > len(best.slots)):
+                best = tile
+        if best is not None:
+            return best
+        tile = _Tile(name)
+        if self._few:
+            tile.few_at = self._heap.take(self._few_size)
+        self._settle(tile, large=not self._few)
+        tiles.append(tile)
+        pages, first, shown = self._pages(segment.pages), name[2], name[3] - name[2]
+        count = -(-shown // self._item_pages)
+        tile.items = [0] * count
+        tile.spans = [self._heap.take(self._span_size) for _ in range(count)]
+        start, size = first, self._page_size
+        for step, span in enumerate(tile.spans):
+            stop, at = first + (step + 1) * shown // count, self.words_at + span
+            _SPAN.pack_into(self.host, 4 * at, span + 4, start * size, stop * size, tile.frames // 4)
+            self.host[at + 4 : at + 4 + stop - start] = pages[start:stop]
+            start = stop
+        self._place(tile)
+        return tile
+
+    def _add(self, tile: _Tile, slot: int, place: int, segment: PagedSegment) -> None:
+        member = len(tile.slots)
+        if member == self._few and not tile.large:
+            self._move(tile, large=True)
+        frame = self.words_at + tile.frames + 4 * member
+        row = self.words_at + tile.rows + 2 * member
+        _FRAME.pack_into(self.host, 4 * frame, segment.origin, segment.start, segment.stop, -1)
+        _MEMBER.pack_into(self.host, 4 * row, slot, place)
+        tile.slots.append(slot)
+        self._recount(tile)
+
+    def _remove(self, tile: _Tile, slot: int) -> None:
+        """The last member takes the place of the one that leaves."""
+        member, last = tile.slots.index(slot), len(tile.slots) - 1
+        moved = tile.slots.pop()
+        if not last:
+            self._drop(tile)
+            return
+        if member != last:
+            tile.slots[member] = moved
+            host, frames, rows = self.host, self.words_at + tile.frames, self.words_at + tile.rows
+            host[frames + 4 * member : frames + 4 * member + 4] = host[frames + 4 * last : frames + 4 * last + 4]
+            host[rows + 2 * member : rows + 2 * member + 2] = host[rows + 2 * last : rows + 2 * last + 2]
+        if last == self._few:
+            self._move(tile, large=False)
+        self._recount(tile)
+
+    def _move(self, tile: _Tile, *, large: bool) -> None:
+        """A tile's members to the other one of its blocks, and its items to the other launch."""
+        host, base, count = self.host, self.words_at, len(tile.slots)
+        frames = host[base + tile.frames : base + tile.frames + 4 * count]
+        rows = host[base + tile.rows : base + tile.rows + 2 * count]
+        self._displace(tile)
+        self._settle(tile, large=large)
+        host[base + tile.frames : base + tile.frames + 4 * count] = frames
+        host[base + tile.rows : base + tile.rows + 2 * count] = rows
+        for span in tile.spans:
+            host[base + span + 3] = tile.frames // 4
+        self._place(tile)
+
+    def _settle(self, tile: _Tile, *, large: bool) -> None:
+        """Choose the block that holds a tile's members."""
+        tile.large = large
+        if large:
+            tile.frames = tile.most_at = self._heap.take(self._most_size)
+        else:
+            tile.frames = tile.few_at
+            if tile.most_at >= 0:
+                self._heap.give(tile.most_at, self._most_size)
+                tile.most_at = -1
+        tile.rows = tile.frames + 4 * (self._most if large else self._few)
+
+    def _drop(self, tile: _Tile) -> None:
+        self._displace(tile)
+        for span in tile.spans:
+            self._heap.give(span, self._span_size)
+        if self._few:
+            self._heap.give(tile.few_at, self._few_size)
+        if tile.most_at >= 0:
+            self._heap.give(tile.most_at, self._most_size)
+        tiles = self._tiles[tile.name]
+        tiles.remove(tile)
+        if not tiles:
+            del self._tiles[tile.name]
+
+    def _place(self, tile: _Tile) -> None:
+        """Put a tile's items into the table, at the end that its size belongs to."""
+        owners = self._large if tile.large else self._small
+        for step, span in enumerate(tile.spans):
+            tile.items[step] = item = len(owners) if tile.large else self.room.items - 1 - len(owners)
+            owners.append((tile, step))
+            at = 4 * (self.items_at + 5 * item)
+            _ITEM.pack_into(self.host, at, tile.rows // 2, len(tile.slots), span // 4, span // 4 + 1, step)
+
+    def _displace(self, tile: _Tile) -> None:
+        """Take a tile's items out of the table; the last ones there take their places."""
+        owners, host = self._large if tile.large else self._small, self.host
+        for step in range(len(tile.items)):
+            item = tile.items[step]  # read anew: it may have taken the place of one before
+            other, its = owners.pop()
+            last = other.items[its]
+            if last != item:
+                owners[item if tile.large else self.room.items - 1 - item] = (other, its)
+                other.items[its] = item
+                to, source = self.items_at + 5 * item, self.items_at + 5 * last
+                host[to : to + 5] = host[source : source + 5]
+
+    def _recount(self, tile: _Tile) -> None:
+        """Tell a tile's items how many members it has."""
+        count = len(tile.slots)
+        for item in tile.items:
+            self.host[self.items_at + 5 * item + 1] = count
+
+    def _count(self) -> None:
+        """Where large items end, and small ones begin."""
+        _SPAN.pack_into(self.host, 0, 0, len(self._large), self.room.items - len(self._small), self.room.items)
+
+
+def _keys(segments: Sequence[PagedSegment], page_size: int) -> Iterator[tuple[int, ...]]:
+    """Frames, and token and id of each page, of what a request sees."""
+    for segment in segments:
+        pages = segment.pages.tolist()
+        for page in range(segment.start // page_size, -(-segment.stop // page_size)):
+            yield segment.origin, segment.start, segment.stop, -1, page * page_size, pages[page]
