@@ -5,6 +5,7 @@ Kernels are interpreted. On a GPU see test_gpu.py.
 
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from braidsdk.engine import graphs
 from braidsdk.engine.graphs import GraphRunner
 from braidsdk.engine.runner import Chosen, EagerRunner, Runner
 from braidsdk.kernels.attention.launch import Room
+from braidsdk.kernels.attention.live_tables import LiveRoom
 from braidsdk.kernels.paths import TORCH, Paths
 
 pytestmark = [
@@ -158,6 +160,7 @@ def test_a_stream_dropped_at_any_step_leaves_the_others_alone(
 
 def test_tables_grow_when_more_segments_come_than_ever(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(braid._engine._loop.runner.graphs, "_room", Room(items=2, spans=2, rows=2, frames=2, pages=2))
+    monkeypatch.setattr(graphs, "LiveRoom", partial(LiveRoom, items=2, words=64, partials=2))
     contexts = [braid.compose(braid.register_many([f"Text {n} of {m}." for n in range(m)])) for m in (1, 3, 6)]
 
     def ask() -> list[tuple[int, ...]]:

@@ -13,7 +13,7 @@ looks at tokens.
 import ctypes
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -27,7 +27,9 @@ from braidsdk.engine.runner import Chosen, Piece, Row
 from braidsdk.engine.sampling import Sampler
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import PoolFullError
-from braidsdk.kernels.attention.launch import Room, StaticPlan
+from braidsdk.kernels.attention.launch import Room, StaticPlan, TritonPlan
+from braidsdk.kernels.attention.live import LivePlan
+from braidsdk.kernels.attention.live_tables import LiveRoom
 from braidsdk.kernels.head import greedy
 from braidsdk.kernels.measure import measuring
 from braidsdk.kernels.paging import PagedSegment, Request, slots_of
@@ -50,33 +52,39 @@ _KERNEL_NODE = 0
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """A graph and the memory that it reads and writes.
+class _Question:
+    """A graph of one request's question, and the memory that it reads and writes.
 
     Attributes:
         graph: one pass.
-        chosen: ids and whether their logits are finite, int64 [2, rows with logits].
-        choices: how they are chosen; None takes the likeliest.
+        state: absolute positions, positions in the tail's frame, token ids and slots; int64 [4, rows].
+        wanted: the row with logits, int64 [1].
+        chosen: the id, and whether its logits are finite, int64 [2, 1].
+        choices: how it is chosen; None takes the likeliest.
         plan: its attention.
     """
 
     graph: torch.cuda.CUDAGraph
+    state: Tensor
+    wanted: Tensor
     chosen: Tensor
     choices: Choices | None
     plan: StaticPlan
 
 
 @dataclass(frozen=True)
-class _Question(_Captured):
-    """A graph of one request's question.
+class _Decoding:
+    """A graph of the next token of the running batch.
 
     Attributes:
-        state: absolute positions, positions in the tail's frame, token ids and slots; int64 [4, rows].
-        wanted: the row with logits, int64 [1].
+        graph: one pass.
+        wanted: all of its rows, int64; the graph reads it, so it must live as long.
+        plan: its attention, if it is of one row; else all of them read the batch's own.
     """
 
-    state: Tensor
+    graph: torch.cuda.CUDAGraph
     wanted: Tensor
+    plan: StaticPlan | None
 
 
 @dataclass(frozen=True)
@@ -90,12 +98,14 @@ class _Batch:
         chosen: the id to go on from, which the next one takes the place of, and whether its logits were finite; int64
             [2, slots].
         choices: how they are chosen.
+        attention: what each row sees.
     """
 
     state: Tensor
     slots: Tensor
     chosen: Tensor
     choices: Choices
+    attention: LivePlan
 
 
 class Graphs:
@@ -104,7 +114,7 @@ class Graphs:
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
         self._questions: dict[tuple[int, bool], _Question] = {}
-        self._decodings: dict[tuple[int, bool], _Captured] = {}
+        self._decodings: dict[tuple[int, bool], _Decoding] = {}
         self._room = Room()
         self._memory_pool: Any = None
         self._stream = torch.cuda.Stream(model.device)
@@ -121,8 +131,25 @@ class Graphs:
                 slots=torch.full((ROW_SLOTS, config.window), -1, dtype=torch.int64, device=device),
                 chosen=torch.zeros(2, ROW_SLOTS, dtype=torch.int64, device=device),
                 choices=Choices.greedy(seen),
+                attention=self._attention(LiveRoom()),
             )
         return self._batch
+
+    def enlarge_batch(self, room: LiveRoom) -> None:
+        """Let rows see more than ever before: they have to join the new batch's attention once more."""
+        self._batch = replace(self.batch, attention=self._attention(room))
+        self._decodings = {key: each for key, each in self._decodings.items() if each.plan}
+
+    def _attention(self, room: LiveRoom) -> LivePlan:
+        config = self._model.config
+        return LivePlan(
+            slots=ROW_SLOTS,
+            group=config.q_heads // config.kv_heads,
+            kv_heads=config.kv_heads,
+            page_size=self._pool.page_size,
+            device=self._model.device,
+            room=room,
+        )
 
     def question(self, request: Request, *, drawn: bool) -> _Question:
         """The pass for a request's question, its attention planned."""
@@ -133,21 +160,15 @@ class Graphs:
                 return captured
             self._grow(room)
 
-    def decoding(
-        self, rows: int, requests: Callable[[], Sequence[Request]], planned: _Captured | None, *, drawn: bool
-    ) -> _Captured:
-        """The pass for the next token of rows in slots below `rows`.
+    def decoding(self, rows: int, *, drawn: bool) -> _Decoding:
+        """The pass for the next token of rows in slots below `rows`; `drawn`: some are not greedy."""
+        return self._decoding(_bucket(DECODE_ROWS, rows), drawn)
 
-        Args:
-            rows: how many slots it looks at, at least.
-            requests: whose tokens they are.
-            planned: the pass whose tables hold these requests already.
-            drawn: whether some are not greedy.
-        """
-        size = _bucket(DECODE_ROWS, rows)
+    def plan_one(self, request: Request, *, drawn: bool) -> _Decoding:
+        """The pass for the next token of one row, its attention planned."""
         while True:
-            captured = self._decoding(size, drawn)
-            if captured is planned or (room := captured.plan.load(requests())) is None:
+            captured = self._decoding(1, drawn)
+            if captured.plan is None or (room := captured.plan.load([request])) is None:
                 return captured
             self._grow(room)
 
@@ -184,10 +205,10 @@ class Graphs:
             self._pool.give_back(pages)
 
     def _grow(self, room: Room) -> None:
-        """More segments than ever before: all graphs get larger tables."""
+        """More segments than ever before: graphs of one request get larger tables."""
         self._room = room
         self._questions.clear()
-        self._decodings.clear()
+        self._decodings = {key: each for key, each in self._decodings.items() if not each.plan}
 
     def _question(self, rows: int, drawn: bool) -> _Question:
         if (rows, drawn) not in self._questions:
@@ -199,23 +220,25 @@ class Graphs:
             choices = None
             if drawn:
                 choices = Choices.greedy(torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=device))
-            plan = self._plan(state[0], shared=True)
+            plan = self._plan(state[0])
 
             def run() -> None:
-                self._pass(state[2], state[1], state[3], wanted, plan, choices, chosen)
+                self._pass(state[2], state[1], state[3], wanted, plan.plan, choices, chosen)
 
             graph = self._record(run, f"question of {rows}")
-            self._questions[rows, drawn] = _Question(graph, chosen, choices, plan, state, wanted)
+            self._questions[rows, drawn] = _Question(graph, state, wanted, chosen, choices, plan)
         return self._questions[rows, drawn]
 
-    def _decoding(self, rows: int, drawn: bool) -> _Captured:
+    def _decoding(self, rows: int, drawn: bool) -> _Decoding:
         if (rows, drawn) not in self._decodings:
             batch = self.batch
             mine = (batch.state, batch.chosen, batch.choices.draws, batch.choices.seen)
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
             wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
-            plan = self._plan(state[0], shared=rows == 1)
+            alone = self._plan(state[0]) if rows == 1 else None
+            cos, sin = self._model.rotary.table(self._model.config.window)
+            plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin)
 
             def run() -> None:
                 slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
@@ -232,10 +255,10 @@ class Graphs:
             graph = self._record(run, f"decoding of {rows}")
             for part, value in zip(mine, kept, strict=True):
                 part.copy_(value)
-            self._decodings[rows, drawn] = _Captured(graph, chosen, None, plan)
+            self._decodings[rows, drawn] = _Decoding(graph, wanted, alone)
         return self._decodings[rows, drawn]
 
-    def _plan(self, positions: Tensor, *, shared: bool) -> StaticPlan:
+    def _plan(self, positions: Tensor) -> StaticPlan:
         config = self._model.config
         cos, sin = self._model.rotary.table(config.window)
         return StaticPlan(
@@ -247,7 +270,7 @@ class Graphs:
             kv_heads=config.kv_heads,
             page_size=self._pool.page_size,
             room=self._room,
-            shared=shared,
+            shared=True,
         )
 
     def _pass(
@@ -256,13 +279,13 @@ class Graphs:
         frames: Tensor,
         slots: Tensor,
         wanted: Tensor,
-        plan: StaticPlan,
+        plan: TritonPlan,
         choices: Choices | None,
         chosen: Tensor,
     ) -> None:
         """What a graph records of the model: a pass, and the choice of tokens into `chosen`."""
         cos, sin = self._model.rotary.table(self._model.config.window)
-        step = Step(cos[frames], sin[frames], (plan.plan,))
+        step = Step(cos[frames], sin[frames], (plan,))
         logits = self._model.compute(token_ids, slots, step, self._pool.kv, wanted)
         if logits is None:
             raise RuntimeError("the model gave no logits although rows were asked for")
@@ -323,7 +346,7 @@ class GraphRunner:
         self.graphs = Graphs(model, pool)
         self._model, self._pool = model, pool
         self._rows: dict[Row, None] = {}
-        self._planned: _Captured | None = None  # whose tables hold these rows
+        self._planned: _Decoding | None = None  # the pass of one row whose tables hold the one that is here
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
         pending = _Pending()
@@ -341,16 +364,21 @@ class GraphRunner:
 
     def _decode(self, pending: _Pending) -> None:
         """The next token of every row."""
-        size = max(row.slot for row in self._rows) + 1
+        batch = self.graphs.batch
         drawn = not all(row.sampler.greedy for row in self._rows)
-        captured = self._planned = self.graphs.decoding(size, self._requests, self._planned, drawn=drawn)
+        if batch.attention.rows > 1:
+            batch.attention.upload()
+            captured = self.graphs.decoding(batch.attention.rows, drawn=drawn)
+        else:
+            captured = self.graphs.decoding(1, drawn=drawn)
+            if captured is not self._planned:
+                (row,) = self._rows
+                captured = self.graphs.plan_one(_request(row.run((0,)), slice(0, 1), row.reserved), drawn=drawn)
+                self._planned = captured
         captured.graph.replay()
         for row in self._rows:
             row.done += 1
         pending.add(self.graphs.batch.chosen, [(row, row.slot) for row in self._rows])
-
-    def _requests(self) -> list[Request]:
-        return [_request(row.run((0,)), slice(row.slot, row.slot + 1), row.reserved) for row in self._rows]
 
     def _prefill(self, pieces: Sequence[Piece], pending: _Pending) -> None:
         """A pass without a graph."""
@@ -414,6 +442,11 @@ class GraphRunner:
             batch.choices.seen[slot].scatter_(0, token, True)
         self._rows[row] = None
         self._planned = None
+        room = batch.attention.join(slot, _seen(row))
+        while room:  # more than ever: all rows join a larger one
+            self.graphs.enlarge_batch(room)
+            attention = self.graphs.batch.attention
+            room = next((more for each in self._rows if (more := attention.join(each.slot, _seen(each)))), None)
 
     def _leave(self, row: Row) -> None:
         """Take a row out of its slot."""
@@ -422,6 +455,7 @@ class GraphRunner:
         batch.slots[slot, : row.reserved] = -1
         if not row.sampler.greedy:
             batch.choices.shape[:, slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
+        batch.attention.leave(slot)
         del self._rows[row]
         self._planned = None
 
@@ -432,14 +466,15 @@ def workspace_bytes(model: Model) -> int:
     Twice what the largest pass works in: graphs share one such memory, and a pass runs once before it is captured.
     """
     config, room, itemsize = model.config, Room(), model.dtype.itemsize
+    live = LiveRoom()
     width = config.q_heads * config.head_dim
     per_token = 8 * config.hidden_size + 4 * config.intermediate_size + 6 * width
     work = QUESTION_ROWS[-1] * per_token * itemsize
-    work += room.partials * (width + config.q_heads) * 4
+    work += max(room.partials, ROW_SLOTS * live.partials) * (width + config.q_heads) * 4
     work += ROW_SLOTS * config.vocab_size * 5
     table = 4 * (4 * (room.items + room.spans + room.frames) + 2 * room.rows + room.pages)
     graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS))
-    kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size
+    kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size + 4 * live.words
     return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES
 
 
@@ -508,6 +543,11 @@ def _kernels(graph: torch.cuda.CUDAGraph) -> int:
     if failed:
         raise RuntimeError(f"the CUDA driver could not list a graph's nodes: error {failed}")
     return kernels
+
+
+def _seen(row: Row) -> tuple[PagedSegment, ...]:
+    """All that a row may see, its tail as far as pages are reserved: the kernel looks at positions."""
+    return (*row.context, PagedSegment(row.pages, 0, row.reserved, row.origin))
 
 
 def _fits_a_graph(piece: Piece) -> bool:
