@@ -106,6 +106,8 @@ class _Reader:
         self._engine.submit(request)
         self._request = request
         self._text = _text(self._engine, request)
+        if self._closed:  # meanwhile, by another thread
+            self._stop()
         weakref.finalize(self, self._engine.cancel, request).atexit = False  # then the engine ends all
         return request
 
