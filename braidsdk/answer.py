@@ -159,6 +159,7 @@ class Stream(_Reader):
         return self
 
     def __next__(self) -> str:
+        self._engine.check_process()  # before the lock, and before waiting for what never comes
         with self._lock:
             if self._closed:
                 raise StopIteration
@@ -204,6 +205,7 @@ class AsyncStream(_Reader):
             raise
 
     async def _next(self) -> str:
+        self._engine.check_process()
         if self._closed:
             raise StopAsyncIteration
         if self._request is None or self._news is None:

@@ -160,17 +160,25 @@ class Engine:
         """Entries that calls had to compute."""
         return self._loop.residency.misses
 
-    def check_open(self) -> None:
+    def check_process(self) -> None:
         """Takes no lock: in a fork somebody who is not there may hold it.
 
         Raises:
             ForkedError: this is a fork of the process that opened it.
-            ClosedError: `close` was called.
         """
         if os.getpid() != self._process:
             raise ForkedError(
                 "A Braid must be used in the process that opened it; this is a fork of it. Open another one here."
             )
+
+    def check_open(self) -> None:
+        """`check_process`, and that it is open. Takes no lock either.
+
+        Raises:
+            ForkedError: this is a fork of the process that opened it.
+            ClosedError: `close` was called.
+        """
+        self.check_process()
         if not self._loop.open:
             raise _closed()
 
