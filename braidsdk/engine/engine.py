@@ -416,10 +416,7 @@ class Loop:
         now = perf_counter()
         for request, error in self.scheduler.expired(now):
             self._fail(request, error)
-        admitted = self.scheduler.admit(now)
-        for request in admitted:
-            request.clock.admitted = now
-            self.residency.start(request)
+        admitted = self._admit(now)
         rows = [
             request
             for request in self._rows.values()
@@ -434,6 +431,14 @@ class Loop:
         if before:
             self._take(before)
         return bool(admitted or work or before)
+
+    def _admit(self, now: float) -> bool:
+        """Admit what fits; whether anything did."""
+        admitted = self.scheduler.admit(now)
+        for request in admitted:
+            request.clock.admitted = now
+            self.residency.start(request)
+        return bool(admitted)
 
     def _launch(self, work: Work[Request]) -> list[Results]:
         """Start what the scheduler chose. What can't be computed fails, alone where the runner allows that."""
@@ -581,6 +586,8 @@ class Loop:
     # what mail asks for
 
     def submit(self, request: Request) -> None:
+        if self.scheduler.full:
+            self._admit(perf_counter())  # what came in the same step may not have to wait
         try:
             self.scheduler.submit(request)
         except QueueFullError as error:

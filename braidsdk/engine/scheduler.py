@@ -157,6 +157,11 @@ class Scheduler(Generic[J]):
         return sum(map(len, self._queues.values()))
 
     @property
+    def full(self) -> bool:
+        """Whether as many wait as may."""
+        return self.waiting >= self._max_queue
+
+    @property
     def admitted(self) -> int:
         """Requests that are loading, ready or running."""
         return len(self._admitted)
@@ -171,7 +176,7 @@ class Scheduler(Generic[J]):
         Raises:
             QueueFullError: as many wait as may.
         """
-        if self.waiting >= self._max_queue:
+        if self.full:
             raise QueueFullError(
                 f"The queue must hold fewer than {self._max_queue:,} waiting requests; it is full. Ask again later, or "
                 "open the Braid with a larger max_queue."
