@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from braidsdk.cache.pool import Pool, Resident, State
-from braidsdk.errors import StoreError
+from braidsdk.errors import ClosedError, StoreError
 from braidsdk.models.base import Model
 from braidsdk.rates import Rates
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
@@ -221,7 +221,11 @@ class Residency(Generic[N]):
             for entry in to_read:
                 self._making[entry].reading = True
                 self.pool.pin(entry)  # until the job has ended: its thread writes to these pages
-            self._readers.submit(self._read, to_read)
+            try:
+                self._readers.submit(self._read, to_read)
+            except RuntimeError as error:
+                for entry in to_read:
+                    self._owner.post(partial(self._not_loaded, entry, _exiting(error)))
         self._check_ready(request)
 
     def to_compute(self, request: N) -> list[Resident]:
@@ -266,7 +270,11 @@ class Residency(Generic[N]):
                 self._writing[entry] = write
                 self.pool.pin(entry)  # until its bytes are copied
                 copies.append((entry.key, self._copy_out(entry)))
-            self._writers.submit(self._publish, write, copies)
+            try:
+                self._writers.submit(self._publish, write, copies)
+            except RuntimeError as error:
+                self._owner.post(partial(self._copied, write))
+                self._owner.post(partial(self._published, write, _exiting(error)))
         for write in held.writes:
             write.waiting.append(request)
         return bool(held.writes)
@@ -458,3 +466,10 @@ class Residency(Generic[N]):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+
+
+def _exiting(error: RuntimeError) -> ClosedError:
+    """Why no I/O thread takes a job any more."""
+    closed = ClosedError("The store is not read or written any more: the interpreter exits.")
+    closed.__cause__ = error
+    return closed
