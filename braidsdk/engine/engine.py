@@ -659,7 +659,10 @@ class Loop:
         """End every request, wait for I/O that runs, and free all."""
         self.open = False
         for request in list(self.scheduler):
-            self._fail(request, error)
+            try:
+                self._fail(request, error)
+            except Exception:  # after a failure nothing is certain; nobody waits for ever all the same
+                self.refuse(request, error)
         self.residency.close()
         self._flight = None
         del self.model, self.pool, self.runner
