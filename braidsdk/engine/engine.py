@@ -10,6 +10,7 @@ Callers submit requests and read their events, from any thread. Nothing but this
 threads read and write the store, and only bytes of pages that were taken for them.
 """
 
+import atexit
 import logging
 import os
 import threading
@@ -129,7 +130,8 @@ class Engine:
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
         self._process = os.getpid()
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
-        self._stop = weakref.finalize(self, self._loop.stop, self._process)
+        self._stop = weakref.finalize(self, self._loop.stop)
+        _loops.add(self._loop)
         self._loop.thread.start()
 
     @property
@@ -186,6 +188,7 @@ class Engine:
         """End every request with ClosedError, free memory, close the store. Safe to call twice, and in a fork, where it
         does nothing."""
         self._stop()
+        self._loop.join()
 
     def submit(self, request: Request) -> Request:
         """Give a request to the engine; read its events.
@@ -347,6 +350,7 @@ class Loop:
         self.open = True
         self._checks = checks_itself()
         self._ended = False
+        self._process = os.getpid()
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._tasks: dict[Request, _Task] = {}
         self._rows: dict[Row, Request] = {}
@@ -365,13 +369,16 @@ class Loop:
         """Run something in the engine's thread, unless the loop ends first. Never blocks, and may interrupt itself."""
         self._mail.put(_Mail(work))
 
-    def stop(self, process: int) -> None:
-        """End the loop and wait for it; in a fork of `process`, where there is none, do nothing."""
-        if os.getpid() != process:
-            return
-        self.open = False
-        self.post(lambda: None)
-        if threading.current_thread() is not self.thread:  # it is when the last that holds an engine goes there
+    def stop(self) -> None:
+        """Let the loop end; in a fork, where there is none, do nothing. Never blocks: the garbage collector may call it
+        in the loop's own thread, or in one that the loop waits for."""
+        if os.getpid() == self._process:
+            self.open = False
+            self.post(lambda: None)
+
+    def join(self) -> None:
+        """Wait until the loop has ended; in a fork, and in its own thread, do nothing."""
+        if os.getpid() == self._process and threading.current_thread() is not self.thread:
             self.thread.join()
 
     # the loop
@@ -696,6 +703,17 @@ class Loop:
             task.row for task in self._tasks.values() if task.row and task.launched and not task.answered
         }:
             raise RuntimeError("engine: a row is lost")
+
+
+_loops: "weakref.WeakSet[Loop]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End what is still open when the interpreter exits: threads that compute must not outlive it."""
+    for loop in list(_loops):
+        loop.stop()
+        loop.join()
 
 
 @dataclass(frozen=True, eq=False)
