@@ -587,8 +587,10 @@ class Loop:
         task = self._tasks.pop(request, None)
         if task and task.row:
             self._rows.pop(task.row, None)
-        self.scheduler.end(request, state)
-        request.ring()
+        try:
+            self.scheduler.end(request, state)
+        finally:
+            request.ring()
 
     # what mail asks for
 

@@ -109,11 +109,12 @@ def check_settled(braid: Braid) -> None:
     """Once nothing runs any more, no page, pin or slot is lost: pages are free, or of entries that nobody pins."""
     engine = braid._engine
     loop = engine._loop
-    wait_until(lambda: (engine.load().running, engine.load().waiting) == (0, 0))
 
     def all_is_there() -> bool:
         loop._integrity()
         pool, residency = engine.pool, loop.residency
+        if any(loop.scheduler):
+            return False
         assert not any((loop._tasks, loop._rows, residency._held))
         if residency._making or residency._writing or pool._pins:
             return False  # an I/O thread is still at it

@@ -14,7 +14,7 @@ import pytest
 
 from braidsdk import Braid, Context, Stream
 from braidsdk.engine.scheduler import State
-from braidsdk.errors import ClosedError, DeadlineError, InputError, QueueFullError
+from braidsdk.errors import ClosedError, DeadlineError, EngineError, InputError, QueueFullError
 
 TEXT = "The harbour opens at six. Boats wait for the tide, and the pilot for the boats. " * 3
 WAIT_S = 30.0
@@ -112,6 +112,27 @@ def test_close_waits_for_its_thread_and_a_second_close_does_nothing(make_braid: 
     braid.close()
     assert engine_threads() == before
     braid.close()
+
+
+def test_an_engine_that_fails_tells_everybody_who_waits(
+    random_braid: Braid, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("a page is lost")
+
+    opened = threading.Event()
+    with ThreadPoolExecutor(4) as threads:
+        held = threads.submit(random_braid._engine.call, lambda: opened.wait(WAIT_S))
+        asking = [threads.submit(context.ask, "Well?", max_new_tokens=n) for n in (4, 40, 400)]
+        monkeypatch.setattr(random_braid._engine._loop.residency, "release", broken)
+        opened.set()
+        held.result(WAIT_S)
+        for each in asking[1:]:
+            with pytest.raises(EngineError, match="a page is lost"):
+                each.result(WAIT_S)
+    with pytest.raises(ClosedError):
+        context.ask("Well?")
+    random_braid.close()
 
 
 # who forgets a Braid
