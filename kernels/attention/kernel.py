@@ -1,9 +1,9 @@
 """Cascade attention on the GPU: device code. `tables.py` says what the tables hold, `launch.py` starts it.
 
 A work unit is an item and a KV head. Its rows, times the query heads of that KV head, are the M of its products; it
-walks its spans page by page, turning its queries anew for each span, and leaves one partial result per row, or the
-whole result where an item holds all that its rows see. LSEs are base 2. Partials are merged in their order, so
-that a replay gives the same bits.
+walks its spans page by page, BLOCK_N of a page's keys at a time, turning its queries anew for each span, and leaves one
+partial result per row, or the whole result where an item holds all that its rows see. LSEs are base 2. Partials are
+merged in their order, so that a replay gives the same bits.
 """
 
 import triton
@@ -18,11 +18,12 @@ def _unit(
     item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
     hidden, partials, lses, out, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, FOLLOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, one KV head."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    BLOCKS: tl.constexpr = PAGE // BLOCK_N
     q_heads: tl.constexpr = KV_HEADS * GROUP
     first_row = tl.load(items + item * 5)
     row_count = tl.load(items + item * 5 + 1)
@@ -52,7 +53,7 @@ def _unit(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     mixed = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
-    n = tl.arange(0, PAGE)
+    n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, LISTED)
     for span in range(first_span, last_span):
         first_page = tl.load(spans + span * 4)
@@ -89,11 +90,13 @@ def _unit(
             for some in range(start // PAGE, (stop + PAGE - 1) // PAGE, LISTED):
                 # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
                 ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
-                for index in tl.range(0, tl.minimum((stop + PAGE - 1) // PAGE - some, LISTED), num_stages=STAGES):
-                    page = tl.sum(tl.where(k == index, ids, 0), 0).to(tl.int64)
-                    token = (some + index) * PAGE + n
+                blocks = tl.minimum((stop + BLOCK_N - 1) // BLOCK_N - some * BLOCKS, LISTED * BLOCKS)
+                for index in tl.range(0, blocks, num_stages=STAGES):
+                    page = tl.sum(tl.where(k == index // BLOCKS, ids, 0), 0).to(tl.int64)
+                    token = (some * BLOCKS + index) * BLOCK_N + n
                     inside = (token >= start) & (token < stop)
-                    tile = kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM) + (n * HEAD_DIM)[:, None] + d[None, :]
+                    inner = (index % BLOCKS * BLOCK_N + n) * HEAD_DIM
+                    tile = kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM) + inner[:, None] + d[None, :]
                     key = tl.load(tile, mask=inside[:, None], other=0.0)
                     score = tl.dot(turned, tl.trans(key), input_precision="ieee")
                     visible = token[None, :] < seen[:, None]
@@ -178,8 +181,9 @@ def cascade(
     queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
     partials, lses, out, arrived, merges, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, FOLLOWED: tl.constexpr,
-    FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, MERGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    FOLLOWED: tl.constexpr, FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr,
+    MERGES: tl.constexpr,
     MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
@@ -202,7 +206,7 @@ def cascade(
         head = unit % KV_HEADS
         _unit(
             item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
-            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, PAGE, BLOCK_M, STAGES,
+            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, STAGES,
             DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and not FOLLOWS,
         )  # fmt: skip
         if MERGES:

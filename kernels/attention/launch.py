@@ -30,6 +30,7 @@ class Config:
         items: how many items, times KV heads, each multiprocessor gets.
         long_item: pages of an item from which on there are twice as many.
         registers: that a thread may take, or None for as many as the compiler wants.
+        keys: of a page that a product takes at once, or None for the whole page.
     """
 
     stages: int
@@ -37,6 +38,7 @@ class Config:
     items: int = 1
     long_item: int = 1 << 30
     registers: int | None = None
+    keys: int | None = None
 
 
 CONFIGS = {
@@ -52,8 +54,9 @@ BESIDE = Config(2, 4, 2, registers=128)
 DIRECT_CONFIG = Config(3, 4)
 """Where nothing is to be merged."""
 
-_EXACT = Config(1, 4)
-"""For float32: no tensor cores, and twice the shared memory."""
+_EXACT = Config(1, 8, keys=16)
+"""For float32: no tensor cores, and twice the shared memory. Every thread's multiplications are written out, their
+operands in registers: of a whole page they spill by kilobytes, and take long to compile."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +353,7 @@ def cascade_attention_triton(
             HEAD_DIM=head_dim,
             PAGE=page_size,
             BLOCK_M=size,
+            BLOCK_N=min(config.keys or page_size, page_size),
             STAGES=config.stages,
             FROM=begin,
             TO=end,
