@@ -8,6 +8,10 @@ from braidsdk.kernels.launch import Tile, launch_options
 PROGRAMS = 144
 """Columns are split as long as so many programs suffice: about as many as there are multiprocessors."""
 
+_EXACT_COLUMNS = 64
+"""Of one load in float32 at most: without matrix instructions every thread's multiplications are written out, and the
+operands of more do not fit in registers."""
+
 
 def products(x: Tensor, weight: Tensor, block_rows: int, tile: Tile) -> Tensor:
     """Products of `x` [rows, K] with `weight` [N, K], in parts that are still to be added up.
@@ -21,6 +25,8 @@ def products(x: Tensor, weight: Tensor, block_rows: int, tile: Tile) -> Tensor:
     """
     (rows, size), count = x.shape, len(weight)
     block_k = tile.columns(x)
+    if x.dtype == torch.float32:
+        block_k = min(block_k, _EXACT_COLUMNS)
     columns, blocks, loads = -(-count // tile.block_n), -(-rows // block_rows), -(-size // block_k)
     splits = max(1, min(loads, PROGRAMS // (columns * blocks)))
     splits = -(-loads // -(-loads // splits))  # no program is without columns
