@@ -2,14 +2,18 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path as FilePath
+from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,11 +25,14 @@ from braidsdk.errors import BraidError, InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.attention.amx import HEAD_DIMS
 from braidsdk.kernels.paths import AMX, Paths
-from braidsdk.kernels.selftest import Geometry, Result
+from braidsdk.kernels.selftest import CASES, Geometry, Result
 from braidsdk.models.base import Model
+from braidsdk.progress import steps_bar
 
 if TYPE_CHECKING:
     from braidsdk.kernels.launch import Path
+
+_log = logging.getLogger(__name__)
 
 OPS = tuple(each.name for each in fields(Paths))
 
@@ -139,8 +146,13 @@ def _cpu_paths(wanted: dict[str, str], model: Model, reason: str | None) -> Path
     return Paths(**by_op)
 
 
-def self_test(model: Model, *, timed: bool) -> list[Result]:
+def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] | None = None) -> list[Result]:
     """Try every Triton kernel on a model's shapes, in a process of its own.
+
+    Args:
+        model: on a CUDA device.
+        timed: whether to time them too.
+        report: called with the cases done and those to be done, before the first and after each.
 
     Raises:
         BraidError: that process ended before its time.
@@ -160,15 +172,26 @@ def self_test(model: Model, *, timed: bool) -> list[Result]:
     if model.device.index:
         visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[model.device.index]
-    child = subprocess.run(
-        command + ([] if timed else ["quick"]), env=environment, capture_output=True, text=True, check=False
-    )
-    results = [Result(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
-    if child.returncode:
-        raise BraidError(
-            f"The kernels' self-test ended with {child.returncode} after {len(results)} cases: "
-            f"{child.stderr.strip()[-300:]}. Use kernels='torch' meanwhile."
-        )
+    if not timed:
+        command.append("quick")
+    results: list[Result] = []
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,  # a pipe that nobody reads would fill up
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
+        if report:
+            report(0, CASES)
+        for line in child.stdout or ():
+            if line.startswith("{"):
+                results.append(Result(**json.loads(line)))
+                if report:
+                    report(len(results), CASES)
+        if child.wait():
+            errors.seek(0)
+            raise BraidError(
+                f"The kernels' self-test ended with {child.returncode} after {len(results)} cases: "
+                f"{errors.read().strip()[-300:]}. Use kernels='torch' meanwhile."
+            )
     return results
 
 
@@ -181,10 +204,15 @@ def _troubles(model: Model) -> dict[str, str]:
         known = {}
     key = _setting(model)
     if key not in known:
+        _log.info("compiling and trying each kernel, once for this model on this device")
+        started = perf_counter()
         try:
-            found = {result.op: result.trouble for result in self_test(model, timed=False) if not result.ok}
+            with steps_bar("compiling and trying kernels, once") as bar:
+                results = self_test(model, timed=False, report=bar)
         except BraidError as error:
             return dict.fromkeys(OPS, str(error))
+        _log.info("tried %d cases of the kernels in %.0f s", len(results), perf_counter() - started)
+        found = {result.op: result.trouble for result in results if not result.ok}
         if any("out of memory" in trouble for trouble in found.values()):
             return found  # true now, perhaps not the next time
         known[key] = found

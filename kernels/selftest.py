@@ -97,7 +97,7 @@ def check(geometry: Geometry, device: torch.device, *, timed: bool = True) -> It
     dtype = getattr(torch, geometry.dtype)
     limit = LIMITS[dtype]
     ceiling = _copy_rate(device) if timed else 0.0
-    for make in (_norm_qkv, _attention, _out_proj, _swiglu, _head):
+    for make in _MAKERS:
         for rows in ROWS:
             case = None
             try:
@@ -273,6 +273,12 @@ def _head(shape: Geometry, dtype: torch.dtype, device: torch.device, rows: int) 
         moved,
         copies,
     )
+
+
+_MAKERS = (_norm_qkv, _attention, _out_proj, _swiglu, _head)
+
+CASES = len(_MAKERS) * len(ROWS)
+"""How many results `check` gives."""
 
 
 def _likeliest(rows: int, vocab: int, device: torch.device) -> Choices:

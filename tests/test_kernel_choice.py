@@ -1,15 +1,19 @@
-"""Which kernels a model takes on a CPU."""
+"""Which kernels a model takes on a CPU, and what is shown while a GPU's are tried."""
 
+import logging
+import re
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
 
-from braidsdk import Braid
-from braidsdk.errors import InputError
-from braidsdk.kernel_choice import KernelsWarning
+from braidsdk import Braid, kernel_choice
+from braidsdk.errors import BraidError, InputError
+from braidsdk.kernel_choice import KernelsWarning, self_test
 from braidsdk.kernels import native
 from braidsdk.kernels.paths import AMX, TORCH, Paths
+from braidsdk.kernels.selftest import CASES
 
 needs_amx = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
@@ -71,3 +75,50 @@ def test_triton_still_needs_a_gpu(tmp_path: Path) -> None:
         paths(tmp_path, "triton")
     with pytest.raises(InputError, match="'auto', 'triton', 'amx' or 'torch'"):
         paths(tmp_path, "cuda")
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, status: int) -> None:
+    """A self-test that gives two results without a GPU, and ends with that status."""
+    result = '{"op": "swiglu", "case": "1 row", "error": 0.0, "limit": 1e-5}'
+    script = folder / "python"
+    script.write_text(f"#!/bin/sh\necho loading\necho '{result}'\necho '{result}'\necho broken >&2\nexit {status}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(kernel_choice, "user_cache_dir", lambda _: folder)
+    monkeypatch.setattr(kernel_choice, "_setting", lambda _: "here")
+
+
+def test_each_case_of_the_self_test_is_reported(
+    random_braid: Braid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[int, int]] = []
+    model = random_braid._engine.model
+    stand_in(tmp_path, monkeypatch, status=0)
+    results = self_test(model, timed=False, report=lambda done, total: steps.append((done, total)))
+    assert [result.op for result in results] == ["swiglu"] * 2
+    assert steps == [(0, CASES), (1, CASES), (2, CASES)]
+    stand_in(tmp_path, monkeypatch, status=3)
+    with pytest.raises(BraidError, match="ended with 3 after 2 cases: broken"):
+        self_test(model, timed=False)
+
+
+def test_the_first_start_says_what_it_does_and_the_second_nothing(
+    random_braid: Braid,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stand_in(tmp_path, monkeypatch, status=0)
+    with caplog.at_level(logging.INFO, "braidsdk"):
+        assert kernel_choice._troubles(random_braid._engine.model) == {}
+        assert [re.split(", | in ", record.message)[0] for record in caplog.records] == [
+            "compiling and trying each kernel",
+            "tried 2 cases of the kernels",
+        ]
+        assert f"2/{CASES}" in capfd.readouterr().err
+        caplog.clear()
+        assert kernel_choice._troubles(random_braid._engine.model) == {}
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
