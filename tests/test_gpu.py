@@ -262,14 +262,14 @@ def test_after_warming_up_no_question_captures_anything(opened: Callable[..., Br
     launches = engine.launches()
     assert launches.keys() >= {"decoding of 1", "decoding of 64, drawn", "question of 32"}
     layers = engine.model.config.layers
-    assert all(5 * layers < count <= 12 * layers + 20 for count in launches.values()), launches
+    assert not {name: n for name, n in launches.items() if not 5 * layers < n <= 12 * layers + 20}
     assert launches["decoding of 1"] <= 5 * layers + 12
 
 
 def test_graphs_count_in_the_memory_budget(tmp_path: Path) -> None:
     with Braid("braid-tiny", store=tmp_path, device="cuda", kernels="triton", pool_bytes=2**30) as braid:
         taken = workspace_bytes(braid._engine.model)
-        assert 0 < 2**30 - braid.stats().pool_capacity_bytes - taken < braid._engine.pool.page_bytes
+        assert 0 <= 2**30 - braid.stats().pool_capacity_bytes - taken < braid._engine.pool.page_bytes
     with pytest.raises(PoolFullError, match="larger pool_bytes"):
         Braid("braid-tiny", store=tmp_path, device="cuda", kernels="triton", pool_bytes=taken)
 

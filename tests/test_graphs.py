@@ -56,6 +56,8 @@ def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(graphs, "_record", record)
     monkeypatch.setattr(graphs, "_Pending", NowPending)
     monkeypatch.setattr(graphs, "QUESTION_ROWS", (8, 12))
+    monkeypatch.setattr(graphs, "TOGETHER_ROWS", (16, 40))
+    monkeypatch.setattr(graphs, "TOGETHER", 3)
     monkeypatch.setattr(graphs, "DECODE_ROWS", (1, 4, 16))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)

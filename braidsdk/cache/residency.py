@@ -425,17 +425,13 @@ class Residency(Generic[N]):
         a layer each, padding zero."""
         if self._copies is None:
             return lambda: self._slabs(entry, self.pool.kv[:, :, entry.pages])
-        self._copies.wait_stream(torch.cuda.current_stream(self._model.device))
-        with torch.cuda.stream(self._copies):
-            gathered = self.pool.kv[:, :, entry.pages.to(self._model.device, non_blocking=True)]
-            host = torch.empty(gathered.shape, dtype=gathered.dtype, pin_memory=True)
-            host.copy_(gathered, non_blocking=True)
-            there = torch.cuda.Event()
-            there.record()
+        computed, copies = torch.cuda.Event(), self._copies
+        computed.record()
 
         def copied() -> list[Slab]:
-            there.synchronize()
-            return self._slabs(entry, host)
+            copies.wait_event(computed)
+            with torch.cuda.stream(copies):  # so that steps go on; its own memory is waited for by `cpu`
+                return self._slabs(entry, self.pool.kv[:, :, entry.pages.to(self._model.device)].cpu())
 
         return copied
 

@@ -41,8 +41,14 @@ _log = logging.getLogger(__name__)
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 """Requests that a graph computes the next token of; the smallest that holds them is taken."""
 
-QUESTION_ROWS = (16, 32, 64, 128)
-"""Tokens of a question that a graph computes; longer ones take a pass without a graph."""
+QUESTION_ROWS = (16, 32, 64, 128, 512)
+"""Tokens of one request, a question or a piece of a text, that a graph computes; longer ones take a pass without."""
+
+TOGETHER_ROWS = (128, 512)
+"""Tokens of several questions that one graph computes."""
+
+TOGETHER = 16
+"""Questions that one graph computes at most."""
 
 PREFILL_ROWS = (32, 512)
 """Tokens of the texts that `warm_up` computes as if they were registered."""
@@ -53,14 +59,14 @@ _KERNEL_NODE = 0
 
 @dataclass(frozen=True)
 class _Question:
-    """A graph of one request's question, and the memory that it reads and writes.
+    """A graph of one request's tokens, or of several questions, and the memory that it reads and writes.
 
     Attributes:
         graph: one pass.
         state: absolute positions, positions in the tail's frame, token ids and slots; int64 [4, rows].
-        wanted: the row with logits, int64 [1].
-        chosen: the id, and whether its logits are finite, int64 [2, 1].
-        choices: how it is chosen; None takes the likeliest.
+        wanted: the rows with logits, int64 [requests].
+        chosen: the ids, and whether their logits are finite, int64 [2, requests].
+        choices: how they are chosen; None takes the likeliest.
         plan: its attention.
     """
 
@@ -113,7 +119,7 @@ class Graphs:
 
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
-        self._questions: dict[tuple[int, bool], _Question] = {}
+        self._questions: dict[tuple[int, int, bool], _Question] = {}
         self._decodings: dict[tuple[int, bool], _Decoding] = {}
         self._room = Room()
         self._memory_pool: Any = None
@@ -151,12 +157,13 @@ class Graphs:
             room=room,
         )
 
-    def question(self, request: Request, *, drawn: bool) -> _Question:
-        """The pass for a request's question, its attention planned."""
-        size = _bucket(QUESTION_ROWS, request.rows.stop)
+    def question(self, requests: Sequence[Request], *, drawn: bool) -> _Question:
+        """The pass for tokens of these requests, one after another, its attention planned."""
+        many = len(requests) > 1
+        size = _bucket(TOGETHER_ROWS if many else QUESTION_ROWS, requests[-1].rows.stop)
         while True:
-            captured = self._question(size, drawn)
-            if (room := captured.plan.load([request])) is None:
+            captured = self._question(size, TOGETHER if many else 1, drawn)
+            if (room := captured.plan.load(requests)) is None:
                 return captured
             self._grow(room)
 
@@ -182,7 +189,9 @@ class Graphs:
             yield partial(self._prefill, tokens)
         for drawn in (False, True):
             for rows in QUESTION_ROWS:
-                yield partial(self._question, rows, drawn)
+                yield partial(self._question, rows, 1, drawn)
+            for rows in TOGETHER_ROWS if requests > 1 else ():
+                yield partial(self._question, rows, TOGETHER, drawn)
             for rows in DECODE_ROWS:
                 if rows <= _bucket(DECODE_ROWS, requests):
                     yield partial(self._decoding, rows, drawn)
@@ -190,12 +199,13 @@ class Graphs:
 
     def launches(self) -> dict[str, int]:
         """Kernels that a replay of each captured pass launches, by what it computes."""
-        kinds = (("question", self._questions), ("decoding", self._decodings))
-        return {
-            f"{kind} of {rows}{', drawn' if drawn else ''}": _kernels(captured.graph)
-            for kind, passes in kinds
-            for (rows, drawn), captured in sorted(passes.items())
-        }
+        passes = [(f"{n} questions of {rows}" if n > 1 else f"question of {rows}", drawn, captured.graph)
+                  for (rows, n, drawn), captured in sorted(self._questions.items())]  # fmt: skip
+        passes += [
+            (f"decoding of {rows}", drawn, captured.graph)
+            for (rows, drawn), captured in sorted(self._decodings.items())
+        ]
+        return {f"{name}{', drawn' if drawn else ''}": _kernels(graph) for name, drawn, graph in passes}
 
     def _prefill(self, tokens: int) -> None:
         pages = self._pool.take(tokens)
@@ -210,24 +220,23 @@ class Graphs:
         self._questions.clear()
         self._decodings = {key: each for key, each in self._decodings.items() if not each.plan}
 
-    def _question(self, rows: int, drawn: bool) -> _Question:
-        if (rows, drawn) not in self._questions:
-            device = self._model.device
+    def _question(self, rows: int, requests: int, drawn: bool) -> _Question:
+        if (rows, requests, drawn) not in self._questions:
+            device, vocab = self._model.device, self._model.config.vocab_size
             state = torch.zeros(4, rows, dtype=torch.int64, device=device)
             state[3] = -1
-            wanted = torch.zeros(1, dtype=torch.int64, device=device)
-            chosen = torch.zeros(2, 1, dtype=torch.int64, device=device)
-            choices = None
-            if drawn:
-                choices = Choices.greedy(torch.zeros(1, self._model.config.vocab_size, dtype=torch.bool, device=device))
-            plan = self._plan(state[0])
+            wanted = torch.zeros(requests, dtype=torch.int64, device=device)
+            chosen = torch.zeros(2, requests, dtype=torch.int64, device=device)
+            seen = torch.zeros(requests, vocab, dtype=torch.bool, device=device) if drawn else None
+            choices = None if seen is None else Choices.greedy(seen)
+            plan = self._plan(state[0], shared=requests == 1)
 
             def run() -> None:
                 self._pass(state[2], state[1], state[3], wanted, plan.plan, choices, chosen)
 
             graph = self._record(run, f"question of {rows}")
-            self._questions[rows, drawn] = _Question(graph, state, wanted, chosen, choices, plan)
-        return self._questions[rows, drawn]
+            self._questions[rows, requests, drawn] = _Question(graph, state, wanted, chosen, choices, plan)
+        return self._questions[rows, requests, drawn]
 
     def _decoding(self, rows: int, drawn: bool) -> _Decoding:
         if (rows, drawn) not in self._decodings:
@@ -236,7 +245,7 @@ class Graphs:
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
             wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
-            alone = self._plan(state[0]) if rows == 1 else None
+            alone = self._plan(state[0], shared=True) if rows == 1 else None
             cos, sin = self._model.rotary.table(self._model.config.window)
             plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin)
 
@@ -258,7 +267,7 @@ class Graphs:
             self._decodings[rows, drawn] = _Decoding(graph, wanted, alone)
         return self._decodings[rows, drawn]
 
-    def _plan(self, positions: Tensor) -> StaticPlan:
+    def _plan(self, positions: Tensor, *, shared: bool) -> StaticPlan:
         config = self._model.config
         cos, sin = self._model.rotary.table(config.window)
         return StaticPlan(
@@ -270,7 +279,7 @@ class Graphs:
             kv_heads=config.kv_heads,
             page_size=self._pool.page_size,
             room=self._room,
-            shared=True,
+            shared=shared,
         )
 
     def _pass(
@@ -354,12 +363,24 @@ class GraphRunner:
             self._leave(row)
         if rows:
             self._decode(pending)
-        plain = [piece for piece in pieces if not _fits_a_graph(piece)]
+        questions: list[Piece] = []
+        plain: list[Piece] = []
+        for piece in pieces:
+            if piece.logits or len(piece.run.token_ids) > QUESTION_ROWS[-1]:
+                plain.append(piece)
+            elif piece.row:
+                questions.append(piece)
+            elif rows:  # beside rows that decode a text comes in small pieces, which launch faster in a graph
+                self._compute([piece])
+            else:
+                plain.append(piece)
         if plain:
             self._prefill(plain, pending)
-        for piece in pieces:
-            if piece.row and _fits_a_graph(piece):
-                self._ask(piece.run, piece.row, pending)
+        for group in _groups(questions):
+            chosen = self._compute(group)
+            for at, piece in enumerate(group):
+                if piece.row:
+                    self._chosen_first(piece.run, piece.row, chosen[:, at : at + 1], pending)
         return pending
 
     def _decode(self, pending: _Pending) -> None:
@@ -399,27 +420,32 @@ class GraphRunner:
                 choose_into(logits[at : at + 1], choices, chosen)
                 self._chosen_first(piece.run, piece.row, chosen, pending)
 
-    def _ask(self, run: Run, row: Row, pending: _Pending) -> None:
-        """A question by its graph."""
-        count = len(run.token_ids)
-        captured = self.graphs.question(_request(run, slice(0, count)), drawn=not row.sampler.greedy)
+    def _compute(self, pieces: Sequence[Piece]) -> Tensor:
+        """Questions, or a piece of a text, by a graph: the ids chosen after each, as `_Question.chosen`."""
+        requests, columns, ends, stop = [], [], [], 0
+        for piece in pieces:
+            run = piece.run
+            start, stop = stop, stop + len(run.token_ids)
+            frames = torch.arange(run.start, run.start + len(run.token_ids))
+            slots = slots_of(run.pages, run.start, run.start + len(frames), self._pool.page_size)
+            columns.append(torch.stack((frames + run.origin, frames, torch.tensor(run.token_ids), slots)))
+            requests.append(_request(run, slice(start, stop)))
+            ends.append(stop - 1)
+        samplers = [piece.row.sampler for piece in pieces if piece.row]
+        captured = self.graphs.question(requests, drawn=not all(sampler.greedy for sampler in samplers))
         if captured.choices:
-            set_choices(captured.choices, 0, row.sampler)
-        frames = torch.arange(run.start, run.start + count)
+            for at, sampler in enumerate(samplers):
+                set_choices(captured.choices, at, sampler)
         state = torch.zeros_like(captured.state, device="cpu")
         state[3] = -1
-        state[:, :count] = torch.stack(
-            (
-                frames + run.origin,
-                frames,
-                torch.tensor(run.token_ids),
-                slots_of(run.pages, run.start, run.start + count, self._pool.page_size),
-            )
-        )
+        state[:, :stop] = torch.cat(columns, 1)
         captured.state.copy_(state.pin_memory(), non_blocking=True)
-        captured.wanted.fill_(count - 1)
+        if len(ends) == 1:
+            captured.wanted.fill_(ends[0])
+        else:
+            captured.wanted[: len(ends)].copy_(torch.tensor(ends).pin_memory(), non_blocking=True)
         captured.graph.replay()
-        self._chosen_first(run, row, captured.chosen, pending)
+        return captured.chosen
 
     def _chosen_first(self, run: Run, row: Row, chosen: Tensor, pending: _Pending) -> None:
         """A row's first token was chosen: it goes on from there."""
@@ -473,7 +499,7 @@ def workspace_bytes(model: Model) -> int:
     work += max(room.partials, ROW_SLOTS * live.partials) * (width + config.q_heads) * 4
     work += ROW_SLOTS * config.vocab_size * 5
     table = 4 * (4 * (room.items + room.spans + room.frames) + 2 * room.rows + room.pages)
-    graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS))
+    graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS) + len(TOGETHER_ROWS))
     kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size + 4 * live.words
     return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES
 
@@ -550,8 +576,19 @@ def _seen(row: Row) -> tuple[PagedSegment, ...]:
     return (*row.context, PagedSegment(row.pages, 0, row.reserved, row.origin))
 
 
-def _fits_a_graph(piece: Piece) -> bool:
-    return piece.row is not None and not piece.logits and len(piece.run.token_ids) <= QUESTION_ROWS[-1]
+def _groups(questions: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """As many questions together as a graph takes."""
+    group: list[Piece] = []
+    tokens = 0
+    for piece in questions:
+        more = len(piece.run.token_ids)
+        if group and (len(group) == TOGETHER or tokens + more > TOGETHER_ROWS[-1]):
+            yield group
+            group, tokens = [], 0
+        group.append(piece)
+        tokens += more
+    if group:
+        yield group
 
 
 def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:
