@@ -79,6 +79,48 @@ def test_close_ends_whatever_other_threads_do_with_a_closed_error(make_braid: Ca
     assert [(type(error), error) for error in errors if type(error) is not ClosedError] == []
 
 
+USES: dict[str, Callable[[Braid, Context], object]] = {
+    "ask": lambda braid, context: context.ask("Well?", max_new_tokens=4),
+    "stream": lambda braid, context: list(context.stream("Well?", max_new_tokens=4)),
+    "aask": lambda braid, context: asyncio.run(context.aask("Well?", max_new_tokens=4)),
+    "ask_many": lambda braid, context: braid.ask_many([(context, "Well?")], max_new_tokens=4),
+    "next_token_logits": lambda braid, context: context.next_token_logits("Well?"),
+    "to_transformers_cache": lambda braid, context: context.to_transformers_cache(),
+    "prepare": lambda braid, context: context.prepare(),
+    "explain": lambda braid, context: context.explain(),
+    "register": lambda braid, context: braid.register_system("Another text."),
+    "estimate": lambda braid, context: braid.estimate([f"{TEXT} {n}" for n in range(200)], level=0),
+    "delete": lambda braid, context: braid.chunks.delete(braid.chunks.list()[0]),
+    "stats": lambda braid, context: braid.stats(),
+    "warm_up": lambda braid, context: braid.warm_up(),
+}
+
+
+@pytest.mark.parametrize("checks", range(4))
+@pytest.mark.parametrize("use", USES)
+def test_a_call_that_finds_it_open_and_then_closed_says_that_it_is_closed(
+    use: str, checks: int, make_braid: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    braid = make_braid()
+    context = braid.compose([braid.register_system(TEXT)])
+    engine = braid._engine
+    honest, left = engine.check_open, [checks]
+
+    def check_open() -> None:
+        honest()
+        if not left[0]:
+            braid.close()
+        left[0] -= 1
+
+    monkeypatch.setattr(engine, "check_open", check_open)
+    try:
+        USES[use](braid, context)
+    except ClosedError:
+        assert left[0] < 0, "nobody has closed it"
+    finally:
+        braid.close()
+
+
 @pytest.mark.parametrize("held", [True, False], ids=["while it is computed", "while it waits"])
 def test_close_ends_a_question(random_braid: Braid, context: Context, gate: Any, held: bool) -> None:
     with ThreadPoolExecutor(3) as threads:

@@ -338,6 +338,14 @@ def test_pages_that_a_thread_reads_into_stay_taken_when_the_request_has_gone(ben
     assert len(bench.store.read) == 2
 
 
+def test_a_request_that_does_not_fit_takes_nothing_and_pins_nothing(bench: Bench) -> None:
+    bench.compute(bench.submit("a", "b", fresh=True), 0)
+    refused = bench.submit("a", "b", "c", reserved=9 * PAGE)
+    assert refused.state == "new"
+    assert all(count == 1 for count in bench.pool._pins.values())
+    bench.check()
+
+
 def test_a_read_error_fails_only_those_who_need_what_was_not_read(bench: Bench) -> None:
     bench.store.kept = set(MARKS)
     first, needs_good, needs_bad = bench.submit("a", "b", "c"), bench.submit("a"), bench.submit("c", "d")
