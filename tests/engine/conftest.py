@@ -4,7 +4,9 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from torch import Tensor
@@ -13,6 +15,8 @@ from braidsdk import Braid
 from braidsdk.cache.pool import State
 from braidsdk.engine.engine import Engine
 from braidsdk.models.base import Batch
+
+T = TypeVar("T")
 
 WAIT_S = 30.0
 """What nothing here takes, however busy the machine; a test that hangs fails instead."""
@@ -39,6 +43,28 @@ def wait_until(true: Callable[[], object]) -> None:
     while not true():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.001)
+
+
+class Threads:
+    """An executor with a thread for each job. Nothing waits for them: where one hangs, its test fails, and ends."""
+
+    def submit(self, work: Callable[..., T], *arguments: object, **options: object) -> "Future[T]":
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work(*arguments, **options))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+
+@pytest.fixture(scope="session")
+def threads() -> Threads:
+    """For what goes on beside a test."""
+    return Threads()
 
 
 @pytest.fixture(scope="session")

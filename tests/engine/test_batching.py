@@ -4,7 +4,6 @@ import asyncio
 import gc
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -55,21 +54,20 @@ def test_ask_many_shares_passes(random_braid: Braid, context: Context, passes: A
     assert len(passes.seen) <= 15
 
 
-def test_threads_share_passes(context: Context, passes: Any) -> None:
+def test_threads_share_passes(context: Context, passes: Any, threads: Any) -> None:
     options = [{}, {"temperature": 1.0, "seed": 3}, {"temperature": 0.7, "seed": 4, "top_p": 0.9}, {"stop": "zq"}]
     alone = [context.ask("Well?", max_new_tokens=16, **each) for each in options]  # type: ignore[arg-type]
     passes.seen.clear()
     passes.hold_until_asked(4)
-    with ThreadPoolExecutor(4) as threads:
-        asked = [threads.submit(context.ask, "Well?", max_new_tokens=16, **each) for each in options]  # type: ignore[arg-type]
-        together = [future.result(WAIT_S) for future in asked]
+    asked = [threads.submit(context.ask, "Well?", max_new_tokens=16, **each) for each in options]  # type: ignore[arg-type]
+    together = [future.result(WAIT_S) for future in asked]
     assert tokens_of(together) == tokens_of(alone)
     assert max(map(len, passes.seen)) == 4
     assert len(passes.seen) <= 16 + 4
 
 
 def test_a_long_prefill_is_cut_into_pieces_while_an_answer_runs(
-    random_braid: Braid, context: Context, passes: Any, make_braid: Callable[..., Braid]
+    random_braid: Braid, context: Context, passes: Any, make_braid: Callable[..., Braid], threads: Any
 ) -> None:
     long = "Rain fell on the roofs of the town. " * 40
     alone = context.ask("Well?", max_new_tokens=120)
@@ -79,11 +77,10 @@ def test_a_long_prefill_is_cut_into_pieces_while_an_answer_runs(
     next(stream)
     passes.hold_until_asked(2)
     passes.seen.clear()
-    with ThreadPoolExecutor(1) as threads:
-        registering = threads.submit(random_braid.register_system, long)
-        for _ in stream:
-            pass
-        registered = registering.result(WAIT_S)
+    registering = threads.submit(random_braid.register_system, long)
+    for _ in stream:
+        pass
+    registered = registering.result(WAIT_S)
     assert stream.answer.token_ids == alone.token_ids
     pieces = [runs for runs in passes.seen if max(runs) > 1]
     tokens = len(registered.token_ids)
@@ -103,10 +100,10 @@ def test_a_long_prefill_takes_one_pass_where_nothing_else_runs(random_braid: Bra
 
 
 def test_a_question_goes_before_a_registration_that_came_earlier(
-    make_braid: Callable[..., Braid], until: Callable[[Callable[[], object]], None], random_braid: Braid
+    make_braid: Callable[..., Braid], until: Callable[[Callable[[], object]], None], random_braid: Braid, threads: Any
 ) -> None:
     page_bytes = random_braid._engine.pool.page_bytes
-    with make_braid(pool_bytes=9 * page_bytes) as braid, ThreadPoolExecutor(1) as threads:
+    with make_braid(pool_bytes=9 * page_bytes) as braid:
         context = braid.compose([braid.register_system("Short.")])
         want = context.ask("So?", max_new_tokens=4).token_ids
         with context.stream("Well?", max_new_tokens=300) as stream:

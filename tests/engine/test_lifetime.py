@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -34,7 +33,9 @@ def context(random_braid: Braid) -> Context:
 # close
 
 
-def test_close_ends_whatever_other_threads_do_with_a_closed_error(make_braid: Callable[..., Braid]) -> None:
+def test_close_ends_whatever_other_threads_do_with_a_closed_error(
+    make_braid: Callable[..., Braid], threads: Any
+) -> None:
     braid = make_braid()
     context = braid.compose([braid.register_system(TEXT)])
 
@@ -71,11 +72,10 @@ def test_close_ends_whatever_other_threads_do_with_a_closed_error(make_braid: Ca
         except BaseException as error:
             return error
 
-    with ThreadPoolExecutor(len(work)) as threads:
-        running = [threads.submit(until_it_is_closed, each) for each in work]
-        time.sleep(0.7)
-        braid.close()
-        errors = [future.result(WAIT_S) for future in running]
+    running = [threads.submit(until_it_is_closed, each) for each in work]
+    time.sleep(0.7)
+    braid.close()
+    errors = [future.result(WAIT_S) for future in running]
     assert [(type(error), error) for error in errors if type(error) is not ClosedError] == []
 
 
@@ -122,18 +122,17 @@ def test_a_call_that_finds_it_open_and_then_closed_says_that_it_is_closed(
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["while it is computed", "while it waits"])
-def test_close_ends_a_question(random_braid: Braid, context: Context, gate: Any, held: bool) -> None:
-    with ThreadPoolExecutor(3) as threads:
-        asking = threads.submit(context.ask, "Well?", max_new_tokens=20)
-        assert gate.reached.wait(WAIT_S)
-        later = threads.submit(context.ask, "So?", max_new_tokens=20)
-        closing = threads.submit(random_braid.close)
-        time.sleep(0.05)
-        assert not closing.done(), "it waits for the pass that runs"
-        gate.opened.set()
-        closing.result(WAIT_S)
-        with pytest.raises(ClosedError):
-            (asking if held else later).result(WAIT_S)
+def test_close_ends_a_question(random_braid: Braid, context: Context, gate: Any, held: bool, threads: Any) -> None:
+    asking = threads.submit(context.ask, "Well?", max_new_tokens=20)
+    assert gate.reached.wait(WAIT_S)
+    later = threads.submit(context.ask, "So?", max_new_tokens=20)
+    closing = threads.submit(random_braid.close)
+    time.sleep(0.05)
+    assert not closing.done(), "it waits for the pass that runs"
+    gate.opened.set()
+    closing.result(WAIT_S)
+    with pytest.raises(ClosedError):
+        (asking if held else later).result(WAIT_S)
 
 
 def test_streams_of_a_closed_braid_say_so_when_they_are_read(random_braid: Braid, context: Context) -> None:
@@ -157,21 +156,20 @@ def test_close_waits_for_its_thread_and_a_second_close_does_nothing(make_braid: 
 
 
 def test_an_engine_that_fails_tells_everybody_who_waits(
-    random_braid: Braid, context: Context, monkeypatch: pytest.MonkeyPatch
+    random_braid: Braid, context: Context, monkeypatch: pytest.MonkeyPatch, threads: Any
 ) -> None:
     def broken(*arguments: object) -> None:
         raise RuntimeError("a page is lost")
 
     opened = threading.Event()
-    with ThreadPoolExecutor(4) as threads:
-        held = threads.submit(random_braid._engine.call, lambda: opened.wait(WAIT_S))
-        asking = [threads.submit(context.ask, "Well?", max_new_tokens=n) for n in (4, 40, 400)]
-        monkeypatch.setattr(random_braid._engine._loop.residency, "release", broken)
-        opened.set()
-        held.result(WAIT_S)
-        for each in asking[1:]:
-            with pytest.raises(EngineError, match="a page is lost"):
-                each.result(WAIT_S)
+    held = threads.submit(random_braid._engine.call, lambda: opened.wait(WAIT_S))
+    asking = [threads.submit(context.ask, "Well?", max_new_tokens=n) for n in (4, 40, 400)]
+    monkeypatch.setattr(random_braid._engine._loop.residency, "release", broken)
+    opened.set()
+    held.result(WAIT_S)
+    for each in asking[1:]:
+        with pytest.raises(EngineError, match="a page is lost"):
+            each.result(WAIT_S)
     with pytest.raises(ClosedError):
         context.ask("Well?")
     random_braid.close()
@@ -247,7 +245,9 @@ def test_a_braid_may_be_collected_by_one_of_its_own_threads(
     assert names[0].startswith(where)
 
 
-def test_two_braids_answer_at_once(random_braid: Braid, context: Context, make_braid: Callable[..., Braid]) -> None:
+def test_two_braids_answer_at_once(
+    random_braid: Braid, context: Context, make_braid: Callable[..., Braid], threads: Any
+) -> None:
     want = context.ask("Well?", max_new_tokens=40).token_ids
     with make_braid("other") as other:
         contexts = [context, other.compose([other.register_system(TEXT)])]
@@ -259,9 +259,61 @@ def test_two_braids_answer_at_once(random_braid: Braid, context: Context, make_b
             answers = await asyncio.gather(*(each.aask("Well?", max_new_tokens=40) for each in contexts * 3))
             return [answer.token_ids for answer in answers]
 
-        with ThreadPoolExecutor(4) as threads:
-            assert list(threads.map(ask, range(8))) == [want] * 8
+        asking = [threads.submit(ask, number) for number in range(8)]
+        assert [each.result(WAIT_S) for each in asking] == [want] * 8
         assert asyncio.run(tasks()) == [want] * 6
+
+
+# tasks that are cancelled
+
+
+async def _ask(context: Context) -> object:
+    return await context.aask("Well?", max_new_tokens=1500)
+
+
+async def _read(context: Context) -> object:
+    return [piece async for piece in context.astream("Well?", max_new_tokens=1500)]
+
+
+@pytest.mark.parametrize("passes_before", [1, 5])
+@pytest.mark.parametrize("work", [_ask, _read])
+def test_a_task_that_is_cancelled_stops_its_work(
+    work: Callable[[Context], Any],
+    passes_before: int,
+    random_braid: Braid,
+    context: Context,
+    passes: Any,
+    settled: Callable[[Braid], None],
+) -> None:
+    passes.before = lambda batch: time.sleep(0.005)
+    passes.seen.clear()
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(work(context))
+        while len(passes.seen) < passes_before:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancelled())
+    settled(random_braid)
+    assert len(passes.seen) < passes_before + 100, "it went on to its end"
+
+
+def test_an_async_stream_that_is_left_stops_its_work(
+    random_braid: Braid, context: Context, passes: Any, settled: Callable[[Braid], None]
+) -> None:
+    passes.before = lambda batch: time.sleep(0.005)
+    passes.seen.clear()
+
+    async def left() -> None:
+        async with context.astream("Well?", max_new_tokens=1500) as stream:
+            await anext(stream)
+
+    asyncio.run(left())
+    settled(random_braid)
+    assert len(passes.seen) < 150, "it went on to its end"
 
 
 # deadlines and a full queue
@@ -341,9 +393,10 @@ def test_one_request_more_than_may_wait_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     random_braid: Braid,
     settled: Callable[[Braid], None],
+    threads: Any,
 ) -> None:
     pages = 6 * random_braid._engine.pool.page_bytes
-    with make_braid(pool_bytes=pages, max_queue=1) as braid, ThreadPoolExecutor(2) as threads:
+    with make_braid(pool_bytes=pages, max_queue=1) as braid:
         context = braid.compose([braid.register_system("Short.")])
         want = context.ask("Well?", max_new_tokens=20).token_ids
         with context.stream("Well?", max_new_tokens=500) as stream:
@@ -360,19 +413,18 @@ def test_one_request_more_than_may_wait_is_refused(
 
 
 def test_requests_that_come_during_one_step_are_refused_only_if_they_would_have_to_wait(
-    make_braid: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch
+    make_braid: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch, threads: Any
 ) -> None:
     with make_braid(max_queue=1) as braid:
         context = braid.compose([braid.register_system(TEXT)])
         want = context.ask("Well?", max_new_tokens=4).token_ids
         opened = threading.Event()
-        with ThreadPoolExecutor(1) as threads:
-            held = threads.submit(braid._engine.call, lambda: opened.wait(WAIT_S))
-            requests = [context.request("Well?", None, None, {"max_new_tokens": 4}) for _ in range(4)]
-            for request in requests:
-                braid._engine.submit(request)
-            opened.set()
-            held.result(WAIT_S)
+        held = threads.submit(braid._engine.call, lambda: opened.wait(WAIT_S))
+        requests = [context.request("Well?", None, None, {"max_new_tokens": 4}) for _ in range(4)]
+        for request in requests:
+            braid._engine.submit(request)
+        opened.set()
+        held.result(WAIT_S)
         for request in requests:
             request.result()
             assert tuple(request.tokens) == want

@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +36,7 @@ class Load:
     """What is asked, what the answers are, and what came."""
 
     braid: Braid
+    started: Callable[..., Any]
     seed: int
     contexts: list[Context] = field(default_factory=list)
     alone: dict[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
@@ -130,17 +130,17 @@ class Load:
 
     def run(self, threads: int, asks: int, tasks: int, task_asks: int) -> None:
         done = threading.Event()
-        with ThreadPoolExecutor(threads + 3) as pool:
-            deleters = [pool.submit(self.deleter, number, done) for number in range(2)]
-            running = [pool.submit(self.thread, number, asks) for number in range(threads)]
-            running.append(pool.submit(self.tasks, tasks, task_asks))
-            try:
-                for each in running:
-                    each.result(WAIT_S)
-            finally:
-                done.set()
-            for each in deleters:
+        submit = self.started
+        deleters = [submit(self.deleter, number, done) for number in range(2)]
+        running = [submit(self.thread, number, asks) for number in range(threads)]
+        running.append(submit(self.tasks, tasks, task_asks))
+        try:
+            for each in running:
                 each.result(WAIT_S)
+        finally:
+            done.set()
+        for each in deleters:
+            each.result(WAIT_S)
 
     def check(self, settled: Callable[[Braid], None]) -> None:
         assert self.answered
@@ -155,12 +155,12 @@ class Load:
 
 
 @pytest.fixture
-def load(make_braid: Callable[..., Braid], random_braid: Braid) -> Any:
+def load(make_braid: Callable[..., Braid], random_braid: Braid, threads: Any) -> Any:
     """A load on a Braid whose pool holds about half of all contexts with their answers."""
     seed = int(os.environ.get("BRAID_SEED", time.time_ns() % 1_000_000))
     print(f"BRAID_SEED={seed}")  # noqa: T201 - shown when a test fails
     with make_braid(pool_bytes=40 * random_braid._engine.pool.page_bytes) as braid:
-        made = Load(braid, seed)
+        made = Load(braid, threads.submit, seed)
         made.prepare()
         yield made
 
