@@ -167,6 +167,7 @@ def test_an_engine_that_fails_tells_everybody_who_waits(
     monkeypatch.setattr(random_braid._engine._loop.residency, "release", broken)
     opened.set()
     held.result(WAIT_S)
+    assert len(asking[0].result(WAIT_S).token_ids) == 4, "its answer was complete"
     for each in asking[1:]:
         with pytest.raises(EngineError, match="a page is lost"):
             each.result(WAIT_S)
