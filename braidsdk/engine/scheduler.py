@@ -209,11 +209,14 @@ class Scheduler(Generic[J]):
         """End a request; False if it has ended before."""
         if job.state in ENDED:
             return False
-        if job.state is State.WAITING:
-            self._queues[job.priority].remove(job)
-        else:
-            self._give_back(job)
-        self._move(job, state)  # last: whoever sees it finds all given back
+        self._check(job, state)
+        try:
+            if job.state is State.WAITING:
+                self._queues[job.priority].remove(job)
+            else:
+                self._give_back(job)
+        finally:
+            job.state = state  # last: whoever sees it finds all given back
         return True
 
     def next(self, now: float, decoding: tuple[J, ...]) -> Work[J]:
@@ -297,6 +300,9 @@ class Scheduler(Generic[J]):
         self._memory.release(job)
 
     def _move(self, job: J, state: State) -> None:
+        self._check(job, state)
+        job.state = state
+
+    def _check(self, job: J, state: State) -> None:
         if state not in TRANSITIONS[job.state]:
             raise RuntimeError(f"scheduler: a request can't go from {job.state} to {state}")
-        job.state = state

@@ -118,7 +118,7 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(argument
 
 
 def test_the_store_is_asked_for_what_the_engine_leaves_in_it() -> None:
-    from braidsdk import engine
+    from braidsdk.engine import engine
 
     assert (HITS, MISSES) == (engine.HITS, engine.MISSES)
 
