@@ -190,6 +190,7 @@ class Braid:
             PoolFullError: text and anchor take more KV memory than `pool_bytes`.
             StoreFullError: the disk has no room for its entry. Nothing is registered.
             StoreError: the store can't be written. What was registered stays so; its entry is computed again later.
+            QueueFullError: more requests wait than `max_queue` allows; as with StoreError.
         """
         return self._register([text], [name], [metadata], anchor, level, replace)[0]
 

@@ -297,7 +297,7 @@ class Residency(Generic[N]):
         held.pages = held.pages[pages:]
 
     def close(self) -> None:
-        """Wait for the I/O that runs; what has not begun is not done. No request holds anything any more."""
+        """Wait for all writes, and for reads that have begun. No request holds anything any more."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
 

@@ -210,8 +210,8 @@ class Engine:
 
     def run(self, request: Request) -> object:
         """Submit a request and wait for its result; an interrupt cancels it."""
-        self.submit(request)
         try:
+            self.submit(request)
             return request.result()
         except BaseException:
             self.cancel(request)
