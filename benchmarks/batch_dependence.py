@@ -7,7 +7,7 @@ from random_model import text_of
 from torch import Tensor
 
 from braidsdk import Braid
-from braidsdk.encode import Run, compute_logits
+from braidsdk.engine.batch import Run, forward
 
 REQUESTS, TOKENS = 64, 256
 POOL_BYTES = 8 << 30
@@ -40,21 +40,28 @@ def batch_dependence(braid: Braid, checkpoint: Path, store: Path) -> dict[str, o
     }
 
 
-@torch.inference_mode()
 def _logits(braid: Braid) -> tuple[Tensor, Tensor]:
     """Of each request by itself, and of all in one pass: float64 [requests, vocab_size], on the CPU."""
     engine = braid._engine
     model, pool = engine.model, engine.pool
     ids = [engine.layout.plain_ids(text_of(braid, TOKENS, 5000 + number)) for number in range(REQUESTS)]
-    with engine.working():
-        pages = [pool.allocate(TOKENS) for _ in ids]
+
+    def logits(runs: list[Run]) -> Tensor:
+        found = forward(model, pool, runs, [True] * len(runs))
+        if found is None:
+            raise RuntimeError("the model gave no logits")
+        return found
+
+    def compute() -> tuple[Tensor, Tensor]:
+        pages = [pool.take(TOKENS) for _ in ids]
         try:
             texts = [Run(tuple(each[:-1]), (), own, 0, 0) for each, own in zip(ids, pages, strict=True)]
             steps = [Run((each[-1],), (), own, TOKENS - 1, 0) for each, own in zip(ids, pages, strict=True)]
-            compute_logits(model, pool, texts)
-            alone = torch.cat([compute_logits(model, pool, [step]) for step in steps])
-            together = compute_logits(model, pool, steps)
+            forward(model, pool, texts)
+            alone, together = torch.cat([logits([step]) for step in steps]), logits(steps)
         finally:
             for own in pages:
-                pool.release(own)
-    return alone.double().cpu(), together.double().cpu()
+                pool.give_back(own)
+        return alone.double().cpu(), together.double().cpu()
+
+    return engine.call(compute)

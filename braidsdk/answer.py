@@ -52,7 +52,7 @@ def ask_many(engine: Engine, requests: Sequence[Request]) -> list[Answer]:
 async def aask(engine: Engine, start: Start) -> Answer:
     """`ask` for an event loop: arguments are checked in a thread, and nothing blocks the loop. A cancelled task cancels
     the request."""
-    request = await asyncio.to_thread(start)
+    request = await engine.beside_the_loop(start)
     bell = _Bell.of_this_loop()
     done = asyncio.Event()
     request.wake = partial(bell.ring, done)
@@ -209,7 +209,7 @@ class AsyncStream(_Reader):
         if self._closed:
             raise StopAsyncIteration
         if self._request is None or self._news is None:
-            request = await asyncio.to_thread(self._start)
+            request = await self._engine.beside_the_loop(self._start)
             self._news = asyncio.Event()
             request.wake = partial(_Bell.of_this_loop().ring, self._news)
             self._submit(request)

@@ -1,9 +1,9 @@
 """The facade: one model, one store, one namespace."""
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -443,7 +443,7 @@ class Braid:
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.aask` in one; takes and raises what they do. Composes in a thread too."""
-        context = await asyncio.to_thread(self.compose, chunks, mode=mode, keep=keep)
+        context = await self._engine.beside_the_loop(partial(self.compose, chunks, mode=mode, keep=keep))
         return await context.aask(question, history=history, timeout_s=timeout_s, **options)
 
     def astream(

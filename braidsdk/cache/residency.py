@@ -27,6 +27,9 @@ from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Sl
 READ_JOBS, WRITE_JOBS = 2, 1
 """Reads and writes of requests that run at once; each takes threads of its own besides."""
 
+STAGING_BYTES = 32 * 2**20
+"""Of pinned memory, by way of which entries leave a GPU."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -157,7 +160,11 @@ class Residency(Generic[N]):
         self._last_written = 0.0
         self._readers = ThreadPoolExecutor(READ_JOBS, "braid-read")
         self._writers = ThreadPoolExecutor(WRITE_JOBS, "braid-write")
-        self._copies = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
+        self._copies: torch.cuda.Stream | None = None
+        self._staging: Tensor | None = None
+        if model.device.type == "cuda":
+            self._copies = torch.cuda.Stream(model.device)
+            self._staging = torch.empty(STAGING_BYTES // model.dtype.itemsize, dtype=model.dtype, pin_memory=True)
 
     def __getitem__(self, request: N) -> Held[N]:
         return self._held[request]
@@ -425,15 +432,32 @@ class Residency(Generic[N]):
         a layer each, padding zero."""
         if self._copies is None:
             return lambda: self._slabs(entry, self.pool.kv[:, :, entry.pages])
-        computed, copies = torch.cuda.Event(), self._copies
+        computed = torch.cuda.Event()
         computed.record()
+        return partial(self._copied_from_gpu, entry, computed)
 
-        def copied() -> list[Slab]:
-            copies.wait_event(computed)
-            with torch.cuda.stream(copies):  # so that steps go on; its own memory is waited for by `cpu`
-                return self._slabs(entry, self.pool.kv[:, :, entry.pages.to(self._model.device)].cpu())
-
-        return copied
+    def _copied_from_gpu(self, entry: Resident, computed: torch.cuda.Event) -> list[Slab]:
+        """In the one writing thread: by way of pinned memory, a few layers at a time. Copied straight into ordinary
+        memory an entry would hold the driver, and no step could be launched meanwhile."""
+        if self._copies is None or self._staging is None:
+            raise RuntimeError("expected a pool on a GPU")
+        kv = self.pool.kv
+        tiles = torch.empty(len(kv), 2, len(entry.pages), *kv.shape[3:], dtype=kv.dtype)
+        layers = max(1, self._staging.numel() // tiles[0].numel())
+        if tiles[0].numel() > self._staging.numel():
+            self._staging = torch.empty(tiles[0].numel(), dtype=kv.dtype, pin_memory=True)
+        self._copies.wait_event(computed)
+        with torch.cuda.stream(self._copies):
+            pages = entry.pages.to(kv.device)
+            for first in range(0, len(kv), layers):
+                some = tiles[first : first + layers]
+                staged = self._staging[: some.numel()].view(some.shape)
+                staged.copy_(kv[first : first + layers, :, pages], non_blocking=True)
+                there = torch.cuda.Event(blocking=True)
+                there.record()
+                there.synchronize()
+                some.copy_(staged)
+        return self._slabs(entry, tiles)
 
     def _slabs(self, entry: Resident, tiles: Tensor) -> list[Slab]:
         filled = entry.tokens - (len(entry.pages) - 1) * self.pool.page_size

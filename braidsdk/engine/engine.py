@@ -10,6 +10,7 @@ Callers submit requests and read their events, from any thread. Nothing but this
 threads read and write the store, and only bytes of pages that were taken for them.
 """
 
+import asyncio
 import atexit
 import logging
 import os
@@ -17,6 +18,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -65,6 +67,9 @@ STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 
 PIECE_TOKENS = {"cpu": 64, "cuda": 512}
 """The same while rows decode: by measurement what adds about as much to a step as decoding takes."""
+
+PREPARING_THREADS = 2
+"""Threads that check and tokenize what event loops ask."""
 
 _log = logging.getLogger(__name__)
 
@@ -129,6 +134,7 @@ class Engine:
         prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
         self._process = os.getpid()
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
         self._stop = weakref.finalize(self, self._loop.stop)
         _loops.add(self._loop)
@@ -227,6 +233,16 @@ class Engine:
         call = _Call(work)
         self._loop.send(call.run, call.refuse)
         return call.result()
+
+    async def beside_the_loop(self, work: Callable[[], T]) -> T:
+        """Run what a call does before it is submitted (texts, keys, a look into the store) in a thread, so that the
+        caller's event loop is not blocked. Few threads: more would only contend for the interpreter and the index.
+
+        Raises:
+            ClosedError: `close` was called.
+        """
+        self.check_open()
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
     def load(self) -> Load:
         """How busy it is."""
@@ -351,6 +367,7 @@ class Loop:
         self._checks = checks_itself()
         self._ended = False
         self._process = os.getpid()
+        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._mail: SimpleQueue[_Mail] = SimpleQueue()
         self._tasks: dict[Request, _Task] = {}
         self._rows: dict[Row, Request] = {}

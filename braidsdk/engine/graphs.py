@@ -359,8 +359,8 @@ class GraphRunner:
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
         pending = _Pending()
-        for row in [row for row in self._rows if row not in rows]:
-            self._leave(row)
+        if gone := [row for row in self._rows if row not in rows]:
+            self._leave(gone)
         if rows:
             self._decode(pending)
         questions: list[Piece] = []
@@ -377,10 +377,7 @@ class GraphRunner:
         if plain:
             self._prefill(plain, pending)
         for group in _groups(questions):
-            chosen = self._compute(group)
-            for at, piece in enumerate(group):
-                if piece.row:
-                    self._chosen_first(piece.run, piece.row, chosen[:, at : at + 1], pending)
+            self._begin(group, self._compute(group), pending)
         return pending
 
     def _decode(self, pending: _Pending) -> None:
@@ -418,7 +415,7 @@ class GraphRunner:
                     set_choices(choices, 0, piece.row.sampler)
                 chosen = torch.empty(2, 1, dtype=torch.int64, device=logits.device)
                 choose_into(logits[at : at + 1], choices, chosen)
-                self._chosen_first(piece.run, piece.row, chosen, pending)
+                self._begin([piece], chosen, pending)
 
     def _compute(self, pieces: Sequence[Piece]) -> Tensor:
         """Questions, or a piece of a text, by a graph: the ids chosen after each, as `_Question.chosen`."""
@@ -447,42 +444,55 @@ class GraphRunner:
         captured.graph.replay()
         return captured.chosen
 
-    def _chosen_first(self, run: Run, row: Row, chosen: Tensor, pending: _Pending) -> None:
-        """A row's first token was chosen: it goes on from there."""
-        pending.add(chosen, [(row, 0)])
-        row.done = run.start + len(run.token_ids)
-        if row.done < row.reserved - 1:
-            self._join(row, chosen[0])
+    def _begin(self, pieces: Sequence[Piece], chosen: Tensor, pending: _Pending) -> None:
+        """The first token of each piece's row was chosen, in the columns of `chosen`: they go on from there."""
+        rows = [piece.row for piece in pieces if piece.row]
+        pending.add(chosen, [(row, at) for at, row in enumerate(rows)])
+        for piece, row in zip(pieces, rows, strict=True):
+            row.done = piece.run.start + len(piece.run.token_ids)
+        joining = [(at, row) for at, row in enumerate(rows) if row.done < row.reserved - 1]
+        if joining:
+            self._join(joining, chosen[0])
 
-    def _join(self, row: Row, token: Tensor) -> None:
-        """Put a row into its slot, where it decodes from now on."""
-        batch, slot = self.graphs.batch, row.slot
-        tail = slots_of(row.pages, 0, row.reserved, self._pool.page_size)
-        line = torch.cat((torch.tensor((row.origin + row.done, row.done, 1)), tail)).pin_memory()
-        line = line.to(self._model.device, non_blocking=True)
-        batch.state[:, slot] = line[:3]
-        batch.slots[slot, : row.reserved] = line[3:]
-        batch.chosen[0, slot : slot + 1] = token
-        if not row.sampler.greedy:
-            set_choices(batch.choices, slot, row.sampler, ahead=1)
-            batch.choices.seen[slot].scatter_(0, token, True)
-        self._rows[row] = None
+    def _join(self, joining: Sequence[tuple[int, Row]], tokens: Tensor) -> None:
+        """Put rows into their slots, where they decode from now on; each with the place of its first token in `tokens`.
+        One copy to the device for all of them."""
+        batch, longest = self.graphs.batch, max(row.reserved for _, row in joining)
+        lines = torch.full((len(joining), 5 + longest), -1)
+        heads = [(row.slot, at, row.origin + row.done, row.done, 1) for at, row in joining]
+        lines[:, :5] = torch.tensor(heads)
+        for line, (_, row) in zip(lines, joining, strict=True):
+            line[5 : 5 + row.reserved] = slots_of(row.pages, 0, row.reserved, self._pool.page_size)
+        lines = lines.pin_memory().to(self._model.device, non_blocking=True)
+        slots = lines[:, 0]
+        batch.state.index_copy_(1, slots, lines[:, 2:5].T)
+        batch.slots[:, :longest].index_copy_(0, slots, lines[:, 5:])
+        batch.chosen[0].index_copy_(0, slots, tokens[lines[:, 1]])
+        for at, row in joining:
+            if not row.sampler.greedy:
+                set_choices(batch.choices, row.slot, row.sampler, ahead=1)
+                batch.choices.seen[row.slot].scatter_(0, tokens[at : at + 1], True)
+            self._rows[row] = None
+            room = batch.attention.join(row.slot, _seen(row))
+            while room:  # more than ever: all rows join a larger one
+                self.graphs.enlarge_batch(room)
+                batch = self.graphs.batch
+                room = next(
+                    (more for each in self._rows if (more := batch.attention.join(each.slot, _seen(each)))), None
+                )
         self._planned = None
-        room = batch.attention.join(slot, _seen(row))
-        while room:  # more than ever: all rows join a larger one
-            self.graphs.enlarge_batch(room)
-            attention = self.graphs.batch.attention
-            room = next((more for each in self._rows if (more := attention.join(each.slot, _seen(each)))), None)
 
-    def _leave(self, row: Row) -> None:
-        """Take a row out of its slot."""
-        batch, slot = self.graphs.batch, row.slot
-        batch.state[:, slot] = 0
-        batch.slots[slot, : row.reserved] = -1
-        if not row.sampler.greedy:
-            batch.choices.shape[:, slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
-        batch.attention.leave(slot)
-        del self._rows[row]
+    def _leave(self, rows: Sequence[Row]) -> None:
+        """Take rows out of their slots."""
+        batch, longest = self.graphs.batch, max(row.reserved for row in rows)
+        slots = torch.tensor([row.slot for row in rows]).pin_memory().to(self._model.device, non_blocking=True)
+        batch.state.index_fill_(1, slots, 0)
+        batch.slots[:, :longest].index_fill_(0, slots, -1)
+        for row in rows:
+            if not row.sampler.greedy:
+                batch.choices.shape[:, row.slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
+            batch.attention.leave(row.slot)
+            del self._rows[row]
         self._planned = None
 
 
