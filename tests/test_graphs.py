@@ -30,6 +30,9 @@ INTERPRETED = Paths(attention="triton")
 """What reads the graphs' tables; other operations are quicker by torch."""
 
 
+ANGLES = (torch.zeros(1, 1), torch.zeros(1, 1))
+
+
 class NowPending:
     """`graphs._Pending` where results are there at once; as they were then."""
 
@@ -158,6 +161,28 @@ def test_a_stream_dropped_at_any_step_leaves_the_others_alone(
     assert kept.answer.token_ids == want
     assert not dropped or len(launches) < launch
     braid._engine.call(braid._engine._loop._integrity)
+
+
+def test_a_pass_recorded_while_rows_run_changes_nothing(braid: Braid, contexts: list[Context]) -> None:
+    """It has fewer rows than run, and no memory for what these see."""
+    want = [context.ask("Well?", max_new_tokens=12).token_ids for context in contexts]
+    graphs, launches = braid._engine._loop.runner.graphs, []
+    honest = graphs._record
+
+    def recording(run: Callable[[], None], what: str) -> object:
+        launches.append((what, int(graphs.batch.attention.plan(graphs.batch.state[0], *ANGLES).tables.counts.sum())))
+        return honest(run, what)
+
+    graphs._record = recording
+    streams = [context.stream("Well?", max_new_tokens=12) for context in contexts]
+    first = [next(stream) for stream in streams]
+    for rows in (4, 16):
+        graphs._decodings.clear()
+        braid._engine.call(lambda rows=rows: graphs._decoding(rows, False))
+    texts = [text + "".join(stream) for text, stream in zip(first, streams, strict=True)]
+    assert [stream.answer.token_ids for stream in streams] == want, texts
+    assert launches
+    assert all(items == 0 for what, items in launches if what != "decoding of 1")
 
 
 def test_tables_grow_when_more_segments_come_than_ever(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -626,7 +626,9 @@ class Loop:
         request.ring()
 
     def cancel(self, request: Request) -> None:
-        if not request.ended:
+        if request.number < 0:  # it was refused before it came here
+            request.state = State.CANCELLED
+        elif not request.ended:
             request.error = BraidError("The request was cancelled.")
             self._end_request(request, State.CANCELLED)
 

@@ -261,6 +261,7 @@ class Graphs:
                 state[:2].add_(state[2])
 
             batch.state[2] = 0
+            batch.attention.blank()  # rows beyond this pass may be running, and it has no memory for their results
             graph = self._record(run, f"decoding of {rows}")
             for part, value in zip(mine, kept, strict=True):
                 part.copy_(value)
@@ -385,8 +386,8 @@ class GraphRunner:
         batch = self.graphs.batch
         drawn = not all(row.sampler.greedy for row in self._rows)
         if batch.attention.rows > 1:
-            batch.attention.upload()
             captured = self.graphs.decoding(batch.attention.rows, drawn=drawn)
+            batch.attention.upload()  # after a pass may have been recorded
         else:
             captured = self.graphs.decoding(1, drawn=drawn)
             if captured is not self._planned:

@@ -144,6 +144,11 @@ class LivePlan:
         self._device[:used].copy_(source, non_blocking=True)
         self._changed = False
 
+    def blank(self) -> None:
+        """Let the device's tables hold no work, until the next `upload`: a pass of any number of rows may run then."""
+        self._device[:4] = 0  # the counts of items
+        self._changed = True
+
     def integrity(self) -> None:
         """Check the host's tables: requests see their segments once each and in order, no memory has two users.
 
