@@ -66,7 +66,7 @@ STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens that one step prefills at most, by device; bounds the memory of activations."""
 
 PIECE_TOKENS = {"cpu": 64, "cuda": 512}
-"""The same while rows decode: by measurement what adds about as much to a step as decoding takes."""
+"""The same while rows decode, so that they keep their pace. Chosen by estimate, not yet by measurement."""
 
 PREPARING_THREADS = 2
 """Threads that check and tokenize what event loops ask."""
