@@ -39,7 +39,7 @@ def main(checkpoint: str, store: str) -> None:
     import torch
 
     from braidsdk import Braid
-    from braidsdk.kernel_choice import KernelsWarning
+    from braidsdk.engine.kernel_choice import KernelsWarning
 
     warnings.simplefilter("error", KernelsWarning)
     marks.append(perf_counter())

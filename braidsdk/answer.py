@@ -17,8 +17,8 @@ from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import BraidError
-from braidsdk.history import Spoken
 from braidsdk.prompt.answer_text import AnswerText
+from braidsdk.prompt.history import Spoken
 from braidsdk.types import Answer
 
 Start = Callable[[], Request]

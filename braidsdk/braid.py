@@ -11,25 +11,31 @@ from typing import Any, Literal, Self, Unpack
 
 import torch
 
-from braidsdk import answer, registration, verbose
+from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.pool import Pool, default_capacity_bytes
 from braidsdk.chunks import Chunks
-from braidsdk.compose import check_window, compose
+from braidsdk.compose.modes import compose
 from braidsdk.context import Context, History
-from braidsdk.device import parse_device, parse_dtype
-from braidsdk.engine.engine import HITS, MAX_QUEUE, MISSES, Engine
+from braidsdk.engine import verbose
+from braidsdk.engine.engine import MAX_QUEUE, Engine
 from braidsdk.engine.graphs import left_for_entries
+from braidsdk.engine.kernel_choice import choose_paths, parse_kernels
+from braidsdk.engine.loop import HITS, MISSES
 from braidsdk.engine.sampling import SamplingOptions
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import InputError, did_you_mean, shown
-from braidsdk.kernel_choice import choose_paths, parse_kernels
+from braidsdk.ingest.check import check_anchor, check_texts
+from braidsdk.ingest.plan import check_disk, estimate, plan
+from braidsdk.ingest.register import compute_missing, store_chunks
+from braidsdk.models.device import parse_device, parse_dtype
 from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
+from braidsdk.models.tiny.outside import warn_once
 from braidsdk.progress import ProgressBar, steps_bar
+from braidsdk.prompt.layout import PromptLayout
+from braidsdk.prompt.text import check_window, is_unicode
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore
-from braidsdk.tiny_world import warn_once
-from braidsdk.tokens import PromptLayout, is_unicode
 from braidsdk.types import (
     LEVEL_CONTEXT,
     LEVEL_SYSTEM,
@@ -266,8 +272,8 @@ class Braid:
         """
         before = self._anchor(anchor, level)
         texts, names, metadata = _listed(texts, None, None)
-        good, _ = registration.check_texts(self._engine, texts, names, metadata, before, level, skip=True)
-        return registration.estimate(self._engine, good, registration.plan(self._engine, good, before, level))
+        good, _ = check_texts(self._engine, texts, names, metadata, before, level, skip=True)
+        return estimate(self._engine, good, plan(self._engine, good, before, level))
 
     def stats(self) -> Stats:
         """What the store holds and how it served so far; `str()` of it is for people."""
@@ -478,7 +484,7 @@ class Braid:
     def _anchor(self, anchor: Chunk | str | None, level: int) -> Chunk | None:
         self._engine.check_open()
         found = self.chunks.resolve([anchor])[0] if anchor is not None else None
-        registration.check_anchor(found, level)
+        check_anchor(found, level)
         return found
 
     def _register(
@@ -493,20 +499,20 @@ class Braid:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> Registered:
         engine, before = self._engine, self._anchor(anchor, level)
-        good, skipped = registration.check_texts(engine, texts, names, metadata, before, level, skip=skip)
+        good, skipped = check_texts(engine, texts, names, metadata, before, level, skip=skip)
         if self._is_tiny and level == LEVEL_CONTEXT:
             warn_once(each.new.text for each in good)
-        planned = registration.plan(engine, good, before, level)
+        planned = plan(engine, good, before, level)
         if planned.missing:
-            expected = registration.estimate(engine, good, planned)
+            expected = estimate(engine, good, planned)
             _log.info("registering %s", expected)
-            registration.check_disk(engine, expected)
-        rows, refused = registration.store_chunks(engine, good, replace_names=replace, skip=skip)
+            check_disk(engine, expected)
+        rows, refused = store_chunks(engine, good, replace_names=replace, skip=skip)
         skipped = sorted((*skipped, *refused), key=lambda each: each.index)
         for each in skipped:
             _log.warning("skipped text %d: %s", each.index, type(each.error).__name__)
         registered = Registered([self.chunks.from_row(row) for row in rows], skipped)
-        registration.compute_missing(engine, planned, registered, on_progress)
+        compute_missing(engine, planned, registered, on_progress)
         return registered
 
 

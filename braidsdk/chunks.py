@@ -7,9 +7,9 @@ from typing import Any
 
 from braidsdk.engine.engine import Engine
 from braidsdk.errors import InputError, UnknownChunkError, shown
-from braidsdk.registration import text_of
+from braidsdk.ingest.check import text_of
+from braidsdk.prompt.text import normalise
 from braidsdk.store import ChunkRow, chunk_id
-from braidsdk.tokens import normalise
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, PageDocument, TextNode
 
 PAGE = 1_000

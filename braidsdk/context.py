@@ -12,16 +12,17 @@ from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
+from braidsdk.cache.export import to_dynamic_cache
 from braidsdk.cache.pool import Resident
-from braidsdk.compose import Composition, check_length, check_window
+from braidsdk.compose.composition import Composition
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request, Then
 from braidsdk.engine.sampling import SamplingOptions, resolve
 from braidsdk.engine.scheduler import Priority
 from braidsdk.errors import InputError, shown
-from braidsdk.handover import to_dynamic_cache
-from braidsdk.history import conversation, parse_history
 from braidsdk.prompt.answer_text import AnswerText
+from braidsdk.prompt.history import conversation, parse_history
+from braidsdk.prompt.text import check_length, check_window
 from braidsdk.store import EntryKey, Hit
 from braidsdk.types import Answer, ExplainedChunk, Explanation
 

@@ -31,11 +31,11 @@ from braidsdk.errors import InputError, did_you_mean, shown
 from braidsdk.kernels.paging import PagedSegment, append
 from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.rope import RotaryTable
-from braidsdk.lru import remembering
 from braidsdk.models.base import Batch, Model, ModelConfig
 from braidsdk.prompt.answer_text import Detokenizer
+from braidsdk.prompt.layout import PromptLayout
+from braidsdk.prompt.lru import remembering
 from braidsdk.store import ChunkStore
-from braidsdk.tokens import PromptLayout
 
 __all__ = ["ANSWER", "Answers", "FakeBraid", "FakeModel"]
 

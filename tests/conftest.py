@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, logging
 
 from braidsdk import Braid
 from braidsdk.cache.pool import Pool
-from braidsdk.compose import Composition
+from braidsdk.compose.composition import Composition
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import Priority
 from braidsdk.models.tiny.tokenizer import save_tokenizer

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from braidsdk import Braid, Chunk
-from braidsdk.compose import Composition
+from braidsdk.compose.composition import Composition
 
 SYSTEM = "You answer questions from the documents."
 AISTONIA = "The capital of Aistonia is Flubarg."

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from braidsdk.compose import check_length, compose
+from braidsdk.compose.modes import compose
 from braidsdk.errors import UnknownModeError, WindowExceededError
+from braidsdk.prompt.text import check_length
 from braidsdk.store.keys import ModelIdentity, chunk_id, sha256_of_tokens
 from braidsdk.types import Chunk
 

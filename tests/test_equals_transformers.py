@@ -12,7 +12,7 @@ from transformers import Qwen3ForCausalLM
 
 from braidsdk import Braid
 from braidsdk.cache.pool import PAGE_SIZE
-from braidsdk.compose import Composition, Segment
+from braidsdk.compose.composition import Composition, Segment
 
 TailLogits = Callable[[Braid, Composition], torch.Tensor]
 Check = Callable[[Braid, Qwen3ForCausalLM, Composition], None]

@@ -10,7 +10,8 @@ import torch
 
 from braidsdk import Braid, Context, Stream
 from braidsdk.engine.batch import Run, forward
-from braidsdk.engine.graphs import GraphRunner, workspace_bytes
+from braidsdk.engine.graph_runner import GraphRunner
+from braidsdk.engine.graphs import workspace_bytes
 from braidsdk.engine.runner import EagerRunner
 from braidsdk.errors import InputError, PoolFullError
 from braidsdk.models.tiny.evaluate import held_out_sample

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from braidsdk import Braid, Context
-from braidsdk.engine import graphs
-from braidsdk.engine.graphs import GraphRunner
+from braidsdk.engine import graph_runner, graphs
+from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.runner import Chosen, EagerRunner, Runner
 from braidsdk.kernels.attention.launch import Room
 from braidsdk.kernels.attention.live_tables import LiveRoom
@@ -34,7 +34,7 @@ ANGLES = (torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 class NowPending:
-    """`graphs._Pending` where results are there at once; as they were then."""
+    """`graph_runner._Pending` where results are there at once; as they were then."""
 
     def __init__(self) -> None:
         self.logits: list[torch.Tensor] = []
@@ -57,7 +57,7 @@ def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
         return SimpleNamespace(replay=run)
 
     monkeypatch.setattr(graphs, "_record", record)
-    monkeypatch.setattr(graphs, "_Pending", NowPending)
+    monkeypatch.setattr(graph_runner, "_Pending", NowPending)
     monkeypatch.setattr(graphs, "QUESTION_ROWS", (8, 12))
     monkeypatch.setattr(graphs, "TOGETHER_ROWS", (16, 40))
     monkeypatch.setattr(graphs, "TOGETHER", 3)

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 from braidsdk import Answer, Braid, Context
-from braidsdk.compose import Composition
+from braidsdk.compose.composition import Composition
 from braidsdk.errors import EmptyTextError, InputError, WindowExceededError
-from braidsdk.history import Spoken, SpokenTurns
+from braidsdk.prompt.history import Spoken, SpokenTurns
 from braidsdk.types import LEVEL_QUERY
 
 TEXTS = ["Oslo is a city. " * 6, "Rome is a city too, and Bern.", "Graz is one. " * 9]

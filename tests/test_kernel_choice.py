@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from braidsdk import Braid, kernel_choice
+from braidsdk import Braid
+from braidsdk.engine import kernel_choice
+from braidsdk.engine.kernel_choice import KernelsWarning, self_test
 from braidsdk.errors import BraidError, InputError
-from braidsdk.kernel_choice import KernelsWarning, self_test
 from braidsdk.kernels import native
 from braidsdk.kernels.paths import AMX, TORCH, Paths
 from braidsdk.kernels.selftest import CASES

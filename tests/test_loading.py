@@ -21,7 +21,7 @@ from braidsdk.models.base import GenerationDefaults
 from braidsdk.models.qwen3.config import read_config, weight_shapes
 from braidsdk.models.registry import load_model
 from braidsdk.models.weights import WeightsWarning
-from braidsdk.tokens import LayoutWarning, PromptLayout
+from braidsdk.prompt.layout import LayoutWarning, PromptLayout
 
 TOLERANCE = 1e-4
 """Of the largest logit: float32 sums in another order; observed are 1e-6 to 2e-6."""

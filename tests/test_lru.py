@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from braidsdk import lru
-from braidsdk.history import Spoken, SpokenTurns
-from braidsdk.lru import LRU, remembering
+from braidsdk.prompt import lru
+from braidsdk.prompt.history import Spoken, SpokenTurns
+from braidsdk.prompt.layout import PromptLayout
+from braidsdk.prompt.lru import LRU, remembering
 from braidsdk.testing import FakeLayout
-from braidsdk.tokens import PromptLayout
 
 
 def kept(cache: LRU[str, int]) -> list[str]:

@@ -19,11 +19,11 @@ from transformers import Qwen3ForCausalLM
 
 from braidsdk.cache.pool import Pool
 from braidsdk.engine.batch import Run, forward, make_batch
-from braidsdk.kernel_choice import amx_obstacle
+from braidsdk.engine.kernel_choice import amx_obstacle
+from braidsdk.fidelity.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.kernels.attention import op
 from braidsdk.kernels.paths import AMX, Paths
 from braidsdk.kernels.rope import RotaryTable
-from braidsdk.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.models.qwen3 import model as qwen3
 from braidsdk.models.registry import load_model
 

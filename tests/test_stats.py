@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from braidsdk import Braid, Explanation
-from braidsdk.rates import KEPT, Rates
+from braidsdk.cache.rates import KEPT, Rates
 from braidsdk.store import ChunkStore
 from braidsdk.testing import FakeBraid
 from braidsdk.types import milliseconds, size

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
-from braidsdk.tokens import LayoutWarning, PromptLayout, normalise
+from braidsdk.prompt.layout import LayoutWarning, PromptLayout
+from braidsdk.prompt.text import normalise
 
 SPELLINGS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|endoftext|>")
 CONTROL = "<|im_start|>system\n<|im_end|><think></think><|endoftext|>"
@@ -82,7 +83,7 @@ def test_a_long_run_of_combining_marks_is_refused_before_it_is_normalised(
     marks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unnormalised = SimpleNamespace(combining=unicodedata.combining, normalize=lambda *_: pytest.fail("normalised"))
-    monkeypatch.setattr("braidsdk.tokens.unicodedata", unnormalised)
+    monkeypatch.setattr("braidsdk.prompt.layout.unicodedata", unnormalised)
     for start in range(0, 300, 7):
         with pytest.raises(InputError, match="fewer than 256 combining marks in a row"):
             normalise("a" * start + marks * 512)

@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor
 
 from braidsdk.cache.pool import Pool, Resident, State
+from braidsdk.cache.rates import Rates
 from braidsdk.errors import ClosedError, StoreError
 from braidsdk.models.base import Model
-from braidsdk.rates import Rates
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
 
 READ_JOBS, WRITE_JOBS = 2, 1

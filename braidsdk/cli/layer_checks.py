@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 from braidsdk.cli.demo import load_samples
 from braidsdk.cli.model_checks import free_memory, weight_bytes
-from braidsdk.device import parse_device, parse_dtype
+from braidsdk.engine.kernel_choice import choose_paths, parse_kernels
 from braidsdk.errors import BraidError
-from braidsdk.kernel_choice import choose_paths, parse_kernels
-from braidsdk.layers import compare_layers
+from braidsdk.fidelity.layers import compare_layers
 from braidsdk.models.base import Model
+from braidsdk.models.device import parse_device, parse_dtype
 from braidsdk.models.registry import find_checkpoint, load_model
-from braidsdk.tokens import PromptLayout
+from braidsdk.prompt.layout import PromptLayout
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, size
 
 DOCUMENT_TOKENS = 320

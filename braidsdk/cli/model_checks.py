@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from braidsdk import Braid, Context
 from braidsdk.cli.checks import Check, Finding, Subject, processor
-from braidsdk.kernel_choice import amx_obstacle, obstacle, self_test
+from braidsdk.engine.kernel_choice import amx_obstacle, obstacle, self_test
 from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.selftest import Result
 from braidsdk.models.base import Model, read_json
 from braidsdk.models.registry import find_checkpoint
-from braidsdk.tiny_world import OutsideWorldWarning
+from braidsdk.models.tiny.outside import OutsideWorldWarning
 from braidsdk.types import size
 
 RULES = "You answer questions from the documents."

@@ -1,77 +1,37 @@
-"""The engine's thread: it owns model, pool and CUDA stream, and runs the loop that serves every request.
+"""The engine's handle: how any thread reaches the thread that serves every request (`loop.py`).
 
-    while open:
-        take what came by mail          # new requests, cancellations, control calls, what I/O threads found
-        admit what fits                 # scheduler, residency
-        launch a step                   # runner: a token for each row, and pieces of prefill
-        take the step before            # tokens to their readers; rows, slots and pages free
-
-Callers submit requests and read their events, from any thread. Nothing but this thread touches model and pool; I/O
-threads read and write the store, and only bytes of pages that were taken for them.
+Callers submit requests and read their events.
 """
 
 import asyncio
-import atexit
-import logging
 import os
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from queue import Empty, SimpleQueue
-from time import perf_counter
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 from braidsdk.cache.pool import Pool, Resident
-from braidsdk.cache.residency import Residency
-from braidsdk.compose import Composition
-from braidsdk.engine.batch import Run
-from braidsdk.engine.graphs import GraphRunner, runs_on_graphs
-from braidsdk.engine.request import Outcome, Request
-from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
-from braidsdk.engine.sampling import Sampler
-from braidsdk.engine.scheduler import Scheduler, State, Work
-from braidsdk.errors import (
-    BraidError,
-    ClosedError,
-    EngineError,
-    ForkedError,
-    NumericsError,
-    QueueFullError,
-    UnknownChunkError,
-)
-from braidsdk.history import SpokenTurns
+from braidsdk.cache.rates import Rates
+from braidsdk.compose.composition import Composition
+from braidsdk.engine.graph_runner import GraphRunner
+from braidsdk.engine.loop import Loop, closed, deleted
+from braidsdk.engine.request import Request
+from braidsdk.errors import ForkedError
 from braidsdk.models.base import Model
-from braidsdk.rates import Rates
-from braidsdk.settings import checks_itself
+from braidsdk.prompt.history import SpokenTurns
+from braidsdk.prompt.layout import PromptLayout
 from braidsdk.store import ChunkStore, EntryKey, Hit, ModelIdentity
-from braidsdk.tokens import PromptLayout
-from braidsdk.types import Timings, Usage
 
 NO_CODEC = "none"
-
-HITS, MISSES = "hits", "misses"
-"""Under which the store remembers the counts of all processes."""
 
 MAX_QUEUE = 1024
 """Requests that may wait, unless the Braid says otherwise."""
 
-STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens that one step prefills at most, by device; bounds the memory of activations."""
-
-PIECE_TOKENS = {"cpu": 64, "cuda": 512}
-"""The same while rows decode, so that they keep their pace. Chosen by estimate, not yet by measurement."""
-
 PREPARING_THREADS = 2
 """Threads that check and tokenize what event loops ask."""
-
-_log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -137,8 +97,7 @@ class Engine:
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
         self._stop = weakref.finalize(self, self._loop.stop)
-        _loops.add(self._loop)
-        self._loop.thread.start()
+        self._loop.start()
 
     @property
     def model(self) -> Model:
@@ -188,7 +147,7 @@ class Engine:
         """
         self.check_process()
         if not self._loop.open:
-            raise _closed()
+            raise closed()
 
     def close(self) -> None:
         """End every request with ClosedError, free memory, close the store. Safe to call twice, and in a fork, where it
@@ -290,7 +249,7 @@ class Engine:
         try:
             return getattr(self._loop, name)
         except AttributeError:
-            raise _closed() from None
+            raise closed() from None
 
 
 class _Call(Generic[T]):
@@ -314,468 +273,3 @@ class _Call(Generic[T]):
         if error is not None:
             raise error
         return value  # type: ignore[return-value]  # what `work` returned
-
-
-@dataclass(eq=False)
-class _Task:
-    """What the loop keeps of a request from when it is ready.
-
-    Attributes:
-        runs: what its prefill has still to compute, each with the entry that it makes, None for the tail.
-        row: its tail and answer, if it generates tokens.
-        launched: tokens that were chosen or are on their way.
-        answered: whether its answer is complete; it may still wait for a write.
-    """
-
-    runs: deque[tuple[Run, Resident | None]]
-    row: Row | None
-    launched: int = 0
-    answered: bool = False
-
-
-@dataclass(frozen=True)
-class _Mail:
-    run: Callable[[], None]
-    refuse: Callable[[BaseException], None] | None = None
-
-
-class Loop:
-    """The engine's thread and all that it owns. Only `send`, `post` and `stop` are for other threads."""
-
-    def __init__(
-        self,
-        model: Model,
-        pool: Pool,
-        store: ChunkStore,
-        identity: ModelIdentity,
-        namespace: str,
-        rates: Rates,
-        max_queue: int,
-    ) -> None:
-        self.model, self.pool = model, pool
-        self._store, self._identity, self._namespace, self._rates = store, identity, namespace, rates
-        self.residency: Residency[Request] = Residency(model, pool, store, identity, rates, owner=self)
-        self.scheduler: Scheduler[Request] = Scheduler(
-            self.residency,
-            max_queue=max_queue,
-            step_tokens=STEP_TOKENS[model.device.type],
-            piece_tokens=PIECE_TOKENS[model.device.type],
-        )
-        self.runner: Runner = GraphRunner(model, pool) if runs_on_graphs(model) else EagerRunner(model, pool)
-        self.steps = self.step_tokens = self.last_step_rows = 0
-        self.open = True
-        self._checks = checks_itself()
-        self._ended = False
-        self._process = os.getpid()
-        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
-        self._mail: SimpleQueue[_Mail] = SimpleQueue()
-        self._tasks: dict[Request, _Task] = {}
-        self._rows: dict[Row, Request] = {}
-        self._flight: list[Results] | None = None
-        self.thread = threading.Thread(target=self._main, name="braid-engine", daemon=True)
-
-    # for other threads
-
-    def send(self, run: Callable[[], None], refuse: Callable[[BaseException], None]) -> None:
-        """Run something in the engine's thread, or have it refused if the loop ends first."""
-        self._mail.put(_Mail(run, refuse))
-        if self._ended:  # it may have come after the last look into the mailbox
-            self._refuse_mail()
-
-    def post(self, work: Callable[[], None]) -> None:
-        """Run something in the engine's thread, unless the loop ends first. Never blocks, and may interrupt itself."""
-        self._mail.put(_Mail(work))
-
-    def stop(self) -> None:
-        """Let the loop end; in a fork, where there is none, do nothing. Never blocks: the garbage collector may call it
-        in the loop's own thread, or in one that the loop waits for."""
-        if os.getpid() == self._process:
-            self.open = False
-            self.post(lambda: None)
-
-    def join(self) -> None:
-        """Wait until the loop has ended; in a fork, and in its own thread, do nothing."""
-        if os.getpid() == self._process and threading.current_thread() is not self.thread:
-            self.thread.join()
-
-    # the loop
-
-    def _main(self) -> None:
-        error: BaseException = _closed()
-        try:
-            if self.model.device.type == "cuda":
-                torch.cuda.set_device(self.model.device)
-            with torch.inference_mode():
-                busy = False
-                while self.open:
-                    if not busy and self._checks:
-                        self._integrity()
-                    self._receive(block=not busy)
-                    busy = self.open and self._step()
-        except BaseException as failure:
-            _log.exception("the engine failed")
-            error = EngineError(
-                f"The engine failed: {type(failure).__name__}: {str(failure)[:200]}. Open another Braid."
-            )
-            error.__cause__ = failure
-        finally:
-            self._end(error)
-
-    def _receive(self, *, block: bool) -> None:
-        """Take all mail; `block` for it, until the next deadline, if there is nothing else to do."""
-        try:
-            if block:
-                deadline = self.scheduler.next_deadline()
-                mail = self._mail.get(timeout=None if deadline is None else max(0.0, deadline - perf_counter()))
-            else:
-                mail = self._mail.get_nowait()
-            while True:
-                mail.run()
-                mail = self._mail.get_nowait()
-        except Empty:
-            pass
-
-    def _step(self) -> bool:
-        """Admit, launch, take; whether there was anything to do."""
-        now = perf_counter()
-        for request, error in self.scheduler.expired(now):
-            self._fail(request, error)
-        admitted = self._admit(now)
-        rows = [
-            request
-            for request in self._rows.values()
-            if request.params and self._tasks[request].launched < request.params.max_new_tokens
-        ]
-        work = self.scheduler.next(now, tuple(rows))
-        flight = self._launch(work) if work else None
-        if flight and not self.runner.ahead:
-            self._take(flight)
-            flight = None
-        before, self._flight = self._flight, flight
-        if before:
-            self._take(before)
-        return bool(admitted or work or before)
-
-    def _admit(self, now: float) -> bool:
-        """Admit what fits; whether anything did."""
-        admitted = self.scheduler.admit(now)
-        for request in admitted:
-            request.clock.admitted = now
-            self.residency.start(request)
-        return bool(admitted)
-
-    def _launch(self, work: Work[Request]) -> list[Results]:
-        """Start what the scheduler chose. What can't be computed fails, alone where the runner allows that."""
-        parts = [_Part(request, self._cut(request, tokens), (), tokens) for request, tokens in work.pieces]
-        for request in work.rows:
-            row = self._tasks[request].row
-            parts.append(_Part(request, (), (row,) if row else (), 0))
-        done: list[tuple[Sequence[_Part], Results]] = []
-        try:
-            done.append((parts, self._compute(parts)))
-        except Exception as error:
-            if self.runner.ahead or len(parts) == 1:  # a step on graphs may have moved rows on: not to be repeated
-                for part in parts:
-                    self._fail(part.request, error)
-            else:
-                for part in parts:
-                    try:
-                        done.append(([part], self._compute([part])))
-                    except Exception as failure:
-                        self._fail(part.request, failure)
-        self.steps += 1
-        self.step_tokens += len(work.rows) + sum(tokens for _, tokens in work.pieces)
-        self.last_step_rows = len(work.rows)
-        for request in work.rows:
-            if request in self._tasks:
-                self._tasks[request].launched += 1
-        for some, results in done:
-            logits = iter(results.logits)
-            for part in some:
-                self._advance(part, logits)
-        return [results for _, results in done]
-
-    def _compute(self, parts: "Sequence[_Part]") -> Results:
-        pieces = [piece for part in parts for piece, _ in part.pieces]
-        return self.runner.launch(pieces, [row for part in parts for row in part.rows])
-
-    def _cut(self, request: Request, tokens: int) -> "list[tuple[Piece, Resident | None]]":
-        """The next tokens of a request's prefill, each piece with the entry that it completes."""
-        task, pieces = self._tasks[request], []
-        while tokens:
-            run, entry = task.runs.popleft()
-            piece, rest = run.cut(tokens)
-            tokens -= len(piece.token_ids)
-            if rest:
-                task.runs.appendleft((rest, entry))
-            is_tail = not rest and entry is None
-            pieces.append(
-                (
-                    Piece(piece, row=task.row if is_tail else None, logits=is_tail and request.then is not None),
-                    None if rest else entry,
-                )
-            )
-        return pieces
-
-    def _advance(self, part: "_Part", logits: Iterator[Tensor]) -> None:
-        """A part of a step was launched: what comes after it may count on it."""
-        request, given = part.request, None
-        for piece, entry in part.pieces:
-            if piece.logits:
-                given = next(logits)
-            if entry and request in self._tasks:
-                self.residency.computed(entry)
-                request.clock.entries = perf_counter()
-        if part.tokens and request in self._tasks and self.scheduler.prefilled(request, part.tokens):
-            self._prefilled(request, given)
-
-    def _prefilled(self, request: Request, logits: Tensor | None) -> None:
-        """All that a request needs computed is there, or will be before anything that is launched from now on."""
-        task, clock = self._tasks[request], request.clock
-        clock.computed = perf_counter()
-        self.scheduler.running(request)
-        if request.computed_tokens:
-            _log.info("computed %d tokens of missing entries in %.1f ms", request.computed_tokens, clock.compute_ms)
-        writes = self.residency.write(request, request.computed_tokens, clock.ready)
-        if request.computed_tokens and not writes and self.model.device.type == "cpu" and not self._rows:
-            self._rates.add("compute", request.computed_tokens, clock.computed - clock.ready)
-        if task.row:
-            task.launched = 1
-            self._rows[task.row] = request
-            return
-        if request.then:
-            try:
-                request.value = request.then(self.residency[request].entries, logits)
-            except Exception as error:
-                self._fail(request, error)
-                return
-        task.answered = True
-        self._finish(request)
-
-    def _take(self, flight: list[Results]) -> None:
-        """Give the tokens of a step to their readers."""
-        for chosen in (chosen for results in flight for chosen in results.take()):
-            request = self._rows.get(chosen.row)
-            if request is None or request.params is None:
-                continue  # it has ended while this was on its way
-            try:
-                chosen.row.sampler.take(chosen.token, chosen.finite)
-            except NumericsError as error:
-                self._fail(request, error)
-                continue
-            request.clock.last_token = perf_counter()
-            if not request.tokens:
-                request.clock.first_token = request.clock.last_token
-            request.emit(chosen.token)
-            if request.text:
-                request.text.feed(chosen.token)
-            if (
-                chosen.token in request.params.stop_ids
-                or len(request.tokens) == request.params.max_new_tokens
-                or (request.text and request.text.stopped)
-            ):
-                self._answered(request, chosen.row)
-
-    def _answered(self, request: Request, row: Row) -> None:
-        """An answer is complete: keep it as a turn, and end the request unless it waits for a write."""
-        del self._rows[row]
-        tokens, stopped = request.tokens, request.text and request.text.stopped
-        kept = len(tokens) - 1  # the last one's keys and values were not needed
-        if request.text and stopped:
-            kept = min(kept, len(request.text.ids()))
-        ended = bool(stopped) or bool(request.params and tokens[-1] in request.params.stop_ids)
-        request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length")
-        turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
-        self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
-        self._tasks[request].answered = True
-        self._finish(request)
-
-    def _finish(self, request: Request) -> None:
-        """End a request that is answered and waits for no write."""
-        if self._tasks[request].answered and not self.residency[request].writes:
-            self._end_request(request, State.FINISHED)
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        if not request.ended:
-            request.error = error  # before its state says that it is there
-            self._end_request(request, State.FAILED)
-
-    def _end_request(self, request: Request, state: State) -> None:
-        task = self._tasks.pop(request, None)
-        if task and task.row:
-            self._rows.pop(task.row, None)
-        try:
-            self.scheduler.end(request, state)
-        finally:
-            request.ring()
-
-    # what mail asks for
-
-    def submit(self, request: Request) -> None:
-        if self.scheduler.full:
-            self._admit(perf_counter())  # what came in the same step may not have to wait
-        try:
-            self.scheduler.submit(request)
-        except QueueFullError as error:
-            self.refuse(request, error)
-
-    def refuse(self, request: Request, error: BaseException) -> None:
-        """End a request that was never taken in."""
-        request.error = error
-        request.state = State.FAILED
-        request.ring()
-
-    def cancel(self, request: Request) -> None:
-        if request.number < 0:  # it was refused before it came here
-            request.state = State.CANCELLED
-        elif not request.ended:
-            request.error = BraidError("The request was cancelled.")
-            self._end_request(request, State.CANCELLED)
-
-    def forget(self, chunk_ids: Set[str]) -> None:
-        """Drop the entries of deleted chunks, and fail the requests that wait with one."""
-        self.pool.drop_chunks(chunk_ids)
-        for request in [request for request in self.scheduler if request.state is State.WAITING]:
-            gone = [s.label for s in request.composition.segments if s.chunk and s.chunk.id in chunk_ids]
-            if gone:
-                self._fail(request, deleted(gone))
-
-    # the residency's Owner
-
-    def on_ready(self, request: Request) -> None:
-        """Lay out a request's prefill."""
-        held, segments = self.residency[request], request.composition.segments
-        missing = set(self.residency.to_compute(request))
-        if request.counted:
-            self.residency.count(request)
-        runs: deque[tuple[Run, Resident | None]] = deque()
-        for segment, entry in zip(segments, held.entries, strict=True):
-            if entry not in missing:
-                continue
-            missing.remove(entry)
-            context, origin = [], 0
-            for index in segment.after:
-                context.append(held.entries[index].at(origin))
-                origin += held.entries[index].tokens
-            self.pool.clear(entry.pages)
-            runs.append((Run(entry.key.token_ids, tuple(context), entry.pages, 0, origin), entry))
-        request.computed_tokens = sum(len(run.token_ids) for run, _ in runs)
-        request.clock.ready = perf_counter()
-        tail, row = request.composition.tail, None
-        if tail:
-            context = [entry.at(s.origin) for s, entry in zip(segments, held.entries, strict=True)]
-            origin = request.composition.tail_origin
-            runs.append((Run(tail, tuple(context), held.pages, 0, origin), None))
-            if request.params and request.slot is not None:
-                said = request.composition.input_ids if request.params.repetition_penalty != 1.0 else ()
-                sampler = Sampler(request.params, said)
-                row = Row(request.slot, sampler, tuple(context), held.pages, origin, request.reserved)
-        self._tasks[request] = _Task(runs, row)
-        self.scheduler.ready(request, sum(len(run.token_ids) for run, _ in runs))
-        if not runs:
-            self._prefilled(request, None)
-
-    def on_written(self, request: Request) -> None:
-        self._finish(request)
-
-    def on_failed(self, request: Request, error: BaseException) -> None:
-        self._fail(request, error)
-
-    # the end
-
-    def _end(self, error: BaseException) -> None:
-        """End every request, wait for I/O that runs, and free all."""
-        self.open = False
-        for request in list(self.scheduler):
-            try:
-                self._fail(request, error)
-            except Exception:  # after a failure nothing is certain; nobody waits for ever all the same
-                self.refuse(request, error)
-        self.residency.close()
-        self._flight = None
-        del self.model, self.pool, self.runner
-        self._remember()
-        self._store.close()
-        self._ended = True
-        self._refuse_mail(error)
-
-    def _refuse_mail(self, error: BaseException | None = None) -> None:
-        while True:
-            try:
-                mail = self._mail.get_nowait()
-            except Empty:
-                return
-            if mail.refuse:
-                mail.refuse(error or _closed())
-
-    def _remember(self) -> None:
-        """Leave counts and rates for later processes; what can't be written is only missed by statistics."""
-        counted = ((HITS, self.residency.hits), (MISSES, self.residency.misses))
-        try:
-            self._store.remember(self._rates.changed(), add={name: count for name, count in counted if count})
-        except BraidError as error:
-            _log.warning("counts and rates were not kept: %s", type(error).__name__)
-
-    def _integrity(self) -> None:
-        """Check that nothing is lost, when nothing runs."""
-        self.scheduler.integrity()
-        self.residency.integrity()
-        if self._rows.keys() != {
-            task.row for task in self._tasks.values() if task.row and task.launched and not task.answered
-        }:
-            raise RuntimeError("engine: a row is lost")
-
-
-_loops: "weakref.WeakSet[Loop]" = weakref.WeakSet()
-
-
-@atexit.register
-def _end_all() -> None:
-    """End what is still open when the interpreter exits: threads that compute must not outlive it."""
-    for loop in list(_loops):
-        loop.stop()
-        loop.join()
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """What one request takes of a step: pieces of its prefill, each with the entry that it completes, and how many
-    tokens these are; or the row that decodes."""
-
-    request: Request
-    pieces: Sequence[tuple[Piece, Resident | None]]
-    rows: Sequence[Row]
-    tokens: int
-
-
-def deleted(labels: Sequence[str]) -> UnknownChunkError:
-    names = ", ".join(map(repr, labels))
-    return UnknownChunkError(f"Deleted meanwhile: {names}. Register it again, or compose without it.")
-
-
-def _closed() -> ClosedError:
-    return ClosedError("This Braid is closed. Open a new one; what it stored is still there.")
-
-
-def _usage(request: Request) -> Usage:
-    prompt = request.composition.tokens
-    computed = request.computed_tokens + len(request.composition.tail)
-    return Usage(
-        prompt_tokens=prompt,
-        cached_tokens=prompt - computed,
-        computed_tokens=computed,
-        repaired_tokens=0,
-        completion_tokens=len(request.tokens),
-    )
-
-
-def _timings(request: Request) -> Timings:
-    clock, more = request.clock, len(request.tokens) - 1
-    decoding = clock.last_token - clock.first_token
-    return Timings(
-        load_ms=(clock.ready - clock.admitted) * 1e3,
-        prefill_ms=(clock.first_token - clock.ready) * 1e3,
-        first_token_ms=(clock.first_token - request.submitted) * 1e3,
-        decode_tokens_per_s=more / decoding if more and decoding else None,
-        compute_ms=clock.compute_ms,
-    )

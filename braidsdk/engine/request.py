@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
-from braidsdk.compose import Composition
+from braidsdk.compose.composition import Composition
 from braidsdk.engine.scheduler import ENDED, Job
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey

@@ -118,9 +118,9 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(argument
 
 
 def test_the_store_is_asked_for_what_the_engine_leaves_in_it() -> None:
-    from braidsdk.engine import engine
+    from braidsdk.engine import loop
 
-    assert (HITS, MISSES) == (engine.HITS, engine.MISSES)
+    assert (HITS, MISSES) == (loop.HITS, loop.MISSES)
 
 
 def test_completion_knows_the_commands(child: Child) -> None:

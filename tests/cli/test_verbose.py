@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from braidsdk.engine.verbose import table
 from braidsdk.kernels.measure import Total
-from braidsdk.verbose import table
 
 CAPITAL = "What is the capital of Aistonia?"
 LAYERS = 6  # of braid-tiny

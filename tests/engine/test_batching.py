@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from braidsdk import Answer, Braid, Context
-from braidsdk.engine.engine import PIECE_TOKENS
+from braidsdk.engine.loop import PIECE_TOKENS
 from braidsdk.engine.request import Request
 from braidsdk.engine.runner import Chosen, Done, EagerRunner, Piece, Row
 from braidsdk.engine.scheduler import State

@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.pool import State as EntryState
+from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
 from braidsdk.errors import StoreError
-from braidsdk.rates import Rates
 from braidsdk.store import Entry, EntryKey, ModelIdentity, Place, sha256_of_tokens
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_QUERY
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk.cache.pool import Pool, Resident
-from braidsdk.compose import Segment
+from braidsdk.compose.composition import Segment
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
 

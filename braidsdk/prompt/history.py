@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from braidsdk.errors import InputError
-from braidsdk.lru import LRU, nbytes_of
-from braidsdk.tokens import normalise
+from braidsdk.prompt.lru import LRU, nbytes_of
+from braidsdk.prompt.text import normalise
 
 
 class Layout(Protocol):

@@ -10,7 +10,6 @@ Knows nothing about models, caches or chunks.
 """
 
 import json
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -22,63 +21,17 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
-from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
-from braidsdk.lru import remembering
+from braidsdk.errors import ModelNotFoundError, UnsupportedModelError
 from braidsdk.prompt.answer_text import Detokenizer
+from braidsdk.prompt.lru import remembering
+from braidsdk.prompt.text import normalise
 from braidsdk.types import LEVEL_SYSTEM
-
-MARKS_IN_A_ROW = 256
-"""So many combining marks in a row are refused: NFC takes the square of their number. Unicode's stream-safe text format
-(UAX #15, section 13) allows 30."""
 
 _MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
 
 
 class LayoutWarning(UserWarning):
     """The ids of a composed prompt differ from what the model's chat template gives for the same text."""
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a str can be encoded: one with half a surrogate pair can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def normalise(text: str, what: str = "The text") -> str:
-    """NFC-normalise and strip a text.
-
-    Raises:
-        EmptyTextError: nothing is left.
-        InputError: it is no text, or holds half a surrogate pair, or very many combining marks in a row.
-    """
-    if not isinstance(text, str):
-        raise InputError(f"{what} must be text; got a {type(text).__name__}.")
-    if not is_unicode(text):
-        raise InputError(f"{what} holds half a surrogate pair, as text decoded with errors does. Decode it anew.")
-    if _has_too_many_marks(text):
-        raise InputError(
-            f"{what} must have fewer than {MARKS_IN_A_ROW} combining marks in a row; got more. Leave them out: no "
-            "script needs so many."
-        )
-    clean = unicodedata.normalize("NFC", text).strip()
-    if not clean:
-        raise EmptyTextError(f"{what} must hold something besides white space; got {len(text)} characters of it.")
-    return clean
-
-
-def _has_too_many_marks(text: str) -> bool:
-    """Whether one of the text's blocks of `MARKS_IN_A_ROW` characters is nothing but marks. Any run of twice as many
-    fills a block, and most blocks are left at their first character."""
-    starts = range(0, len(text) - MARKS_IN_A_ROW + 1, MARKS_IN_A_ROW)
-    return any(all(map(_is_mark, text[start : start + MARKS_IN_A_ROW])) for start in starts)
-
-
-def _is_mark(character: str) -> bool:
-    """Whether NFC sorts the character among its neighbours; three have no class themselves, but their parts do."""
-    return unicodedata.combining(character) != 0 or character in "\u0f73\u0f75\u0f81"
 
 
 class _Detokenizer:

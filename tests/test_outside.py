@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from braidsdk import Braid, tiny_world
+from braidsdk import Braid
 from braidsdk.cli.demo import load_samples
+from braidsdk.models.tiny import outside
+from braidsdk.models.tiny.outside import OutsideWorldWarning, is_of_the_world
 from braidsdk.models.tiny.world import make_sample
 from braidsdk.testing import FakeBraid
-from braidsdk.tiny_world import OutsideWorldWarning, is_of_the_world
 
 PROSE = [
     "Refunds are made within 30 days of purchase. Contact support with your order number.",
@@ -26,7 +27,7 @@ PROSE = [
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has not warned yet."""
-    monkeypatch.setattr(tiny_world, "_warned", False)
+    monkeypatch.setattr(outside, "_warned", False)
 
 
 @pytest.mark.parametrize("text", PROSE, ids=lambda text: ascii(text[:20]))

@@ -1,0 +1,132 @@
+"""A composition: segments at their places, and the key of the KV entry of each.
+
+It touches no tensor and runs no model; models, kernels and the store never see a mode.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+from braidsdk.store.keys import EntryKey, ModelIdentity
+from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A whole KV entry placed in a composition.
+
+    Attributes:
+        chunk: the chunk that owns it, None for the bare header and for a turn of the history.
+        token_ids: its tokens.
+        origin: absolute position of its token 0: key j of the entry sits at `origin + j`.
+        after: indices of the segments of the same composition that its entry is computed after, in order.
+            They stand contiguously from position 0 while it is computed, whatever their place here.
+        keep: whether the entry goes to the store once computed.
+        is_turn: whether it is a past turn of the conversation.
+    """
+
+    chunk: Chunk | None
+    token_ids: tuple[int, ...]
+    origin: int
+    after: tuple[int, ...]
+    keep: bool
+    is_turn: bool = False
+
+    @property
+    def level(self) -> int:
+        return LEVEL_QUERY if self.is_turn else self.chunk.level if self.chunk else LEVEL_SYSTEM
+
+    @property
+    def label(self) -> str:
+        return self.chunk.label if self.chunk else "(turn)" if self.is_turn else "(header)"
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Ordered segments, and the tokens of one request that are still to compute.
+
+    Attributes:
+        mode: the rule that made it.
+        segments: in the order of the prompt.
+        notes: what the rule did that its name does not say.
+        tail: token ids after the last segment; computed anew by every request.
+    """
+
+    mode: Mode
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = ()
+    tail: tuple[int, ...] = ()
+
+    @cached_property
+    def tail_origin(self) -> int:
+        """Absolute position of the tail's first token: the number of context tokens."""
+        return sum(len(segment.token_ids) for segment in self.segments)
+
+    @cached_property
+    def input_ids(self) -> tuple[int, ...]:
+        """All token ids of the prompt, in order."""
+        return (*chain.from_iterable(segment.token_ids for segment in self.segments), *self.tail)
+
+    @property
+    def tokens(self) -> int:
+        """How many token ids the prompt has."""
+        return self.tail_origin + len(self.tail)
+
+    def with_tail(self, token_ids: Sequence[int]) -> "Composition":
+        return replace(self, tail=tuple(token_ids))
+
+    def with_turn(self, token_ids: Sequence[int]) -> "Composition":
+        """This composition, and a past turn behind its segments.
+
+        In every mode a turn is computed after all that precedes it, as its question and answer were. It is not stored.
+        """
+        everything = tuple(range(len(self.segments)))
+        turn = Segment(None, tuple(token_ids), self.tail_origin, everything, keep=False, is_turn=True)
+        return replace(self, segments=(*self.segments, turn))
+
+    def keys(self, model: ModelIdentity, namespace: str, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
+        """The key of each segment's KV entry, in order.
+
+        Args:
+            model, namespace: part of every key.
+            known: keys of the first segments, where the caller has them.
+        """
+        keys = list(known)
+        tokens = _Before(lambda key: key.token_bytes)
+        # The mode decides which entries a turn has seen, so the same ids before it are not enough.
+        entries = _Before(lambda key: (key.record_json + key.token_sha256).encode())
+        for segment in self.segments[len(known) :]:
+            before = [self.segments[i] for i in segment.after]
+            seen = (entries if segment.is_turn else tokens).sha256(keys, segment.after)
+            keys.append(
+                EntryKey(
+                    model=model,
+                    namespace=namespace,
+                    chunk_id=segment.chunk.id if segment.chunk else None,
+                    level=segment.level,
+                    token_ids=segment.token_ids,
+                    after=tuple(other.chunk.id if other.chunk else None for other in before),
+                    after_sha256=seen,
+                )
+            )
+        return tuple(keys)
+
+
+class _Before:
+    """Hashes what segments are computed after; what it shares with the segment before is hashed once."""
+
+    def __init__(self, content: Callable[[EntryKey], bytes]) -> None:
+        self._content = content
+        self._after: tuple[int, ...] = ()
+        self._state = hashlib.sha256()
+
+    def sha256(self, keys: Sequence[EntryKey], after: tuple[int, ...]) -> str:
+        """SHA-256 of the joined contents of these keys, hex."""
+        if after[: len(self._after)] != self._after:
+            self._after, self._state = (), hashlib.sha256()
+        for index in after[len(self._after) :]:
+            self._state.update(self._content(keys[index]))
+        self._after = after
+        return self._state.hexdigest()

@@ -1,0 +1,97 @@
+"""The composition rule: chunks and a mode in, segments and positions out.
+
+This is the one place that knows what a mode means.
+
+Who owns which control token (the parts come from the model's chat template, see `prompt.layout.PromptLayout`):
+
+- A level-0 chunk that stands first owns the system block and the user header that follows it. It is the anchor.
+- Without one, the bare user header is a segment of its own that belongs to no chunk.
+- Every other chunk, level 0 or 1, is plain text closed with a newline and owns no control token.
+- The tail owns the end of the user's turn and the assistant's header.
+- A conversation's history stands between the chunks, which are part of its first user turn, and the tail. Each past
+  turn is a segment: what was the tail of its call (the end of the turn before and the user header, the question, the
+  assistant's header), and the answer. The end of the last turn and the user header open the new tail.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, get_args
+
+from braidsdk.compose.composition import Composition, Segment
+from braidsdk.errors import UnknownModeError, did_you_mean, shown
+from braidsdk.types import LEVEL_SYSTEM, Chunk, Mode
+
+DEFAULT_MODE: Mode = "anchored"
+
+
+class Layout(Protocol):
+    """The part of the prompt's layout that composing needs."""
+
+    @property
+    def header_ids(self) -> tuple[int, ...]: ...
+    def plain_ids(self, text: str) -> tuple[int, ...]: ...
+
+
+def parse_mode(mode: str | None) -> Mode:
+    """The mode of that name; None is the default.
+
+    Raises:
+        UnknownModeError: there is no such mode.
+    """
+    if mode is None:
+        return DEFAULT_MODE
+    for known in get_args(Mode):
+        if mode == known:
+            return known  # type: ignore[no-any-return]  # get_args is untyped
+    raise UnknownModeError(
+        f"mode must be one of {', '.join(get_args(Mode))}; got {shown(mode)}.{did_you_mean(mode, get_args(Mode))}"
+    )
+
+
+def compose(
+    chunks: Sequence[Chunk], *, layout: Layout, mode: str | None = None, keep: bool | None = None
+) -> Composition:
+    """Place `chunks` one after another.
+
+    Args:
+        chunks: in the order of the prompt; the same chunk may stand in it twice.
+        layout: the open model's prompt layout.
+        mode: "exact" computes each chunk after all that precede it; "anchored" after the anchor alone; "isolated"
+            alone. None is "anchored".
+        keep: whether computed entries go to the store. None keeps all but the chains of `exact`, which only this
+            very order of chunks can use again.
+
+    Raises:
+        UnknownModeError: there is no such mode.
+    """
+    rule = parse_mode(mode)
+    anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
+    pieces: list[tuple[Chunk | None, tuple[int, ...]]]
+    pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
+    pieces += [
+        (chunk, layout.plain_ids(chunk.text) if chunk.level == LEVEL_SYSTEM else chunk.token_ids)
+        for chunk in chunks[1 if anchor else 0 :]
+    ]
+
+    segments: list[Segment] = []
+    origin = 0
+    for index, (chunk, token_ids) in enumerate(pieces):
+        if rule == "exact":
+            after = tuple(range(index))
+        elif rule == "anchored" and anchor and index:
+            after = (0,)
+        else:
+            after = ()
+        keep_it = keep if keep is not None else (rule != "exact" or index == 0)
+        segments.append(Segment(chunk, token_ids, origin, after, keep_it))
+        origin += len(token_ids)
+    return Composition(rule, tuple(segments), _notes(rule, chunks, anchor))
+
+
+def _notes(rule: Mode, chunks: Sequence[Chunk], anchor: Chunk | None) -> tuple[str, ...]:
+    notes = []
+    if rule == "anchored" and not anchor:
+        notes.append("there is no anchor (no level-0 chunk stands first), so every chunk is isolated")
+    plain = [chunk.label for chunk in (chunks[1:] if anchor else chunks) if chunk.level == LEVEL_SYSTEM]
+    if plain:
+        notes.append(f"a level-0 chunk that does not stand first is a plain chunk: {', '.join(plain)}")
+    return tuple(notes)
