@@ -6,7 +6,9 @@ one before it was taken, so the device does not idle while the host looks at tok
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,8 @@ from braidsdk.engine.batch import Run, forward
 from braidsdk.engine.graphs import DecodingPass, Graphs, choose_into
 from braidsdk.engine.runner import Chosen, Piece, Row
 from braidsdk.engine.sampling import Sampler
-from braidsdk.kernels.paging import PagedSegment, Request, slots_of
+from braidsdk.kernels.attention.tables import page_ids
+from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.sample import Choices
 from braidsdk.models.base import Model
 
@@ -120,28 +123,26 @@ class GraphRunner:
 
     def _compute(self, pieces: Sequence[Piece]) -> Tensor:
         """Questions, or a piece of a text, by a graph: the ids chosen after each, as `QuestionPass.chosen`."""
-        requests, columns, ends, stop = [], [], [], 0
+        requests, stop = [], 0
         for piece in pieces:
-            run = piece.run
-            start, stop = stop, stop + len(run.token_ids)
-            frames = torch.arange(run.start, run.start + len(run.token_ids))
-            slots = slots_of(run.pages, run.start, run.start + len(frames), self._pool.page_size)
-            columns.append(torch.stack((frames + run.origin, frames, torch.tensor(run.token_ids), slots)))
-            requests.append(_request(run, slice(start, stop)))
-            ends.append(stop - 1)
+            start, stop = stop, stop + len(piece.run.token_ids)
+            requests.append(_request(piece.run, slice(start, stop)))
         samplers = [piece.row.sampler for piece in pieces if piece.row]
         captured = self.graphs.question(requests, drawn=not all(sampler.greedy for sampler in samplers))
         if captured.choices:
             for at, sampler in enumerate(samplers):
                 set_choices(captured.choices, at, sampler)
-        state = torch.zeros_like(captured.state, device="cpu")
+        state = np.zeros(captured.state.shape, np.int64)
         state[3] = -1
-        state[:, :stop] = torch.cat(columns, 1)
-        captured.state.copy_(state.pin_memory(), non_blocking=True)
-        if len(ends) == 1:
-            captured.wanted.fill_(ends[0])
-        else:
-            captured.wanted[: len(ends)].copy_(torch.tensor(ends).pin_memory(), non_blocking=True)
+        for at, (piece, request) in enumerate(zip(pieces, requests, strict=True)):
+            run, rows = piece.run, request.rows
+            frames = np.arange(run.start, run.start + len(run.token_ids))
+            state[0, rows] = frames + run.origin
+            state[1, rows] = frames
+            state[2, rows] = run.token_ids
+            state[3, rows] = self._slots(run.pages, frames)
+            state[4, at] = rows.stop - 1
+        captured.state.copy_(torch.from_numpy(state).pin_memory(), non_blocking=True)
         captured.graph.replay()
         return captured.chosen
 
@@ -159,12 +160,11 @@ class GraphRunner:
         """Put rows into their slots, where they decode from now on; each with the place of its first token in `tokens`.
         One copy to the device for all of them."""
         batch, longest = self.graphs.batch, max(row.reserved for _, row in joining)
-        lines = torch.full((len(joining), 5 + longest), -1)
-        heads = [(row.slot, at, row.origin + row.done, row.done, 1) for at, row in joining]
-        lines[:, :5] = torch.tensor(heads)
-        for line, (_, row) in zip(lines, joining, strict=True):
-            line[5 : 5 + row.reserved] = slots_of(row.pages, 0, row.reserved, self._pool.page_size)
-        lines = lines.pin_memory().to(self._model.device, non_blocking=True)
+        made = np.full((len(joining), 5 + longest), -1)
+        for line, (at, row) in zip(made, joining, strict=True):
+            line[:5] = row.slot, at, row.origin + row.done, row.done, 1
+            line[5 : 5 + row.reserved] = self._slots(row.pages, np.arange(row.reserved))
+        lines = torch.from_numpy(made).pin_memory().to(self._model.device, non_blocking=True)
         slots = lines[:, 0]
         batch.state.index_copy_(1, slots, lines[:, 2:5].T)
         batch.slots[:, :longest].index_copy_(0, slots, lines[:, 5:])
@@ -182,6 +182,11 @@ class GraphRunner:
                     (more for each in self._rows if (more := batch.attention.join(each.slot, _seen(each)))), None
                 )
         self._planned = None
+
+    def _slots(self, pages: Tensor, tokens: "np.ndarray[Any, np.dtype[np.int64]]") -> "np.ndarray[Any, np.dtype[Any]]":
+        """Slots of an entry's tokens: `paging.slots_of` of few of them, where torch takes longer."""
+        size = self._pool.page_size
+        return np.frombuffer(page_ids(pages), np.int32)[tokens // size] * size + tokens % size
 
     def _leave(self, rows: Sequence[Row]) -> None:
         """Take rows out of their slots."""

@@ -57,8 +57,8 @@ class QuestionPass:
 
     Attributes:
         graph: one pass.
-        state: absolute positions, positions in the tail's frame, token ids and slots; int64 [4, rows].
-        wanted: the rows with logits, int64 [requests].
+        state: absolute positions, positions in the tail's frame, token ids, slots; and at the start of the last line
+            the row of each request's last token, after which its logits are wanted; int64 [5, rows].
         chosen: the ids, and whether their logits are finite, int64 [2, requests].
         choices: how they are chosen; None takes the likeliest.
         plan: its attention.
@@ -66,7 +66,6 @@ class QuestionPass:
 
     graph: torch.cuda.CUDAGraph
     state: Tensor
-    wanted: Tensor
     chosen: Tensor
     choices: Choices | None
     plan: StaticPlan
@@ -217,19 +216,18 @@ class Graphs:
     def _question(self, rows: int, requests: int, drawn: bool) -> QuestionPass:
         if (rows, requests, drawn) not in self._questions:
             device, vocab = self._model.device, self._model.config.vocab_size
-            state = torch.zeros(4, rows, dtype=torch.int64, device=device)
+            state = torch.zeros(5, rows, dtype=torch.int64, device=device)
             state[3] = -1
-            wanted = torch.zeros(requests, dtype=torch.int64, device=device)
             chosen = torch.zeros(2, requests, dtype=torch.int64, device=device)
             seen = torch.zeros(requests, vocab, dtype=torch.bool, device=device) if drawn else None
             choices = None if seen is None else Choices.greedy(seen)
-            plan = self._plan(state[0], shared=requests == 1)
+            plan = self._plan(state[0])
 
             def run() -> None:
-                self._pass(state[2], state[1], state[3], wanted, plan.plan, choices, chosen)
+                self._pass(state[2], state[1], state[3], state[4, :requests], plan.plan, choices, chosen)
 
             graph = self._record(run, f"question of {rows}")
-            self._questions[rows, requests, drawn] = QuestionPass(graph, state, wanted, chosen, choices, plan)
+            self._questions[rows, requests, drawn] = QuestionPass(graph, state, chosen, choices, plan)
         return self._questions[rows, requests, drawn]
 
     def _decoding(self, rows: int, drawn: bool) -> DecodingPass:
@@ -239,7 +237,7 @@ class Graphs:
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
             wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
-            alone = self._plan(state[0], shared=True) if rows == 1 else None
+            alone = self._plan(state[0]) if rows == 1 else None
             cos, sin = self._model.rotary.table(self._model.config.window)
             plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin)
 
@@ -262,7 +260,7 @@ class Graphs:
             self._decodings[rows, drawn] = DecodingPass(graph, wanted, alone)
         return self._decodings[rows, drawn]
 
-    def _plan(self, positions: Tensor, *, shared: bool) -> StaticPlan:
+    def _plan(self, positions: Tensor) -> StaticPlan:
         config = self._model.config
         cos, sin = self._model.rotary.table(config.window)
         return StaticPlan(
@@ -274,7 +272,6 @@ class Graphs:
             kv_heads=config.kv_heads,
             page_size=self._pool.page_size,
             room=self._room,
-            shared=shared,
         )
 
     def _pass(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.lse import merged_lse
-from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
+from braidsdk.kernels.attention.tables import Tables, direct_tables, separate_tables, split_tables
 from braidsdk.kernels.launch import check_triton, counters, launch_options
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
@@ -165,7 +165,8 @@ def _size(tables: Tables, name: str) -> int:
 
 
 class StaticPlan:
-    """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays."""
+    """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays. No
+    item has rows of two requests."""
 
     def __init__(
         self,
@@ -178,7 +179,6 @@ class StaticPlan:
         kv_heads: int,
         page_size: int,
         room: Room,
-        shared: bool,
     ) -> None:
         """Args:
         rows: of the batch; without requests they attend to nothing.
@@ -188,7 +188,6 @@ class StaticPlan:
         kv_heads: KV heads.
         page_size: tokens per page.
         room: what the tables may hold.
-        shared: whether all rows are always of one request.
         """
         self._geometry = (page_size, group, kv_heads)
         self._room = room
@@ -206,7 +205,7 @@ class StaticPlan:
             hidden=table(room.hidden),
             counts=table(4),
             merges=table(rows, 2),
-            shared=shared,
+            shared=True,
             lone=rows == 1,
             complete=True,
             most_rows=rows,
@@ -215,31 +214,37 @@ class StaticPlan:
         launch = Launch(
             block_m=size,
             programs=2 * work_items(device, kv_heads, size) * kv_heads,
-            small_programs=0
-            if shared or size == SMALL_M
-            else max(rows, work_items(device, kv_heads, SMALL_M)) * kv_heads,  # a row's tail is an item of its own
+            small_programs=0,
             partials=room.partials,
             direct=False,
-            shared=shared,
+            shared=True,
             merges=rows == 1,
             hides=False,
         )
         self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
 
     def load(self, requests: Sequence[Request]) -> Room | None:
-        """Plan anew for these requests; None, or the room that they need if they do not fit.
+        """Plan for these requests; None, or the room that they need if they do not fit.
 
         Raises:
             ValueError: some keys are hidden.
         """
         static = self.plan.tables
-        tables = _split(requests, len(static.merges), *self._geometry, static.counts.device)
-        if len(tables.hidden):
-            raise ValueError("expected segments without hidden keys; plan this pass by itself")
+        page_size, group, kv_heads = self._geometry
+        rows, device = len(static.merges), static.counts.device
+        size = block_m(group, rows)
+        tables = separate_tables(
+            requests,
+            rows,
+            page_size,
+            block_rows=block_rows(group, rows),
+            items=work_items(device, kv_heads, size),
+            long_item=CONFIGS[size].long_item,
+        )
         room = self._room.for_(tables)
         if room != self._room:
             return room
-        moved = tables.to(static.counts.device)
+        moved = tables.to(device)
         names = ("items", "spans", "rows", "frames", "pages", "counts", "merges")
         sources = [getattr(moved, name) for name in names]
         targets = [getattr(static, name)[: len(new)] for name, new in zip(names, sources, strict=True)]

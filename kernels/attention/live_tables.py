@@ -13,14 +13,10 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import le
 
-from torch import Tensor
-
+from braidsdk.kernels.attention.tables import page_ids
 from braidsdk.kernels.paging import PagedSegment
 
 _ITEM, _SPAN, _MEMBER, _FRAME = (struct.Struct(f"{width}i") for width in (5, 4, 2, 4))
-_KNOWN = 4096
-"""Lists of pages that are remembered; most requests share the tensors of their pages."""
-
 
 @dataclass(frozen=True)
 class LiveRoom:
@@ -147,7 +143,6 @@ class LiveTables:
         self._tiles: dict[_Name, list[_Tile]] = {}
         self._small: list[tuple[_Tile, int]] = []  # whose the items are, and which of its: from the end backwards
         self._large: list[tuple[_Tile, int]] = []  # from the start
-        self._listed: dict[int, tuple[Tensor, array[int]]] = {}
         self._count()
 
     @property
@@ -171,7 +166,7 @@ class LiveTables:
                 continue
             if segment.hidden is not None:
                 raise ValueError("expected segments without hidden keys; plan this pass by itself")
-            pages = self._pages(segment.pages)
+            pages = page_ids(segment.pages)
             first, last = segment.start // self._page_size, -(-segment.stop // self._page_size)
             name = (pages[0], len(pages), first, last, 0)  # a page belongs to one entry
             while name in named:
@@ -253,15 +248,6 @@ class LiveTables:
     def _read(self, kind: struct.Struct, at: int) -> tuple[int, ...]:
         return kind.unpack_from(self.host, 4 * (self.words_at + at))
 
-    def _pages(self, pages: Tensor) -> "array[int]":
-        """Ids of an entry's pages."""
-        known = self._listed.get(id(pages))  # kept beside its tensor, so that the id stays its own
-        if known is None:
-            if len(self._listed) == _KNOWN:
-                self._listed.clear()
-            known = self._listed[id(pages)] = (pages, array("i", pages.tolist()))
-        return known[1]
-
     def _wanted(self, items: int, segments: int) -> LiveRoom | None:
         """Twice what the tables would take where they do not fit, if all of a request's segments are new and large."""
         words = self._heap.lacking((self._span_size, items), (self._few_size, segments), (self._most_size, segments))
@@ -285,7 +271,7 @@ class LiveTables:
             tile.few_at = self._heap.take(self._few_size)
         self._settle(tile, large=not self._few)
         tiles.append(tile)
-        pages, first, shown = self._pages(segment.pages), name[2], name[3] - name[2]
+        pages, first, shown = page_ids(segment.pages), name[2], name[3] - name[2]
         count = -(-shown // self._item_pages)
         tile.items = [0] * count
         tile.spans = [self._heap.take(self._span_size) for _ in range(count)]
