@@ -158,17 +158,22 @@ class Chunks:
         self._engine.check_open()
         if isinstance(chunks, str | Chunk):
             raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it in a list.")
+        store, namespace, encode = self._engine.store, self._engine.namespace, self._engine.layout.chunk_ids
         wanted = [chunk if isinstance(chunk, str) else self._id_of(chunk) for chunk in chunks]
-        there = self._engine.store.find_named(self._engine.namespace, wanted)
+        read = [each for chunk, each in zip(chunks, wanted, strict=True) if not isinstance(chunk, Chunk)]
+        rows = store.find_named(namespace, read) if read else {}
+        known = store.known_chunks(namespace, (chunk.id for chunk in chunks if isinstance(chunk, Chunk)))
         found = []
         for chunk, name_or_id in zip(chunks, wanted, strict=True):
-            if name_or_id not in there:
-                raise self._not_there(chunk)
             if isinstance(chunk, Chunk):
+                if name_or_id not in known:
+                    raise self._not_there(chunk)
                 # The caller's may come from a Braid with another tokenizer.
-                found.append(replace(chunk, _encode=self._engine.layout.chunk_ids))
+                found.append(chunk if chunk._encode == encode else replace(chunk, _encode=encode))
             else:
-                found.append(self.from_row(there[name_or_id]))
+                if name_or_id not in rows:
+                    raise self._not_there(chunk)
+                found.append(self.from_row(rows[name_or_id]))
         return tuple(found)
 
     def _id_of(self, given: Chunk | PageDocument | TextNode) -> str:

@@ -21,6 +21,7 @@ class Index:
         self._path = path
         self._lock = threading.RLock()
         self._process = os.getpid()
+        self._writes = 0
         self._db: Database | None = None
         try:
             self._db = open_index(path, first=first)
@@ -36,8 +37,22 @@ class Index:
     @contextmanager
     def write(self) -> Iterator[Database]:
         """A transaction that holds the store's one write lock from its start; undone if it raises."""
-        with self._transaction("BEGIN IMMEDIATE") as db:
-            yield db
+        try:
+            with self._transaction("BEGIN IMMEDIATE") as db:
+                yield db
+        finally:
+            self._writes += 1
+
+    def version(self) -> tuple[int, int]:
+        """What differs from before if anything may have been written since, by this process or another. Unlike a
+        transaction it takes microseconds."""
+        with self._lock:
+            db = self._checked()
+            try:
+                (others,) = db.conn.execute("PRAGMA data_version").fetchone()
+            except sqlite3.Error as error:
+                raise translate(error, self._path) from error
+            return others, self._writes
 
     def close(self) -> None:
         """Close the connection; again is harmless."""
@@ -49,20 +64,14 @@ class Index:
     @contextmanager
     def _transaction(self, begin: str) -> Iterator[Database]:
         with self._lock:
-            if self._db is None:
-                raise ClosedError("Expected an open store, got one that was closed. Open it again.")
-            if self._process != os.getpid():
-                raise StoreError(
-                    "Expected the store to be used in the process that opened it, got a fork of it. "
-                    "Open the store again in the new process."
-                )
+            db = self._checked()
             try:
                 try:
-                    self._db.conn.execute(begin)  # within: Ctrl-C while it waits for the lock comes once it holds it
-                    yield self._db
-                    self._db.commit()
+                    db.conn.execute(begin)  # within: Ctrl-C while it waits for the lock comes once it holds it
+                    yield db
+                    db.commit()
                 finally:
-                    _end(self._db)
+                    _end(db)
             except sqlite3.Error as error:
                 raise translate(error, self._path) from error
             except OSError as error:
@@ -70,6 +79,16 @@ class Index:
                     f"Could not change the files of the store at {self._path.parent}: {error.strerror}. "
                     "Free some space or correct what fails; the store is as it was before."
                 ) from error
+
+    def _checked(self) -> Database:
+        if self._db is None:
+            raise ClosedError("Expected an open store, got one that was closed. Open it again.")
+        if self._process != os.getpid():
+            raise StoreError(
+                "Expected the store to be used in the process that opened it, got a fork of it. "
+                "Open the store again in the new process."
+            )
+        return self._db
 
 
 def _end(db: Database) -> None:

@@ -30,6 +30,7 @@ from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
+from braidsdk.store.recent import RecentChunks
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,7 @@ class ChunkStore:
         self._layout = Layout(Path(path).absolute())
         try:
             self._index = Index(self._layout.index, first=lambda db: rebuild.rebuild(db, self._layout))
+            self._recent = RecentChunks(self._index)
             try:
                 self._layout.sweep_temporaries()
                 if self._claim_sweep():
@@ -193,8 +195,7 @@ class ChunkStore:
 
     def find_named(self, namespace: str, names_or_ids: Iterable[str]) -> dict[str, ChunkRow]:
         """Return the chunks of these names, else ids, by what they were asked for; unknown ones are left out."""
-        with self._index.read() as db:
-            return chunks.find_named(db, namespace, names_or_ids)
+        return self._recent.find_named(namespace, names_or_ids)
 
     def find_chunks(self, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:
         """Return the chunks of these ids, by id; unknown ones are left out."""
@@ -203,8 +204,7 @@ class ChunkStore:
 
     def known_chunks(self, namespace: str, ids: Iterable[str]) -> set[str]:
         """Return those of the ids that are registered in the namespace."""
-        with self._index.read() as db:
-            return chunks.known(db, namespace, ids)
+        return self._recent.known(namespace, ids)
 
     def list_chunks(
         self,

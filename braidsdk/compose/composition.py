@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
+from braidsdk.prompt.lru import LRU, nbytes_of
 from braidsdk.store.keys import EntryKey, ModelIdentity
 from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 
@@ -86,12 +87,19 @@ class Composition:
         turn = Segment(None, tuple(token_ids), self.tail_origin, everything, keep=False, is_turn=True)
         return replace(self, segments=(*self.segments, turn))
 
-    def keys(self, model: ModelIdentity, namespace: str, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
+    def keys(
+        self,
+        model: ModelIdentity,
+        namespace: str,
+        known: Sequence[EntryKey] = (),
+        recent: LRU[tuple[object, ...], EntryKey] | None = None,
+    ) -> tuple[EntryKey, ...]:
         """The key of each segment's KV entry, in order.
 
         Args:
             model, namespace: part of every key.
             known: keys of the first segments, where the caller has them.
+            recent: keys of chunks made lately for this model and namespace, each with its hashes; kept up to date.
         """
         keys = list(known)
         tokens = _Before(lambda key: key.token_bytes)
@@ -100,17 +108,15 @@ class Composition:
         for segment in self.segments[len(known) :]:
             before = [self.segments[i] for i in segment.after]
             seen = (entries if segment.is_turn else tokens).sha256(keys, segment.after)
-            keys.append(
-                EntryKey(
-                    model=model,
-                    namespace=namespace,
-                    chunk_id=segment.chunk.id if segment.chunk else None,
-                    level=segment.level,
-                    token_ids=segment.token_ids,
-                    after=tuple(other.chunk.id if other.chunk else None for other in before),
-                    after_sha256=seen,
-                )
-            )
+            chunk_id = segment.chunk.id if segment.chunk else None
+            after = tuple(other.chunk.id if other.chunk else None for other in before)
+            name = (chunk_id, segment.level, segment.token_ids, after, seen)
+            key = recent.get(name) if recent else None
+            if key is None:
+                key = EntryKey(model, namespace, *name)
+                if recent and chunk_id:
+                    recent.put(name, key, nbytes_of("", segment.token_ids))
+            keys.append(key)
         return tuple(keys)
 
 

@@ -23,6 +23,7 @@ from braidsdk.errors import ForkedError
 from braidsdk.models.base import Model
 from braidsdk.prompt.history import SpokenTurns
 from braidsdk.prompt.layout import PromptLayout
+from braidsdk.prompt.lru import LRU
 from braidsdk.store import ChunkStore, EntryKey, Hit, ModelIdentity
 
 NO_CODEC = "none"
@@ -93,6 +94,7 @@ class Engine:
         )
         prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
+        self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
         self._process = os.getpid()
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
@@ -211,7 +213,7 @@ class Engine:
 
     def keys(self, composition: Composition, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
         """The key of each segment's entry; `known`: those of the first segments, where the caller has them."""
-        return composition.keys(self.identity, self.namespace, known)
+        return composition.keys(self.identity, self.namespace, known, self._recent_keys)
 
     def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | None]:
         """Where each entry is, without loading or computing any; None is nowhere."""

@@ -18,6 +18,7 @@ from braidsdk.kernels.paging import PagedSegment
 
 _ITEM, _SPAN, _MEMBER, _FRAME = (struct.Struct(f"{width}i") for width in (5, 4, 2, 4))
 
+
 @dataclass(frozen=True)
 class LiveRoom:
     """How much the tables of a running batch may hold.
