@@ -228,15 +228,18 @@ class Workload:
         self.braid, self.shape, self.folder = braid, shape, folder
         self.client = in_process(braid)
         self.system = braid.register_system(text_of(braid, shape.system_tokens, 1_000_000))
-        self.corpus = self.register(range(shape.chunks))
+        self.corpus = self.register(self.texts(range(shape.chunks)))
         bare = braid.compose([self.system])
         self.questions = [question_of(bare, shape.question_tokens, seed) for seed in range(QUESTIONS)]
         weights = 1 / np.arange(1, shape.chunks + 1)
         self.chances = weights / weights.sum()
 
-    def register(self, seeds: range) -> list[Chunk]:
-        """Texts of these seeds, behind the system prompt."""
-        texts = [text_of(self.braid, self.shape.chunk_tokens, seed) for seed in seeds]
+    def texts(self, seeds: range) -> list[str]:
+        """Of the corpus's length, a text per seed."""
+        return [text_of(self.braid, self.shape.chunk_tokens, seed) for seed in seeds]
+
+    def register(self, texts: list[str]) -> list[Chunk]:
+        """Texts behind the system prompt."""
         return self.braid.register_many(texts, anchor=self.system, progress=False)
 
     def requests(self, seed: int) -> Iterator[Request]:
@@ -477,7 +480,7 @@ def lone(load: Workload) -> Iterator[Row]:
 def register(load: Workload) -> Row:
     """Time between tokens of running answers while texts are registered in another thread, and without that."""
     shape = load.shape
-    seeds = range(2_000_000, 2_000_000 + shape.registered)
+    texts = load.texts(range(2_000_000, 2_000_000 + shape.registered))  # making them takes the interpreter long
 
     def answers(going: Callable[[], bool]) -> Coroutine[Any, Any, list[Trace]]:
         return closed(load.client, load.requests(seed=4), shape.running, shape.running_tokens, going)
@@ -487,7 +490,7 @@ def register(load: Workload) -> Row:
         await asyncio.sleep(shape.seconds / 4)  # so that all of them run
         started = perf_counter()
         try:
-            await asyncio.to_thread(load.register, seeds)
+            await asyncio.to_thread(load.register, texts)
         finally:
             ended = perf_counter()
             done.set()

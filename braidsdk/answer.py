@@ -240,7 +240,8 @@ class AsyncStream(_Reader):
 
 
 class _Bell:
-    """Wakes tasks of one event loop from the engine's thread: with one call into the loop, however many it wakes."""
+    """Wakes tasks of one event loop from the engine's thread: with one call into the loop, however many it wakes. That
+    call lets other threads run, so it comes after all tasks of a step are marked."""
 
     _of: ClassVar["weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Bell]"] = weakref.WeakKeyDictionary()
 
@@ -254,16 +255,21 @@ class _Bell:
         loop = asyncio.get_running_loop()
         return cls._of.setdefault(loop, cls(loop))
 
-    def ring(self, event: asyncio.Event) -> None:
-        """Set an event in the loop, soon. Its task may be gone, and the loop too."""
+    def ring(self, event: asyncio.Event) -> Callable[[], None] | None:
+        """Mark an event that is to be set in the loop; what it returns is to be called soon. The event's task may be
+        gone, and the loop too."""
         self._rung.append(event)
+        return None if self._called else self._call
+
+    def _call(self) -> None:
         loop = self._loop()
-        if not self._called and loop and not loop.is_closed():
-            self._called = True
-            try:
-                loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # closed in between
-                return
+        if self._called or loop is None or loop.is_closed():
+            return
+        self._called = True
+        try:
+            loop.call_soon_threadsafe(self._deliver)
+        except RuntimeError:  # closed in between
+            return
 
     def _deliver(self) -> None:
         self._called = False  # first: what is rung from now on calls again

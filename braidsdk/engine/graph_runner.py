@@ -59,11 +59,13 @@ class GraphRunner:
         self.graphs = Graphs(model, pool)
         self._model, self._pool = model, pool
         self._rows: dict[Row, None] = {}
+        self._sampling = 0  # how many of them are not greedy
         self._planned: DecodingPass | None = None  # the pass of one row whose tables hold the one that is here
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
         pending = _Pending()
-        if gone := [row for row in self._rows if row not in rows]:
+        there = set(rows)
+        if gone := [row for row in self._rows if row not in there]:
             self._leave(gone)
         if rows:
             self._decode(pending)
@@ -87,7 +89,7 @@ class GraphRunner:
     def _decode(self, pending: _Pending) -> None:
         """The next token of every row."""
         batch = self.graphs.batch
-        drawn = not all(row.sampler.greedy for row in self._rows)
+        drawn = self._sampling > 0
         if batch.attention.rows > 1:
             captured = self.graphs.decoding(batch.attention.rows, drawn=drawn)
             batch.attention.upload()  # after a pass may have been recorded
@@ -171,6 +173,7 @@ class GraphRunner:
         batch.chosen[0].index_copy_(0, slots, tokens[lines[:, 1]])
         for at, row in joining:
             if not row.sampler.greedy:
+                self._sampling += 1
                 set_choices(batch.choices, row.slot, row.sampler, ahead=1)
                 batch.choices.seen[row.slot].scatter_(0, tokens[at : at + 1], True)
             self._rows[row] = None
@@ -196,6 +199,7 @@ class GraphRunner:
         batch.slots[:, :longest].index_fill_(0, slots, -1)
         for row in rows:
             if not row.sampler.greedy:
+                self._sampling -= 1
                 batch.choices.shape[:, row.slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
             batch.attention.leave(row.slot)
             del self._rows[row]

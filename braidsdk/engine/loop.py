@@ -4,6 +4,7 @@
         take what came by mail          # new requests, cancellations, control calls, what I/O threads found
         admit what fits                 # scheduler, residency
         launch a step                   # runner: a token for each row, and pieces of prefill
+        wake the readers                # of many tokens; of few at once
         take the step before            # tokens to their readers; rows, slots and pages free
 
 Nothing but this thread touches model and pool; I/O threads read and write the store, and only bytes of pages that were
@@ -33,7 +34,7 @@ from braidsdk.engine.graphs import runs_on_graphs
 from braidsdk.engine.request import Outcome, Request
 from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
 from braidsdk.engine.sampling import Sampler
-from braidsdk.engine.scheduler import Scheduler, State, Work
+from braidsdk.engine.scheduler import ROW_SLOTS, Scheduler, State, Work
 from braidsdk.errors import BraidError, ClosedError, EngineError, NumericsError, QueueFullError, UnknownChunkError
 from braidsdk.models.base import Model
 from braidsdk.settings import checks_itself
@@ -49,17 +50,23 @@ STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 PIECE_TOKENS = {"cpu": 64, "cuda": 512}
 """The same while rows decode, so that they keep their pace. Chosen by estimate, not yet by measurement."""
 
+JOINS = {"cpu": ROW_SLOTS, "cuda": 4}
+"""Requests that join the running rows in one step at most, by device. What the host does for each is hidden behind the
+step that the GPU computes meanwhile, if it takes no longer."""
+
+FEW_READERS = 8
+"""So many are woken as soon as their tokens are there. More would compete with the engine for the interpreter, so they
+are woken when the next step is launched, and read while it is computed."""
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one request takes of a step: pieces of its prefill, each with the entry that it completes, and how many
-    tokens these are; or the row that decodes."""
+    """What one request prefills in a step: pieces, each with the entry that it completes, and how many tokens."""
 
     request: Request
     pieces: Sequence[tuple[Piece, Resident | None]]
-    rows: Sequence[Row]
     tokens: int
 
 
@@ -107,6 +114,7 @@ class Loop:
             max_queue=max_queue,
             step_tokens=STEP_TOKENS[model.device.type],
             piece_tokens=PIECE_TOKENS[model.device.type],
+            joins=JOINS[model.device.type],
         )
         self.runner: Runner = GraphRunner(model, pool) if runs_on_graphs(model) else EagerRunner(model, pool)
         self.steps = self.step_tokens = self.last_step_rows = 0
@@ -118,6 +126,7 @@ class Loop:
         self._tasks: dict[Request, _Task] = {}
         self._rows: dict[Row, Request] = {}
         self._flight: list[Results] | None = None
+        self._rung: dict[Request, None] = {}
         self.thread = threading.Thread(target=self._main, name="braid-engine", daemon=True)
 
     # for other threads
@@ -163,6 +172,8 @@ class Loop:
                         self._integrity()
                     self._receive(block=not busy)
                     busy = self.open and self._step()
+                    if not busy:
+                        self._wake_readers()
         except BaseException as failure:
             _log.exception("the engine failed")
             error = EngineError(
@@ -203,8 +214,12 @@ class Loop:
             self._take(flight)
             flight = None
         before, self._flight = self._flight, flight
+        if len(self._rung) > FEW_READERS:
+            self._wake_readers()
         if before:
             self._take(before)
+        if len(self._rung) <= FEW_READERS:
+            self._wake_readers()
         return bool(admitted or work or before)
 
     def _admit(self, now: float) -> bool:
@@ -217,23 +232,20 @@ class Loop:
 
     def _launch(self, work: Work[Request]) -> list[Results]:
         """Start what the scheduler chose. What can't be computed fails, alone where the runner allows that."""
-        parts = [_Part(request, self._cut(request, tokens), (), tokens) for request, tokens in work.pieces]
-        for request in work.rows:
-            row = self._tasks[request].row
-            parts.append(_Part(request, (), (row,) if row else (), 0))
+        parts = [_Part(request, self._cut(request, tokens), tokens) for request, tokens in work.pieces]
+        rows = [(request, row) for request in work.rows if (row := self._tasks[request].row)]
         done: list[tuple[Sequence[_Part], Results]] = []
         try:
-            done.append((parts, self._compute(parts)))
+            done.append((parts, self._compute(parts, [row for _, row in rows])))
         except Exception as error:
-            if self.runner.ahead or len(parts) == 1:  # a step on graphs may have moved rows on: not to be repeated
-                for part in parts:
-                    self._fail(part.request, error)
+            if self.runner.ahead:  # a step on graphs may have moved rows on: not to be repeated
+                for request in (*(part.request for part in parts), *work.rows):
+                    self._fail(request, error)
             else:
                 for part in parts:
-                    try:
-                        done.append(([part], self._compute([part])))
-                    except Exception as failure:
-                        self._fail(part.request, failure)
+                    self._try(part.request, [part], (), done)
+                for request, row in rows:
+                    self._try(request, (), [row], done)
         self.steps += 1
         self.step_tokens += len(work.rows) + sum(tokens for _, tokens in work.pieces)
         self.last_step_rows = len(work.rows)
@@ -246,9 +258,21 @@ class Loop:
                 self._advance(part, logits)
         return [results for _, results in done]
 
-    def _compute(self, parts: "Sequence[_Part]") -> Results:
-        pieces = [piece for part in parts for piece, _ in part.pieces]
-        return self.runner.launch(pieces, [row for part in parts for row in part.rows])
+    def _try(
+        self,
+        request: Request,
+        parts: "Sequence[_Part]",
+        rows: Sequence[Row],
+        done: "list[tuple[Sequence[_Part], Results]]",
+    ) -> None:
+        """Compute what one request takes of a step that failed as a whole; what fails again is its own."""
+        try:
+            done.append((parts, self._compute(parts, rows)))
+        except Exception as error:
+            self._fail(request, error)
+
+    def _compute(self, parts: "Sequence[_Part]", rows: Sequence[Row]) -> Results:
+        return self.runner.launch([piece for part in parts for piece, _ in part.pieces], rows)
 
     def _cut(self, request: Request, tokens: int) -> "list[tuple[Piece, Resident | None]]":
         """The next tokens of a request's prefill, each piece with the entry that it completes."""
@@ -277,7 +301,7 @@ class Loop:
             if entry and request in self._tasks:
                 self.residency.computed(entry)
                 request.clock.entries = perf_counter()
-        if part.tokens and request in self._tasks and self.scheduler.prefilled(request, part.tokens):
+        if request in self._tasks and self.scheduler.prefilled(request, part.tokens):
             self._prefilled(request, given)
 
     def _prefilled(self, request: Request, logits: Tensor | None) -> None:
@@ -314,18 +338,30 @@ class Loop:
             except NumericsError as error:
                 self._fail(request, error)
                 continue
-            request.clock.last_token = perf_counter()
-            if not request.tokens:
-                request.clock.first_token = request.clock.last_token
-            request.emit(chosen.token)
-            if request.text:
-                request.text.feed(chosen.token)
+            now, tokens, text = perf_counter(), request.tokens, request.text
+            request.clock.last_token = now
+            if not tokens:
+                request.clock.first_token = now
+            tokens.append(chosen.token)
+            if text:
+                text.feed(chosen.token)
             if (
-                chosen.token in request.params.stop_ids
-                or len(request.tokens) == request.params.max_new_tokens
-                or (request.text and request.text.stopped)
+                len(tokens) == request.params.max_new_tokens
+                or chosen.token in request.params.stop_ids
+                or (text and text.stopped)
             ):
                 self._answered(request, chosen.row)
+            elif request.streamed:
+                self._ring(request)
+
+    def _ring(self, request: Request) -> None:
+        """Wake a request's reader soon."""
+        self._rung[request] = None
+
+    def _wake_readers(self) -> None:
+        rung, self._rung = self._rung, {}
+        for call in dict.fromkeys(call for request in rung if (call := request.ring())):
+            call()
 
     def _answered(self, request: Request, row: Row) -> None:
         """An answer is complete: keep it as a turn, and end the request unless it waits for a write."""
@@ -358,7 +394,7 @@ class Loop:
         try:
             self.scheduler.end(request, state)
         finally:
-            request.ring()
+            self._ring(request)
 
     # what mail asks for
 
@@ -374,7 +410,8 @@ class Loop:
         """End a request that was never taken in."""
         request.error = error
         request.state = State.FAILED
-        request.ring()
+        if call := request.ring():
+            call()
 
     def cancel(self, request: Request) -> None:
         if request.number < 0:  # it was refused before it came here
@@ -447,6 +484,7 @@ class Loop:
         del self.model, self.pool, self.runner
         self._remember()
         self._store.close()
+        self._wake_readers()
         self._ended = True
         self._refuse_mail(error)
 

@@ -73,7 +73,8 @@ class Request(Job):
         counted: whether its entries count as hits and misses.
         streamed: whether its reader is woken for each token, or only at the end.
         text: follows the answer's text, where stop strings can end it.
-        wake: called by the engine's thread when there is something to read; must not block.
+        wake: called by the engine's thread when there is something to read; must not block. What it returns is called
+            after those of all requests that were woken in the same step, once where several return the same.
         tokens: ids generated so far.
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
@@ -90,7 +91,7 @@ class Request(Job):
     counted: bool = True
     streamed: bool = False
     text: AnswerText | None = None
-    wake: Callable[[], None] | None = None
+    wake: Callable[[], Callable[[], None] | None] | None = None
     tokens: list[int] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     computed_tokens: int = 0
@@ -114,18 +115,12 @@ class Request(Job):
         """Tokens of its tail and its answer, at most."""
         return len(self.composition.tail) + (self.params.max_new_tokens if self.params else 0)
 
-    def emit(self, token: int) -> None:
-        """Give the reader a token. For the engine's thread."""
-        self.tokens.append(token)
-        if self.streamed:
-            self.ring()
-
-    def ring(self) -> None:
-        """Wake the reader. For the engine's thread."""
+    def ring(self) -> Callable[[], None] | None:
+        """Wake the reader; returns what `wake` does. For the engine's thread."""
         if self.wake:
-            self.wake()
-        else:
-            self._bell.put(None)
+            return self.wake()
+        self._bell.put(None)
+        return None
 
     def wait(self, seen: int | None = None) -> None:
         """Block until it has ended, or has more tokens than the `seen` ones. Ctrl-C interrupts it."""

@@ -133,23 +133,32 @@ class Scheduler(Generic[J]):
     """The requests of one engine that have not ended."""
 
     def __init__(
-        self, memory: Memory[J], *, max_queue: int, step_tokens: int, piece_tokens: int, slots: int = ROW_SLOTS
+        self,
+        memory: Memory[J],
+        *,
+        max_queue: int,
+        step_tokens: int,
+        piece_tokens: int,
+        joins: int = ROW_SLOTS,
+        slots: int = ROW_SLOTS,
     ) -> None:
         """Args:
         memory: who has the pages.
         max_queue: requests that may wait.
         step_tokens: tokens that one step prefills at most.
         piece_tokens: the same while rows decode, so that they keep their pace.
+        joins: requests whose prefill ends in one step, and that decode from the next on, at most while rows decode.
         slots: row slots.
         """
         self._memory = memory
         self._max_queue = max_queue
         self._step_tokens, self._piece_tokens = step_tokens, piece_tokens
-        self._slots = slots
+        self._joins, self._slots = joins, slots
         self._free_slots = list(range(slots - 1, -1, -1))
         self._numbers = count()
         self._queues: dict[Priority, deque[J]] = {priority: deque() for priority in Priority}
         self._admitted: dict[J, None] = {}  # loading, ready and running, in the order of admission
+        self._timed: dict[J, None] = {}  # those with a deadline, in the order of arrival
 
     @property
     def waiting(self) -> int:
@@ -183,6 +192,8 @@ class Scheduler(Generic[J]):
             )
         job.number = next(self._numbers)
         self._queues[job.priority].append(job)
+        if job.deadline is not None:
+            self._timed[job] = None
 
     def admit(self, now: float) -> list[J]:
         """Admit requests in their order, as many as fit; they are loading now."""
@@ -210,6 +221,7 @@ class Scheduler(Generic[J]):
         if job.state in ENDED:
             return False
         self._check(job, state)
+        self._timed.pop(job, None)
         try:
             if job.state is State.WAITING:
                 self._queues[job.priority].remove(job)
@@ -226,12 +238,16 @@ class Scheduler(Generic[J]):
             now: the engine's clock, in seconds.
             decoding: running requests that want a token.
         """
-        budget = self._piece_tokens if decoding else self._step_tokens
+        budget, joins = (self._piece_tokens, self._joins) if decoding else (self._step_tokens, self._slots)
         pieces = []
         for job in sorted((j for j in self._admitted if j.state is State.READY), key=lambda j: self._rank(j, now)):
             if not budget:
                 break
             tokens = min(job.to_prefill, budget)
+            if job.decodes and tokens == job.to_prefill:
+                if not joins:
+                    continue
+                joins -= 1
             budget -= tokens
             pieces.append((job, tokens))
         return Work(tuple(pieces), decoding)
@@ -246,13 +262,13 @@ class Scheduler(Generic[J]):
         return [
             (job, DeadlineError(f"The answer must be complete within timeout_s={job.deadline - job.submitted:g}; the "
             f"request was still {job.state}. Ask with a larger timeout_s, or when fewer requests are running."))
-            for job in self
+            for job in self._timed
             if job.deadline is not None and job.deadline <= now
         ]  # fmt: skip
 
     def next_deadline(self) -> float | None:
         """The earliest deadline, in seconds of the engine's clock."""
-        return min((job.deadline for job in self if job.deadline is not None), default=None)
+        return min((job.deadline for job in self._timed if job.deadline is not None), default=None)
 
     def integrity(self) -> None:
         """Check that every slot is free or of one admitted request, and that queues and states agree.
@@ -265,6 +281,8 @@ class Scheduler(Generic[J]):
             raise RuntimeError("scheduler: a row slot is lost, or has two owners")
         if any(job.state in ENDED or job.state is State.WAITING for job in self._admitted):
             raise RuntimeError("scheduler: a request that is not admitted holds memory")
+        if set(self._timed) != {job for job in self if job.deadline is not None}:
+            raise RuntimeError("scheduler: a deadline is lost, or is of a request that has ended")
         for queue in self._queues.values():
             if any(job.state is not State.WAITING or job.slot is not None for job in queue):
                 raise RuntimeError("scheduler: a request in the queue is not waiting")

@@ -59,8 +59,12 @@ def asked(
     return Asked(priority=priority, submitted=at, decodes=decodes, pages=pages, deadline=deadline)
 
 
-def scheduler(pages: int = 1000, *, slots: int = 4, max_queue: int = 1000) -> Scheduler[Asked]:
-    return Scheduler(Pages(pages), max_queue=max_queue, step_tokens=STEP, piece_tokens=PIECE, slots=slots)
+def scheduler(
+    pages: int = 1000, *, slots: int = 4, max_queue: int = 1000, piece_tokens: int = PIECE, joins: int = 1000
+) -> Scheduler[Asked]:
+    return Scheduler(
+        Pages(pages), max_queue=max_queue, step_tokens=STEP, piece_tokens=piece_tokens, joins=joins, slots=slots
+    )
 
 
 def submitted(queue: Scheduler[Asked], *jobs: Asked) -> None:
@@ -93,9 +97,9 @@ MOVES: dict[State, Callable[[Scheduler[Asked], Asked], object]] = {
 ENDS = (State.FINISHED, State.FAILED, State.CANCELLED)
 
 
-def brought_to(state: State) -> tuple[Scheduler[Asked], Asked]:
+def brought_to(state: State, job: Asked | None = None) -> tuple[Scheduler[Asked], Asked]:
     """A scheduler with one request, in that state."""
-    queue, job = scheduler(), asked()
+    queue, job = scheduler(), job or asked()
     queue.submit(job)
     way = PATH[1 : PATH.index(state) + 1] if state in PATH else [State.LOADING, state]
     for each in way:
@@ -284,6 +288,24 @@ def test_what_does_not_decode_takes_no_slot() -> None:
     assert [job.slot for job in queue.admit(0.0)] == [None, 0, 1]
 
 
+def test_few_join_in_one_step_while_others_decode() -> None:
+    queue = scheduler(slots=16, joins=2, piece_tokens=60)
+    running, *news = [asked() for _ in range(6)]
+    text = asked(decodes=False)
+    submitted(queue, running, *news, text)
+    queue.admit(0.0)
+    for job in (running, *news, text):
+        queue.ready(job, 10)
+    long = news[2]
+    long.to_prefill = 50  # does not end in this step, so it does not join
+    assert [job for job, _ in queue.next(0.0, ()).pieces][:6] == [running, *news]  # nobody waits for a token
+    queue.running(running)
+    pieces = queue.next(0.0, (running,)).pieces
+    assert pieces == ((news[0], 10), (news[1], 10), (long, 40))
+    long.to_prefill = 10
+    assert [job for job, _ in queue.next(0.0, (running,)).pieces] == [news[0], news[1], text]
+
+
 # deadlines
 
 
@@ -302,8 +324,7 @@ def test_the_next_deadline_is_the_earliest_of_all_that_have_not_ended() -> None:
 
 @pytest.mark.parametrize("state", PATH[:-1], ids=str)
 def test_a_deadline_ends_a_request_in_any_state_and_says_what_it_was(state: State) -> None:
-    queue, job = brought_to(state)
-    job.submitted, job.deadline = 2.0, 4.5
+    queue, job = brought_to(state, asked(at=2.0, deadline=4.5))
     assert queue.expired(4.49) == []
     ((found, error),) = queue.expired(4.5)
     assert found is job
