@@ -55,6 +55,95 @@ def violations(folder: str, names: list[str]) -> list[str]:
     return bad
 
 
+FLOORS = (
+    ("cli", "testing"),
+    ("braid", "fidelity"),
+    ("chunks", "context"),
+    ("answer", "ingest"),
+    ("engine",),
+    ("cache",),
+    ("compose",),
+    ("prompt",),
+    ("store", "models", "kernels"),
+)
+"""Modules and folders of `braidsdk`: each imports itself, and what stands on lower floors. docs/design.md shows it."""
+
+ANYONES = ("errors", "types", "settings", "logs", "progress")
+"""What every floor may import. These import each other alone."""
+
+NEVER = {
+    "store": {"torch"},
+    "braidsdk/prompt": {"torch"},
+    "braidsdk/compose": {"torch"},
+    "braidsdk/engine/scheduler.py": {"torch", "threading"},
+}
+
+
+def part_of(name: str) -> str:
+    """The part of `braidsdk` that an import reads: `braidsdk.Braid` is at home in `braid`, as all that is the package's
+    own."""
+    first = "".join(name.split(".")[1:2])
+    if first in ANYONES or any(first in floor for floor in FLOORS):
+        return first
+    return braidsdk._HOME.get(first, "braidsdk.braid").split(".")[1]
+
+
+def upwards(part: str, names: list[str]) -> list[str]:
+    """Imports of a part of `braidsdk` that do not point downwards."""
+    below = {*ANYONES, part}
+    if part not in ANYONES:
+        (height,) = (height for height, floor in enumerate(FLOORS) if part in floor)
+        below |= {each for floor in FLOORS[height + 1 :] for each in floor}
+    return [name for name in names if name.split(".")[0] == "braidsdk" and part_of(name) not in below]
+
+
+PARTS = sorted({path.relative_to(ROOT / "braidsdk").parts[0] for path in (ROOT / "braidsdk").rglob("*.py")})
+
+
+@pytest.mark.parametrize("part", [each for each in PARTS if each != "__init__.py"])
+def test_imports_inside_the_package_point_downwards(part: str) -> None:
+    path = ROOT / "braidsdk" / part
+    files, part = sorted(path.rglob("*.py")) or [path], path.stem
+    assert part in ANYONES or any(part in floor for floor in FLOORS), f"{part} has no floor"
+    bad = {str(path.relative_to(ROOT)): found for path in files if (found := upwards(part, imports(path)))}
+    assert not bad
+
+
+def test_the_rule_of_floors_notices() -> None:
+    assert upwards("engine", ["braidsdk.answer.Stream"])
+    assert upwards("compose", ["braidsdk.cache.pool.Pool"])
+    assert upwards("context", ["braidsdk.chunks.Chunks"]), "two of one floor"
+    assert upwards("prompt", ["braidsdk.Context"]), "where the name is at home"
+    assert upwards("fidelity", ["braidsdk"]), "the package itself"
+    assert upwards("errors", ["braidsdk.store.ChunkStore"])
+    assert not upwards("testing", ["braidsdk.braid.Braid", "braidsdk.store.ChunkStore", "braidsdk.errors", "torch"])
+    assert not upwards("cli", ["braidsdk.Braid", "braidsdk.__version__", "braidsdk.cli.exits.FAILED"])
+    assert not upwards("progress", ["braidsdk.types.Progress"])
+
+
+def test_the_design_shows_the_floors() -> None:
+    design = (ROOT / "docs" / "design.md").read_text()
+    assert "\n".join(", ".join(floor) for floor in FLOORS) in design
+    assert ", ".join(ANYONES) in design
+
+
+@pytest.mark.parametrize("where", NEVER)
+def test_some_parts_never_import(where: str) -> None:
+    files = sorted((ROOT / where).rglob("*.py")) or [ROOT / where]
+    bad = {str(path.relative_to(ROOT)): found for path in files if (found := forbidden(where, imports(path)))}
+    assert not bad
+
+
+def forbidden(where: str, names: list[str]) -> list[str]:
+    return [name for name in names if name.split(".")[0] in NEVER[where]]
+
+
+def test_the_rule_of_what_is_never_imported_notices() -> None:
+    assert forbidden("braidsdk/compose", ["torch.Tensor"])
+    assert forbidden("braidsdk/engine/scheduler.py", ["threading.Lock"])
+    assert not forbidden("braidsdk/prompt", ["threading.Lock", "braidsdk.errors"])
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_packages_import_only_what_they_may(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
@@ -156,9 +245,18 @@ def run(*command: str, stdin: str = "") -> str:
     return done.stdout
 
 
-def test_importing_the_package_or_the_store_does_not_import_torch() -> None:
-    code = "import sys, braidsdk, braidsdk.store, braidsdk.errors; print('torch' in sys.modules)"
-    assert run("-c", code).strip() == "False"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        "braidsdk",
+        "braidsdk.errors, braidsdk.store",
+        "braidsdk.compose.modes",
+        "braidsdk.prompt.history, braidsdk.prompt.answer_text",
+        "braidsdk.engine.scheduler",
+    ],
+)
+def test_importing_these_does_not_import_torch(modules: str) -> None:
+    assert run("-c", f"import sys, {modules}; print('torch' in sys.modules)").strip() == "False"
 
 
 USE = """
