@@ -242,7 +242,7 @@ def main() -> None:
                 show("rows", row)
             show("profile", profile(bench, bench.composed(docs[:16])))
             braid.warm_up(requests=REQUESTS, progress=False)
-            show("launches", braid._engine.launches())
+            show("launches", braid.kernels.launches())
             show("batch", batch_dependence(braid, folder, folder.with_name("store-float32")))
             if not options.no_transformers:
                 for row in theirs(bench, model, docs, options.compiled_slots):

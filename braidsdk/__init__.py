@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from braidsdk.answer import AsyncStream, Stream
     from braidsdk.braid import Braid
     from braidsdk.context import Context
+    from braidsdk.model_kernels import Kernels
     from braidsdk.types import (
         Answer,
         Chunk,
@@ -49,6 +50,7 @@ __all__ = [
     "EntryGroup",
     "ExplainedChunk",
     "Explanation",
+    "Kernels",
     "Progress",
     "Registered",
     "RegistrationEstimate",
@@ -64,6 +66,7 @@ _HOME = {
     "AsyncStream": "braidsdk.answer",
     "Braid": "braidsdk.braid",
     "Context": "braidsdk.context",
+    "Kernels": "braidsdk.model_kernels",
     "Stream": "braidsdk.answer",
     **dict.fromkeys(
         (

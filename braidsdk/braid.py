@@ -28,6 +28,7 @@ from braidsdk.errors import InputError, did_you_mean, shown
 from braidsdk.ingest.check import check_anchor, check_texts
 from braidsdk.ingest.plan import check_disk, estimate, plan
 from braidsdk.ingest.register import compute_missing, store_chunks
+from braidsdk.model_kernels import Kernels
 from braidsdk.models.device import parse_device, parse_dtype
 from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
 from braidsdk.models.tiny.outside import warn_once
@@ -137,6 +138,7 @@ class Braid:
         """
         self._engine = engine
         self.chunks = Chunks(engine)
+        self.kernels = Kernels(engine)
         self._is_tiny = is_tiny
         self._described = f"Braid({model!r}, {engine.dtype} on {engine.device}, store={str(engine.store.path)!r})"
         self._name_model(model)

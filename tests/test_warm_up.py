@@ -11,7 +11,7 @@ def test_on_a_cpu_there_is_nothing_to_warm_up(random_braid: Braid) -> None:
     steps: list[tuple[int, int]] = []
     random_braid.warm_up(on_progress=lambda done, total: steps.append((done, total)))
     assert not steps
-    assert random_braid._engine.launches() == {}
+    assert random_braid.kernels.launches() == {}
 
 
 @pytest.mark.parametrize("requests", [0, 65, 1.0, True, "all"])

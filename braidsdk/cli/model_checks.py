@@ -4,7 +4,6 @@ The model is opened over an empty store of its own, so that nothing of the check
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,10 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from braidsdk import Braid, Context
 from braidsdk.cli.checks import Check, Finding, Subject, processor
-from braidsdk.engine.kernel_choice import amx_obstacle, obstacle, self_test
-from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.selftest import Result
-from braidsdk.models.base import Model, read_json
+from braidsdk.models.base import read_json
 from braidsdk.models.registry import find_checkpoint
 from braidsdk.models.tiny.outside import OutsideWorldWarning
 from braidsdk.types import size
@@ -130,20 +127,20 @@ def check_kernels(subject: Subject) -> Finding:
     braid = subject.braid
     if braid is None:
         return _NOT_OPEN
-    model, captured = _inside(braid)
-    if reason := obstacle(model):
-        if model.device.type == "cpu" and model.paths != TORCH:
-            return Finding("ok", f"the model runs on {model.paths}", facts={"paths": str(model.paths)})
-        reason = f"{reason}; {amx_obstacle(model) or 'torch was requested'}" if model.device.type == "cpu" else reason
+    kernels, on_cpu = braid.kernels, braid.device.type == "cpu"
+    if reason := kernels.obstacle("triton"):
+        if on_cpu and set(kernels.paths.values()) != {"torch"}:
+            return Finding("ok", f"the model runs on {kernels}", facts={"paths": str(kernels)})
+        reason = f"{reason}; {kernels.obstacle('amx') or 'torch was requested'}" if on_cpu else reason
         return Finding("skip", f"the model runs on torch: {reason}")
-    results = self_test(model, timed=True)
+    results = kernels.self_test(timed=True)
     braid.warm_up(progress=False)
-    launches = captured()
-    facts = {"paths": str(model.paths), "launches": launches, "cases": [asdict(result) for result in results]}
+    launches = kernels.launches()
+    facts = {"paths": str(kernels), "launches": launches, "cases": [asdict(result) for result in results]}
     passes = ", ".join(f"{name}: {count}" for name, count in launches.items() if "," not in name)
     graphs = f"in CUDA graphs; kernels of each: {passes}" if passes else "no CUDA graphs"
     lines = [
-        f"the model runs on {model.paths}, {graphs}",
+        f"the model runs on {kernels}, {graphs}",
         "each kernel, caches cold: relative error against float64, time, and bandwidth as a share of a large copy's",
     ]
     widths = [max(len(getattr(result, name)) for result in results) for name in ("op", "case")]
@@ -152,15 +149,6 @@ def check_kernels(subject: Subject) -> Finding:
         return Finding("ok", "\n      ".join(lines), facts=facts)
     remedy = "Set BRAID_KERNELS=torch for now; newer versions of torch and triton together may help."
     return Finding("fail", "\n      ".join(lines), remedy, facts)
-
-
-def _inside(braid: Braid) -> tuple[Model, Callable[[], dict[str, int]]]:
-    """The model, and what counts the kernels of its captured graphs.
-
-    The one place where the command line reaches behind the SDK's public surface: that has neither yet.
-    """
-    engine = braid._engine
-    return engine.model, engine.launches
 
 
 def _measured(result: Result) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from braidsdk import Braid, Context
+from braidsdk import Braid, Context, Kernels
 from braidsdk.cli import checks, model_checks
 from braidsdk.cli.checks import Finding, Subject, look
 from braidsdk.kernels.selftest import Result
@@ -124,8 +124,8 @@ def test_each_kernel_is_a_line_and_one_that_fails_is_a_failure(
         Result("norm_qkv", "1 row", error=1e-3, limit=1e-2, us=4.2, bandwidth=0.45),
         Result("attention", "5 rows of 5 requests", error=2e-3, limit=1e-2, us=21.0, bandwidth=0.5),
     ]
-    monkeypatch.setattr(model_checks, "obstacle", lambda _: None)
-    monkeypatch.setattr(model_checks, "self_test", lambda _, timed: results)
+    monkeypatch.setattr(Kernels, "obstacle", lambda self, path: None)
+    monkeypatch.setattr(Kernels, "self_test", lambda self, timed: results)
     found = model_checks.check_kernels(opened)
     assert found.status == "ok"
     assert "the model runs on torch, no CUDA graphs" in found.detail

@@ -1,0 +1,68 @@
+"""The kernels that a Braid's model runs on, and how they do here."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+from braidsdk.engine.engine import Engine
+from braidsdk.engine.kernel_choice import amx_obstacle, obstacle, self_test
+from braidsdk.errors import InputError, shown
+from braidsdk.kernels.selftest import Result
+
+OBSTACLES = {"triton": obstacle, "amx": amx_obstacle}
+
+
+class Kernels:
+    """`Braid.kernels`: the kernels that its model runs on. `str()` of it is for people, as in "triton" or "triton for
+    norm_qkv and swiglu, torch for attention"."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The path of each operation: "triton", "amx" or "torch", by the operation's name, as `Braid(kernels=...)`
+        takes it."""
+        self._engine.check_open()
+        return asdict(self._engine.paths)
+
+    def obstacle(self, path: str) -> str | None:
+        """Why the kernels of a faster path can't run this model here; None if they can.
+
+        Args:
+            path: "triton" or "amx". The first time "amx" compiles its kernels.
+
+        Raises:
+            InputError: no such path.
+        """
+        if not isinstance(path, str) or path not in OBSTACLES:
+            raise InputError(f"path must be {' or '.join(map(repr, OBSTACLES))}; got {shown(path)}.")
+        return OBSTACLES[path](self._engine.model)
+
+    def self_test(self, *, timed: bool = False, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
+        """Compute each Triton kernel at the model's own shapes, in a process of its own, and compare it with float64.
+        Takes up to a minute, and memory of the device beside the model's.
+
+        Args:
+            timed: whether to time them too.
+            on_progress: called with the cases done and those to be done. What it raises ends it.
+
+        Returns:
+            A result for each operation and shape. One is right if its `ok` is true.
+
+        Raises:
+            InputError: Triton's kernels can't run this model here.
+            BraidError: that process ended before its time.
+        """
+        if reason := self.obstacle("triton"):
+            raise InputError(
+                f"kernels that are tested must be able to run this model; {reason}. Ask obstacle('triton') first."
+            )
+        return self_test(self._engine.model, timed=timed, report=on_progress)
+
+    def launches(self) -> dict[str, int]:
+        """How many kernels each pass launches that was captured as a CUDA graph so far, by the pass's name. Empty where
+        the model does not run on graphs. `Braid.warm_up` captures the passes beforehand."""
+        return self._engine.launches()
+
+    def __str__(self) -> str:
+        return str(self._engine.paths)
