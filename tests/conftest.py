@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from transformers import Qwen3Config, Qwen3ForCausalLM, logging
 
 from braidsdk import Braid
-from braidsdk.cache.pool import Pool
+from braidsdk.cache.pool import PAGE_SIZE, Pool
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import Priority
@@ -80,13 +80,26 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0, **changes: object) ->
 
 @pytest.fixture(scope="session")
 def pool_of() -> Callable[[Braid], Pool]:
-    """A Braid's pool, once the engine has done what it was asked for."""
+    """A Braid's pool, once the engine has done what it was asked for: no page is missing or has two owners, and no call
+    holds an entry.
+
+    Like `tail_logits` it reaches behind the surface, so that no test has to.
+    """
 
     def settled(braid: Braid) -> Pool:
-        braid._engine.call(lambda: None)
-        return braid._engine.pool
+        engine = braid._engine
+        engine.call(engine._loop._integrity)
+        assert not engine.pool._pins, "a call holds an entry"
+        return engine.pool
 
     return settled
+
+
+@pytest.fixture(scope="session")
+def page_bytes() -> int:
+    """What a page of the random checkpoint takes on a CPU, in float32."""
+    layers, kv_heads, head_dim, itemsize = 3, 2, 32, 4
+    return layers * 2 * kv_heads * PAGE_SIZE["cpu"] * head_dim * itemsize
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from braidsdk import Braid, Context
+from braidsdk.engine import runner
 from braidsdk.errors import InputError, PoolFullError
+from braidsdk.prompt.layout import PromptLayout
 
 TEXTS = ["Rivers run to the sea.", "Mountains stay where they are.", "Clouds come and go, and some of them rain."]
 
@@ -41,14 +43,12 @@ def test_answers_end_by_themselves(random_braid: Braid, contexts: list[Context])
 def test_requests_go_on_together_whatever_text_their_tokens_have(
     random_braid: Braid, contexts: list[Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layout, model = random_braid._engine.layout, random_braid._engine.model
     silent = SimpleNamespace(feed=lambda token_id: "", flush=lambda: "")
-    monkeypatch.setattr(layout, "detokenizer", lambda: silent)
+    monkeypatch.setattr(PromptLayout, "detokenizer", lambda _: silent)
     for context in contexts:
         context.prepare()
     passes = []
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda *args: passes.append(1) or forward(*args))
+    monkeypatch.setattr(runner, "forward", lambda *args, forward=runner.forward: passes.append(1) or forward(*args))
     random_braid.ask_many([(context, "Well?") for context in contexts], max_new_tokens=12)
     assert 12 <= len(passes) <= len(contexts) + 11
 

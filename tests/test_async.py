@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -11,8 +11,12 @@ import pytest
 from torch import Tensor
 
 from braidsdk import AsyncStream, Braid, Context
+from braidsdk.cache.pool import Pool
+from braidsdk.engine import runner
 from braidsdk.errors import BraidError, ClosedError, EmptyTextError, InputError, UnknownChunkError
 from braidsdk.testing import FakeBraid
+
+Freed = Callable[[], Awaitable[bool]]
 
 WAIT_S = 30.0
 """What no step takes; a test that deadlocks fails instead of hanging."""
@@ -22,25 +26,24 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     return asyncio.run(asyncio.wait_for(main, WAIT_S))
 
 
-def used(braid: Braid) -> int:
-    """Pages that calls hold, once the engine has done what it was asked for."""
-    braid._engine.call(lambda: None)
-    pool = braid._engine.pool
-    assert not pool._pins
-    return pool.capacity_pages - pool.room
+@pytest.fixture
+def freed(random_braid: Braid, pool_of: Callable[[Braid], Pool]) -> Freed:
+    """Waits until the step that runs has ended and given back what it held."""
 
+    async def wait() -> bool:
+        ends = time.monotonic() + WAIT_S
+        while time.monotonic() < ends:
+            try:
+                pool = await asyncio.to_thread(pool_of, random_braid)
+            except AssertionError:
+                pass
+            else:
+                if pool.room == pool.capacity_pages:
+                    return True
+            await asyncio.sleep(0.005)
+        return False
 
-async def freed(braid: Braid) -> bool:
-    """Wait until the step that runs has ended and given back what it held."""
-    ends = time.monotonic() + WAIT_S
-    while time.monotonic() < ends:
-        try:
-            if not await asyncio.to_thread(used, braid):
-                return True
-        except AssertionError:
-            pass
-        await asyncio.sleep(0.005)
-    return False
+    return wait
 
 
 @pytest.fixture
@@ -51,10 +54,10 @@ def context(random_braid: Braid) -> Context:
 
 
 @pytest.fixture
-def gate(random_braid: Braid, context: Context, monkeypatch: pytest.MonkeyPatch) -> Iterator["Gate"]:
+def gate(context: Context, monkeypatch: pytest.MonkeyPatch) -> Iterator["Gate"]:
     """Lets steps of the model wait for the test."""
-    made, model = Gate(), random_braid._engine.model
-    monkeypatch.setattr(model, "forward", made.wrap(model.forward))
+    made = Gate()
+    monkeypatch.setattr(runner, "forward", made.wrap(runner.forward))
     yield made
     made.open.set()
 
@@ -131,44 +134,47 @@ def test_many_answers_and_streams_at_once(context: Context) -> None:
     run(main())
 
 
-def test_a_cancelled_answer_stops_and_frees_its_pages(random_braid: Braid, context: Context, gate: Gate) -> None:
+def test_a_cancelled_answer_stops_and_frees_its_pages(
+    random_braid: Braid, context: Context, gate: Gate, freed: Freed
+) -> None:
     async def main() -> None:
         gate.open.clear()
         task = asyncio.create_task(context.aask("Well?", max_new_tokens=400))
         waiting = asyncio.create_task(context.aask("And then?", max_new_tokens=400))
         await reach(gate)
-        assert random_braid._engine.pool._pins
+        assert random_braid.stats().running
         task.cancel()
         waiting.cancel()
         for each in (task, waiting):
             with pytest.raises(asyncio.CancelledError):
                 await each
         gate.open.set()
-        assert await freed(random_braid)
+        assert await freed()
         assert gate.steps <= 2
         assert (await context.aask("Well?", max_new_tokens=2)).token_ids
 
     run(main())
 
 
-def test_an_answer_that_waits_behind_another_call_can_be_cancelled(random_braid: Braid, context: Context) -> None:
+def test_an_answer_that_waits_behind_another_call_can_be_cancelled(context: Context, gate: Gate, freed: Freed) -> None:
     async def main() -> None:
-        held = threading.Event()
-        holding = threading.Thread(target=random_braid._engine.call, args=(lambda: held.wait(WAIT_S),))
-        holding.start()
+        gate.open.clear()
+        holding = asyncio.create_task(context.aask("And then?", max_new_tokens=2))
+        await reach(gate)
         task = asyncio.create_task(context.aask("Well?", max_new_tokens=400))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        held.set()
-        assert await freed(random_braid)
-        holding.join()
+        gate.open.set()
+        assert (await holding).token_ids
+        assert await freed()
+        assert gate.steps == 2
 
     run(main())
 
 
-def test_a_cancelled_stream_stops_and_frees_its_pages(random_braid: Braid, context: Context, gate: Gate) -> None:
+def test_a_cancelled_stream_stops_and_frees_its_pages(context: Context, gate: Gate, freed: Freed) -> None:
     async def main() -> None:
         stream = context.astream("Well?", max_new_tokens=400)
         assert await anext(stream)
@@ -184,7 +190,7 @@ def test_a_cancelled_stream_stops_and_frees_its_pages(random_braid: Braid, conte
         with pytest.raises(asyncio.CancelledError):
             await task
         gate.open.set()
-        assert await freed(random_braid)
+        assert await freed()
         steps = gate.steps
         assert [piece async for piece in stream] == []
         assert gate.steps == steps < 300
@@ -193,7 +199,7 @@ def test_a_cancelled_stream_stops_and_frees_its_pages(random_braid: Braid, conte
 
 
 @pytest.mark.parametrize("how", ["aclosing", "async with", "aclose", "dropped"])
-def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, context: Context, how: str) -> None:
+def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, context: Context, freed: Freed, how: str) -> None:
     async def main() -> None:
         stream = context.astream("Well?", max_new_tokens=1500)
         if how == "aclosing":
@@ -204,21 +210,17 @@ def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, context: Con
                 assert await anext(stream)
         else:
             assert await anext(stream)
-            assert used_or_pinned(random_braid)
+            assert random_braid.stats().running
             if how == "aclose":
                 await stream.aclose()
                 await stream.aclose()
         if how != "dropped":
-            assert await freed(random_braid)
+            assert await freed()
             assert [piece async for piece in stream] == []
         del stream
-        assert await freed(random_braid)
+        assert await freed()
 
     run(main())
-
-
-def used_or_pinned(braid: Braid) -> bool:
-    return bool(braid._engine.pool._pins)
 
 
 def test_a_stream_that_was_never_read_computes_nothing(context: Context, gate: Gate) -> None:
@@ -231,7 +233,9 @@ def test_a_stream_that_was_never_read_computes_nothing(context: Context, gate: G
     assert gate.steps == 0
 
 
-def test_errors_keep_their_types(random_braid: Braid, context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_keep_their_types(
+    random_braid: Braid, context: Context, freed: Freed, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main() -> None:
         with pytest.raises(EmptyTextError):
             await context.aask(" ")
@@ -247,11 +251,11 @@ def test_errors_keep_their_types(random_braid: Braid, context: Context, monkeypa
             await anext(random_braid.astream("Well?", chunks=["nobody"]))
         stream = context.astream("Well?", max_new_tokens=1500)
         await anext(stream)
-        monkeypatch.setattr(random_braid._engine.model, "forward", failing)
+        monkeypatch.setattr(runner, "forward", failing)
         with pytest.raises(RuntimeError, match="out of luck"):
             async for _ in stream:
                 pass
-        assert await freed(random_braid)
+        assert await freed()
 
     run(main())
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from braidsdk import Braid
+from braidsdk.cache.pool import Pool
 from braidsdk.errors import (
     EmptyTextError,
     InputError,
@@ -22,18 +23,25 @@ from braidsdk.errors import (
     WeightsError,
     WindowExceededError,
 )
+from braidsdk.prompt.layout import PromptLayout
+from braidsdk.store import ChunkStore
 
 LONG = "word " * 3000
 
 
 @pytest.fixture
-def braid(random_braid: Braid) -> Iterator[Braid]:
+def braid(random_braid: Braid, tmp_path: Path) -> Iterator[Braid]:
     """A Braid with something in its store, checked to be as good afterwards as before."""
+
+    def stored() -> object:
+        with ChunkStore(tmp_path / "store") as store:
+            return store.stats()
+
     document = random_braid.register("The capital of Aistonia is Flubarg.", name="aistonia")
     before = random_braid.ask("What is it?", chunks=[document], max_new_tokens=4).token_ids
-    stats = random_braid._engine.store.stats()
+    stats = stored()
     yield random_braid
-    assert random_braid._engine.store.stats() == stats
+    assert stored() == stats
     assert random_braid.chunks.list() == [document]
     assert random_braid.ask("What is it?", chunks=["aistonia"], max_new_tokens=4).token_ids == before
 
@@ -56,7 +64,8 @@ def test_text_longer_than_the_window(braid: Braid) -> None:
 
 
 def test_text_far_longer_than_the_window_is_not_tokenized(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(braid._engine.layout, "_encode", lambda _: pytest.fail("it was tokenized"))
+    for name in ("chunk_ids", "plain_ids"):
+        monkeypatch.setattr(PromptLayout, name, lambda *_: pytest.fail("it was tokenized"))
     with pytest.raises(WindowExceededError, match=r"at most 65,536 characters, .* got 65,537\. Split it"):
         braid.register("x" * 65_537)
 
@@ -151,11 +160,13 @@ def test_mode_and_max_new_tokens(braid: Braid) -> None:
 
 
 def test_a_context_that_can_never_fit_computes_nothing(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    page_bytes: int,
+    pool_of: Callable[[Braid], Pool],
 ) -> None:
-    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
-        page = braid._engine.pool.page_bytes
-    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=2 * page) as braid:
+    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=2 * page_bytes) as braid:
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
             braid.register("word " * 200)
         assert braid.chunks.list() == [], "nothing is registered that could never be used"
@@ -167,8 +178,7 @@ def test_a_context_that_can_never_fit_computes_nothing(
             braid.compose(documents).prepare()
         monkeypatch.undo()
         assert braid.ask("Well?", chunks=[], max_new_tokens=2).token_ids
-        pool = braid._engine.pool
-        assert len(pool._free) + sum(len(entry.pages) for entry in pool._entries.values()) == 2, "no page is lost"
+        assert pool_of(braid).room == 2, "no page is lost"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +85,7 @@ def test_7_exact_equals_a_full_prefill_and_anchored_does_not_pretend_to(
     assert anchored > 1e-2
 
 
-def test_8_a_second_process_says_the_same(tiny: Braid, rules: Chunk) -> None:
+def test_8_a_second_process_says_the_same(tiny: Braid, rules: Chunk, tmp_path: Path) -> None:
     chunks = [rules, *tiny.register_many([OTHERS[0], AISTONIA], anchor=rules)]
     mine = say(tiny, chunks, mode="anchored")
     code = (
@@ -93,7 +94,7 @@ def test_8_a_second_process_says_the_same(tiny: Braid, rules: Chunk) -> None:
         f"    answer = braid.ask({ASK!r}, chunks=sys.argv[2:], max_new_tokens=24)\n"
         "    print(json.dumps([answer.text, answer.usage.cached_tokens]))\n"
     )
-    store = str(tiny._engine.store.path)
+    store = str(tmp_path / "store")
     command = [sys.executable, "-P", "-c", code, store, *(chunk.id for chunk in chunks)]
     theirs, cached = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     assert theirs == mine == "Flubarg."

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from braidsdk import Braid
 from braidsdk.engine import kernel_choice
@@ -15,13 +16,15 @@ from braidsdk.errors import BraidError, InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.paths import AMX, TORCH, Paths
 from braidsdk.kernels.selftest import CASES
+from braidsdk.models.base import Model
+from braidsdk.models.registry import load_model
 
 needs_amx = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 
 def paths(store: Path, kernels: str | None = None, dtype: str = "bfloat16") -> Paths:
     with Braid("braid-tiny", store=store, device="cpu", dtype=dtype, kernels=kernels) as braid:
-        return braid._engine.model.paths
+        return Paths(**braid.kernels.paths)  # type: ignore[arg-type]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: str | None, all_told: str | None) -> None:
@@ -89,11 +92,13 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, status: int) -> N
     monkeypatch.setattr(kernel_choice, "_setting", lambda _: "here")
 
 
-def test_each_case_of_the_self_test_is_reported(
-    random_braid: Braid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def model(random_checkpoint: Path) -> Model:
+    return load_model(random_checkpoint, device=torch.device("cpu"), dtype=None)
+
+
+def test_each_case_of_the_self_test_is_reported(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
-    model = random_braid._engine.model
     stand_in(tmp_path, monkeypatch, status=0)
     results = self_test(model, timed=False, report=lambda done, total: steps.append((done, total)))
     assert [result.op for result in results] == ["swiglu"] * 2
@@ -104,7 +109,7 @@ def test_each_case_of_the_self_test_is_reported(
 
 
 def test_the_first_start_says_what_it_does_and_the_second_nothing(
-    random_braid: Braid,
+    model: Model,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -113,13 +118,13 @@ def test_the_first_start_says_what_it_does_and_the_second_nothing(
     monkeypatch.setenv("FORCE_COLOR", "1")
     stand_in(tmp_path, monkeypatch, status=0)
     with caplog.at_level(logging.INFO, "braidsdk"):
-        assert kernel_choice._troubles(random_braid._engine.model) == {}
+        assert kernel_choice._troubles(model) == {}
         assert [re.split(", | in ", record.message)[0] for record in caplog.records] == [
             "compiling and trying each kernel",
             "tried 2 cases of the kernels",
         ]
         assert f"2/{CASES}" in capfd.readouterr().err
         caplog.clear()
-        assert kernel_choice._troubles(random_braid._engine.model) == {}
+        assert kernel_choice._troubles(model) == {}
     assert not caplog.records
     assert capfd.readouterr().err == ""

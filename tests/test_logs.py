@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from braidsdk import Braid, logs
+from braidsdk.errors import StoreError
+from braidsdk.store import ChunkStore
 from braidsdk.testing import FakeBraid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,9 +101,13 @@ def test_counts_that_could_not_be_kept_are_logged(
 ) -> None:
     braid = FakeBraid()
     braid.ask("Well?", chunks=[braid.register("text")])
-    braid._engine.store.close()
+    monkeypatch.setattr(ChunkStore, "remember", failing)
     braid.close()
-    assert "counts and rates were not kept: ClosedError" in caplog.text
+    assert "counts and rates were not kept: StoreError" in caplog.text
+
+
+def failing(*_: object, **__: object) -> None:
+    raise StoreError("out of luck")
 
 
 def test_nothing_prints() -> None:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 from transformers import Qwen3ForCausalLM
 
 from braidsdk import Braid, Context
+from braidsdk.cache.pool import Pool
 from braidsdk.engine import runner
 from braidsdk.engine.sampling import Sampler, SamplingParams, candidates, penalise
 from braidsdk.errors import InputError, NumericsError
 from braidsdk.models.base import GenerationDefaults
+from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.stop_strings import StopStrings
 
 GREEDY = SamplingParams(max_new_tokens=1)
@@ -30,14 +32,6 @@ def peer(random_checkpoint: Path) -> Qwen3ForCausalLM:
 @pytest.fixture
 def context(random_braid: Braid) -> Context:
     return random_braid.compose([random_braid.register("A document about something.")], mode="exact")
-
-
-def free_pages(braid: Braid) -> int:
-    """Pages that no running call holds: free ones, and those of entries that nothing pins."""
-    braid._engine.call(lambda: None)
-    pool = braid._engine.pool
-    assert not pool._pins
-    return len(pool._free) + sum(len(entry.pages) for entry in pool._entries.values())
 
 
 # What can be drawn
@@ -201,7 +195,9 @@ def test_an_unknown_keyword_is_a_type_error(context: Context) -> None:
 # What ends an answer
 
 
-def test_a_stop_string_ends_the_answer_before_it(context: Context, random_braid: Braid) -> None:
+def test_a_stop_string_ends_the_answer_before_it(
+    context: Context, random_braid: Braid, pool_of: Callable[[Braid], Pool]
+) -> None:
     whole = context.ask("Well?", max_new_tokens=40)
     for size in (1, 3, 7):
         middle = len(whole.text) // 2
@@ -216,7 +212,8 @@ def test_a_stop_string_ends_the_answer_before_it(context: Context, random_braid:
         assert answer.usage.completion_tokens == len(answer.token_ids)
     again = context.ask("Well?", max_new_tokens=40, stop="never there")
     assert (again.text, again.finish_reason) == (whole.text, whole.finish_reason), "held back, and given at the end"
-    free_pages(random_braid)
+    pool = pool_of(random_braid)
+    assert pool.room == pool.capacity_pages
 
 
 PIECES = st.lists(st.text("abc", max_size=4), max_size=12)
@@ -247,7 +244,7 @@ def test_text_that_cannot_become_a_stop_string_is_shown_at_once() -> None:
 
 
 def test_a_stop_id_ends_the_answer_as_the_models_own_end_does(
-    context: Context, make_checkpoint: Callable[..., Path], tmp_path: Path
+    context: Context, random_checkpoint: Path, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     whole = context.ask("Well?", max_new_tokens=40)
     stop = whole.token_ids[11]
@@ -255,7 +252,7 @@ def test_a_stop_id_ends_the_answer_as_the_models_own_end_does(
     end = whole.token_ids.index(stop)
     assert answer.token_ids == whole.token_ids[: end + 1]
     assert answer.finish_reason == "stop"
-    assert answer.text == context._engine.layout.decode(whole.token_ids[:end])
+    assert answer.text == PromptLayout(random_checkpoint).decode(whole.token_ids[:end])
     folder = make_checkpoint(eos_token_id=stop)
     with Braid(folder, store=tmp_path / "other", device="cpu", dtype="float32") as braid:
         own = braid.compose([braid.register("A document about something.")], mode="exact")
@@ -266,10 +263,15 @@ def test_a_stop_id_ends_the_answer_as_the_models_own_end_does(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1}, {"repetition_penalty": 1.2}], ids=str)
 def test_logits_that_are_not_finite_are_a_typed_error(
-    context: Context, random_braid: Braid, monkeypatch: pytest.MonkeyPatch, options: dict[str, float], value: float
+    context: Context,
+    random_braid: Braid,
+    pool_of: Callable[[Braid], Pool],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, float],
+    value: float,
 ) -> None:
     before = context.ask("Well?", max_new_tokens=9)
-    idle = free_pages(random_braid)
+    idle = pool_of(random_braid).room
     honest, calls = runner.forward, []
 
     def broken(*arguments):  # type: ignore[no-untyped-def]
@@ -281,5 +283,5 @@ def test_logits_that_are_not_finite_are_a_typed_error(
         patch.setattr(runner, "forward", broken)
         with pytest.raises(NumericsError, match="token 4 of the answer"):
             context.ask("Well?", max_new_tokens=9, **options)  # type: ignore[arg-type]
-    assert free_pages(random_braid) == idle
+    assert pool_of(random_braid).room == idle
     assert context.ask("Well?", max_new_tokens=9).token_ids == before.token_ids

@@ -6,6 +6,7 @@ import pytest
 
 from braidsdk import Braid, Explanation
 from braidsdk.cache.rates import KEPT, Rates
+from braidsdk.errors import StoreError
 from braidsdk.store import ChunkStore
 from braidsdk.testing import FakeBraid
 from braidsdk.types import milliseconds, size
@@ -94,9 +95,13 @@ def test_statistics_of_a_store_and_of_how_it_served(random_checkpoint: Path, tmp
 def test_counts_that_cannot_be_kept_do_not_keep_a_braid_open(monkeypatch: pytest.MonkeyPatch) -> None:
     with FakeBraid() as braid:
         braid.ask("Well?", chunks=[braid.register("text")])
-        braid._engine.store.close()
+        monkeypatch.setattr(ChunkStore, "remember", failing)
     with pytest.raises(Exception, match="closed"):
         braid.stats()
+
+
+def failing(*_: object, **__: object) -> None:
+    raise StoreError("out of luck")
 
 
 def test_a_rate_is_that_of_the_latest_measurements() -> None:

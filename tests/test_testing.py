@@ -94,11 +94,11 @@ def test_a_question_without_an_answer_is_named(braid: FakeBraid) -> None:
         assert any_question.ask("What?", chunks=[]).text == ANSWER
 
 
-def test_the_store_is_temporary_unless_it_is_given(tmp_path: Path) -> None:
+def test_the_store_is_temporary_unless_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with FakeBraid() as braid:
-        folder = braid._engine.store.path
-        assert folder.is_dir()
         braid.register("one")
+        (folder,) = tmp_path.glob("braid-fake-*")
         with FakeBraid() as other:
             assert len(other.chunks) == 0
     assert not folder.exists()
