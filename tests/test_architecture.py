@@ -173,6 +173,33 @@ def test_the_command_line_uses_the_public_surface_and_the_store_alone() -> None:
     assert behind_the_surface(ast.parse("braid._engine.model")) == {"braid._engine"}
 
 
+ABOUT_THE_ENGINE = {
+    "engine",
+    "conftest.py",  # for those that need a pool to look at, or logits of bare ids
+    "test_graphs.py",
+    "test_gpu.py",
+    "test_architecture.py",
+}
+"""Tests that may reach into an engine: those of its parts. Others use what an application sees, so that a change of the
+engine's parts does not break them."""
+
+
+def reaches_into_the_engine(code: str) -> bool:
+    return re.search(r"\b_engine\b", code) is not None
+
+
+def test_tests_reach_into_the_engine_only_where_they_are_about_it() -> None:
+    files = [
+        path
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path.relative_to(ROOT / "tests").parts[0] not in ABOUT_THE_ENGINE
+    ]
+    assert len(files) > 40
+    assert not [path.name for path in files if reaches_into_the_engine(path.read_text())]
+    assert reaches_into_the_engine("free = braid._engine.pool.room")
+    assert not reaches_into_the_engine("from braidsdk.engine.engine import Engine; failing_engine()")
+
+
 def packages_on_disk(root: Path) -> set[str]:
     """Folders with Python files, as they are called when installed."""
     return {

@@ -141,11 +141,11 @@ def test_a_stream_gives_the_answer_in_pieces(random_braid: Braid) -> None:
 def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, pool_of: Callable[[Braid], Pool]) -> None:
     context = random_braid.compose([random_braid.register(TEXTS[0])])
     context.ask("Well?", max_new_tokens=20)
-    free = len(pool_of(random_braid)._free)
+    used = pool_of(random_braid).used_bytes
     with context.stream("Well?", max_new_tokens=900) as stream:
         next(stream)
-        assert len(random_braid._engine.pool._free) < free
-    assert len(pool_of(random_braid)._free) == free
+        assert random_braid.stats().pool_used_bytes > used
+    assert pool_of(random_braid).used_bytes == used
     with pytest.raises(StopIteration):
         next(stream)
 
@@ -182,13 +182,13 @@ def test_explain_names_positions_and_reasons(random_braid: Braid) -> None:
 
 def test_exact_stays_in_memory_and_reaches_the_store_only_when_kept(random_braid: Braid) -> None:
     chunks = [random_braid.register_system(SYSTEM), *random_braid.register_many(TEXTS)]
-    stored = random_braid._engine.store.stats().entries
+    stored = random_braid.stats().entries
     random_braid.ask("Well?", chunks=chunks, mode="exact", max_new_tokens=1)
-    assert random_braid._engine.store.stats().entries == stored
+    assert random_braid.stats().entries == stored
     usage = random_braid.ask("Well?", chunks=chunks, mode="exact", max_new_tokens=1).usage
     assert usage.cached_tokens == sum(len(chunk.token_ids) for chunk in chunks)
     assert random_braid.compose(chunks, mode="exact", keep=True).prepare() == 0, "memory holds it: only written"
-    assert random_braid._engine.store.stats().entries == stored + len(TEXTS)
+    assert random_braid.stats().entries == stored + len(TEXTS)
 
 
 def test_deleting_a_chunk_removes_every_chain_computed_with_sight_of_it(random_braid: Braid) -> None:
@@ -205,39 +205,43 @@ def test_deleting_a_chunk_removes_every_chain_computed_with_sight_of_it(random_b
 
 @pytest.mark.parametrize("mode", ["exact", "anchored", "isolated"])
 @pytest.mark.parametrize("by", ["this process", "another"])
-def test_a_composed_context_does_not_bring_a_deleted_chunk_back(random_braid: Braid, mode: str, by: str) -> None:
+def test_a_composed_context_does_not_bring_a_deleted_chunk_back(
+    random_braid: Braid, tmp_path: Path, mode: str, by: str
+) -> None:
     document, other = random_braid.register_many(TEXTS[:2])
     context = random_braid.compose([document, other], mode=mode)
     context.ask("Well?", max_new_tokens=1)
+    assert [row.where for row in context.explain().chunks[-2:]] == ["memory"] * 2
     if by == "another":
-        with ChunkStore(random_braid._engine.store.path) as store:
+        with ChunkStore(tmp_path / "store") as store:
             store.delete_chunk("default", document.id)
     else:
         random_braid.chunks.delete(document)
     with pytest.raises(UnknownChunkError, match="Register it again"):
         context.ask("Well?", max_new_tokens=1)
     assert random_braid.chunks.list() == [other]
-    resident = random_braid._engine.pool._entries.values()
-    assert not [entry for entry in resident if document.id in (entry.key.chunk_id, *entry.key.after)]
+    _header, first, second = random_braid.compose(random_braid.register_many(TEXTS[:2]), mode=mode).explain().chunks
+    assert not first.hit
+    assert second.hit == (mode != "exact"), "exact computed it with sight of the first"
 
 
-def test_what_another_process_deleted_is_stored_again_when_registered_again(random_braid: Braid) -> None:
+def test_what_another_process_deleted_is_stored_again_when_registered_again(
+    random_braid: Braid, tmp_path: Path
+) -> None:
     rules = random_braid.register_system(SYSTEM)
     document = random_braid.register(TEXTS[0], anchor=rules)
     random_braid.ask("Well?", chunks=[rules, document], max_new_tokens=1)
-    with ChunkStore(random_braid._engine.store.path) as store:
+    with ChunkStore(tmp_path / "store") as store:
         store.delete_chunk("default", document.id)
         random_braid.register(TEXTS[0], anchor=rules)
         assert store.stats().entries == 2
 
 
-def test_many_short_texts_register_in_a_small_pool(random_checkpoint: Path, tmp_path: Path) -> None:
-    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu") as braid:
-        page = braid._engine.pool.page_bytes
-    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=8 * page) as braid:
+def test_many_short_texts_register_in_a_small_pool(random_checkpoint: Path, tmp_path: Path, page_bytes: int) -> None:
+    with Braid(random_checkpoint, store=tmp_path / "s", device="cpu", pool_bytes=8 * page_bytes) as braid:
         rules = braid.register_system(SYSTEM)
         braid.register_many([f"Fact {n}." for n in range(30)], anchor=rules)
-        assert braid._engine.store.stats().entries == 31
+        assert braid.stats().entries == 31
 
 
 def test_a_chunk_of_another_braid_is_encoded_by_this_one(
@@ -247,33 +251,44 @@ def test_a_chunk_of_another_braid_is_encoded_by_this_one(
     template = (folder / "chat_template.jinja").read_text().replace("message.role +", "'the ' + message.role +")
     (folder / "chat_template.jinja").write_text(template)
     rules = random_braid.register_system(SYSTEM)
-    with Braid(folder, store=random_braid._engine.store.path, device="cpu") as other:
+    with Braid(folder, store=tmp_path / "store", device="cpu") as other:
         assert rules.token_ids != other.chunks.get(rules.id).token_ids
         assert other.compose([rules]).input_ids == other.compose([rules.id]).input_ids
 
 
-def test_the_clock_of_a_call_starts_with_the_call(random_braid: Braid) -> None:
-    context = random_braid.compose([])
-    threading.Thread(target=random_braid._engine.call, args=(lambda: time.sleep(0.3),)).start()
-    time.sleep(0.02)
+def test_the_clock_of_a_call_starts_with_the_call(random_braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, busy = random_braid.compose([]), threading.Event()
+
+    def slow(*given):  # type: ignore[no-untyped-def]
+        if not busy.is_set():
+            busy.set()
+            time.sleep(0.3)
+        return forward(*given)
+
+    monkeypatch.setattr("braidsdk.engine.runner.forward", slow)
+    other = threading.Thread(target=context.ask, args=("And then?",), kwargs={"max_new_tokens": 1})
+    other.start()
+    assert busy.wait(30.0)
     assert context.ask("Well?", max_new_tokens=1).timings.first_token_ms > 250
+    other.join()
 
 
 def test_a_braid_says_what_it_computes_in(random_braid: Braid) -> None:
     assert "torch.float32 on cpu" in repr(random_braid)
 
 
-def test_a_small_pool_still_answers_right(random_braid: Braid, random_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_small_pool_still_answers_right(
+    random_braid: Braid, random_checkpoint: Path, tmp_path: Path, page_bytes: int
+) -> None:
     texts = [f"Document number {n}. " * 12 for n in range(12)]
     chunks = random_braid.register_many(texts)
     want = [random_braid.ask("Well?", chunks=[each], max_new_tokens=5).token_ids for each in chunks]
-    bound = 6 * random_braid._engine.pool.page_bytes
-    options = {"device": "cpu", "dtype": "float32", "pool_bytes": bound}
+    options = {"device": "cpu", "dtype": "float32", "pool_bytes": 6 * page_bytes}
     with Braid(random_checkpoint, store=tmp_path / "small", **options) as small:
         for _ in range(2):
             there = small.register_many(texts)
             assert [small.ask("Well?", chunks=[each], max_new_tokens=5).token_ids for each in there] == want
-        assert small._engine.pool.kv.nbytes <= bound
+        assert small.stats().pool_capacity_bytes == 6 * page_bytes
 
 
 def test_the_window_ends_the_answer(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import Qwen3ForCausalLM
 from braidsdk import Braid
 from braidsdk.cache.pool import PAGE_SIZE
 from braidsdk.compose.composition import Composition, Segment
+from braidsdk.engine.loop import STEP_TOKENS
 
 TailLogits = Callable[[Braid, Composition], torch.Tensor]
 Check = Callable[[Braid, Qwen3ForCausalLM, Composition], None]
@@ -93,10 +94,12 @@ def test_the_same_chunk_twice(check: Check, braid: Braid, peer: Qwen3ForCausalLM
 
 
 def test_a_chain_longer_than_one_batch(
-    check: Check, braid: Braid, peer: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+    check: Check, random_checkpoint: Path, tmp_path: Path, peer: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(braid._engine._loop.scheduler, "_step_tokens", 50)
-    check(braid, peer, exact([tokens(120, 1), tokens(30, 2), tokens(49, 3)], tokens(101, 4)))
+    monkeypatch.setitem(STEP_TOKENS, "cpu", 50)
+    with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as opened:
+        check(opened, peer, exact([tokens(120, 1), tokens(30, 2), tokens(49, 3)], tokens(101, 4)))
+        assert opened.stats().steps >= 300 / 50
 
 
 @torch.inference_mode()
@@ -105,7 +108,7 @@ def test_all_orders_of_registered_texts(braid: Braid, peer: Qwen3ForCausalLM) ->
     docs = braid.register_many(texts)
     for order in itertools.permutations(docs):
         context = braid.compose(order, mode="exact")
-        prompt = context.input_ids + braid._engine.layout.question_ids("Which?")
+        prompt = context.prompt_ids("Which?")
         want = peer(torch.tensor([prompt])).logits[0, -1]
         assert relative_error(context.next_token_logits("Which?"), want) < TOLERANCE
 
@@ -127,7 +130,7 @@ def test_64_greedy_tokens_equal_generate(braid: Braid, peer: Qwen3ForCausalLM, m
 def test_a_composition_that_is_not_exact_is_told_apart(braid: Braid, peer: Qwen3ForCausalLM) -> None:
     """The tolerance would notice: chunks computed alone miss it by orders of magnitude."""
     context = braid.compose(braid.register_many(["One fact stands here.", "And one more."]), mode="isolated")
-    prompt = context.input_ids + braid._engine.layout.question_ids("Which?")
+    prompt = context.prompt_ids("Which?")
     want = peer(torch.tensor([prompt])).logits[0, -1]
     assert relative_error(context.next_token_logits("Which?"), want) > 100 * TOLERANCE
 

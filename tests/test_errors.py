@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from braidsdk import Braid, BraidError, errors
+from braidsdk.engine import runner
 from braidsdk.engine.scheduler import Scheduler
 from braidsdk.errors import LONGEST_MESSAGE, did_you_mean, shown
 from braidsdk.testing import FakeBraid
@@ -173,16 +174,14 @@ def collision(scene: Scene) -> None:
 
 def no_numbers(scene: Scene) -> None:
     with FakeBraid() as braid:
-        scene.monkeypatch.setattr(
-            braid._engine.model, "forward", lambda *given: None if given[2] is None else torch.full((1, 261), torch.nan)
-        )
+        scene.monkeypatch.setattr("braidsdk.engine.runner.forward", lambda *_: torch.full((1, 261), torch.nan))
         braid.ask("Well?", chunks=[])
 
 
 def full_queue(scene: Scene) -> None:
+    held, forward = threading.Event(), runner.forward
+    scene.monkeypatch.setattr(runner, "forward", lambda *given: held.wait() and forward(*given))
     with FakeBraid(max_queue=1) as braid:
-        held = threading.Event()
-        threading.Thread(target=braid._engine.call, args=(held.wait,)).start()
         streams = [braid.stream("Well?", chunks=[]) for _ in range(70)]
         readers = [threading.Thread(target=lambda stream=stream: [*stream]) for stream in streams[:-1]]
         scene.monkeypatch.setattr(threading, "excepthook", lambda _: None)  # most of them are refused

@@ -8,13 +8,18 @@ import torch
 from transformers import AutoTokenizer
 
 from braidsdk import Answer, Braid, Context
+from braidsdk.cache.pool import Pool, Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import EmptyTextError, InputError, WindowExceededError
 from braidsdk.prompt.history import Spoken, SpokenTurns
+from braidsdk.prompt.layout import PromptLayout
 from braidsdk.types import LEVEL_QUERY
 
 TEXTS = ["Oslo is a city. " * 6, "Rome is a city too, and Bern.", "Graz is one. " * 9]
 QUESTIONS = ["Which of them?", "And what about Rome?", "Why?", "Really?"]
+
+PoolOf = Callable[[Braid], Pool]
+
 TOLERANCE = 1e-4
 """Of the largest logit: float32 sums in another order; observed are 1e-6."""
 
@@ -43,6 +48,18 @@ def talk(context: Context, count: int, **options: object) -> tuple[list[dict[str
 
 
 @pytest.fixture
+def layout(random_checkpoint: Path) -> PromptLayout:
+    return PromptLayout(random_checkpoint)
+
+
+@pytest.fixture
+def one_memory_of_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one Braid said, others know."""
+    turns = SpokenTurns()
+    monkeypatch.setattr("braidsdk.engine.engine.SpokenTurns", lambda: turns)
+
+
+@pytest.fixture
 def fresh(random_checkpoint: Path, tmp_path: Path) -> Iterator[Braid]:
     """Another Braid, that has not seen the conversation."""
     with Braid(random_checkpoint, store=tmp_path / "fresh", device="cpu", dtype="float32") as braid:
@@ -56,9 +73,8 @@ def test_an_answer_that_a_history_cannot_hold_is_not_remembered() -> None:
         assert turns.recall((1,), text) is None
 
 
-def control(braid: Braid) -> int:
+def control(layout: PromptLayout) -> int:
     """Tokens between an answer and the next question, and between a question and its answer."""
-    layout = braid._engine.layout
     return len(layout.turn_ids) + len(layout._closing)
 
 
@@ -72,10 +88,11 @@ def control(braid: Braid) -> int:
         ("isolated", "length"),
     ],
 )
-def test_the_next_turn_computes_only_what_is_new(random_braid: Braid, mode: str, ending: str) -> None:
+def test_the_next_turn_computes_only_what_is_new(
+    random_braid: Braid, layout: PromptLayout, mode: str, ending: str
+) -> None:
     context = compose(random_braid, mode)
     whole = context.ask(QUESTIONS[0], max_new_tokens=20)
-    layout = random_braid._engine.layout
     options: dict[str, object] = {"max_new_tokens": 20}
     if ending == "its end token":
         options["stop_ids"] = [whole.token_ids[12]]
@@ -87,18 +104,19 @@ def test_the_next_turn_computes_only_what_is_new(random_braid: Braid, mode: str,
         answer, before = answers[turn], answers[turn - 1]
         past = before.prompt_ids + before.token_ids[: _spoken(layout, before)]
         assert answer.prompt_ids == past + layout.turn_ids + layout.question_ids(QUESTIONS[turn]), "the very same ids"
-        new = len(layout._encode(QUESTIONS[turn])) + control(random_braid)
+        new = len(layout._encode(QUESTIONS[turn])) + control(layout)
         cut_off = before.finish_reason == "length"
         assert answer.usage.computed_tokens == new + cut_off, "the last token of an answer cut off was never computed"
         assert answer.usage.cached_tokens == answer.usage.prompt_tokens - answer.usage.computed_tokens
     assert len(history) == 6
 
 
-def _spoken(layout, answer: Answer) -> int:  # type: ignore[no-untyped-def]
+def _spoken(layout: PromptLayout, answer: Answer) -> int:
     """How many of an answer's ids its text is made of."""
     return next(n for n in range(len(answer.token_ids), -1, -1) if layout.decode(answer.token_ids[:n]) == answer.text)
 
 
+@pytest.mark.usefixtures("one_memory_of_turns")  # or it would encode the answers of the other from their texts
 @pytest.mark.parametrize("mode", ["exact", "anchored"])
 def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
     random_braid: Braid, fresh: Braid, mode: str, tail_logits: Callable[[Braid, Composition], torch.Tensor]
@@ -107,8 +125,6 @@ def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
     history, answers = talk(context, 3, max_new_tokens=30)
     got = context.next_token_logits(QUESTIONS[3], history=history)
     scratch = compose(fresh, mode)
-    # Without this process's memory of the ids an answer is encoded from its text, so the ids are handed over.
-    fresh._engine.turns = random_braid._engine.turns
     assert scratch.prompt_ids(QUESTIONS[3], history=history) == context.prompt_ids(QUESTIONS[3], history=history)
     assert relative_error(scratch.next_token_logits(QUESTIONS[3], history=history), got) < TOLERANCE
     if mode == "exact":
@@ -118,12 +134,12 @@ def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
     assert answers[2].prompt_ids[: len(answers[1].prompt_ids)] == answers[1].prompt_ids
 
 
-def test_an_evicted_history_is_computed_again(random_braid: Braid) -> None:
+def test_an_evicted_history_is_computed_again(random_braid: Braid, pool_of: PoolOf) -> None:
     context = compose(random_braid)
     history, _ = talk(context, 2, max_new_tokens=30)
     want = context.ask(QUESTIONS[2], history=history, max_new_tokens=9)
-    pool = random_braid._engine.pool
-    turns = [entry for entry in pool._entries.values() if entry.key.level == LEVEL_QUERY]
+    pool = pool_of(random_braid)
+    turns = turns_in(pool)
     assert len(turns) == 3
     for turn in turns:
         pool.drop(turn)
@@ -145,33 +161,26 @@ def test_modes_do_not_share_the_history_of_the_same_ids(random_braid: Braid) -> 
     assert usage[1].computed_tokens < new, "and now it is"
 
 
-def all_pages(braid: Braid) -> list[int]:
-    """Pages that are free or an entry's, in order; none may be missing or there twice."""
-    pool = braid._engine.pool
-    return sorted([*pool._free, *(page for entry in pool._entries.values() for page in entry.pages.tolist())])
+def turns_in(pool: Pool) -> list[Resident]:
+    return [entry for entry in pool._entries.values() if entry.key.level == LEVEL_QUERY]
 
 
-def test_asking_the_same_twice_keeps_one_turn(random_braid: Braid) -> None:
+def test_asking_the_same_twice_keeps_one_turn(random_braid: Braid, pool_of: PoolOf) -> None:
     context = compose(random_braid)
-    pool = random_braid._engine.pool
-
-    def used() -> int:
-        return sum(len(entry.pages) for entry in pool._entries.values())
-
     context.ask(QUESTIONS[0], max_new_tokens=20)
-    before = used()
+    before = pool_of(random_braid).used_bytes
     context.ask(QUESTIONS[0], max_new_tokens=20)
-    assert used() == before
-    assert all_pages(random_braid) == list(range(pool.kv.shape[2]))
+    assert pool_of(random_braid).used_bytes == before
 
 
-def test_a_turn_keeps_only_the_pages_that_it_fills_and_pads_them_with_zeros(random_braid: Braid) -> None:
+def test_a_turn_keeps_only_the_pages_that_it_fills_and_pads_them_with_zeros(
+    random_braid: Braid, pool_of: PoolOf
+) -> None:
     context = compose(random_braid)
     whole = context.ask(QUESTIONS[0], max_new_tokens=40)
     context.ask(QUESTIONS[0], max_new_tokens=1000, stop=whole.text[10:14])
-    pool = random_braid._engine.pool
-    assert all_pages(random_braid) == list(range(pool.kv.shape[2])), "the others went back"
-    turns = [entry for entry in pool._entries.values() if entry.key.level == LEVEL_QUERY]
+    pool = pool_of(random_braid)
+    turns = turns_in(pool)
     assert len(turns) == 2
     for turn in turns:
         assert len(turn.pages) == pool.pages_for(turn.tokens)
@@ -180,20 +189,22 @@ def test_a_turn_keeps_only_the_pages_that_it_fills_and_pads_them_with_zeros(rand
         assert torch.all(pool.kv[:, :, turn.pages[-1], :, filled - 1].abs().sum((2, 3)) > 0.0)
 
 
-def test_the_history_is_not_stored_and_goes_with_a_deleted_chunk(random_braid: Braid) -> None:
+def test_the_history_is_not_stored_and_goes_with_a_deleted_chunk(random_braid: Braid, pool_of: PoolOf) -> None:
     context = compose(random_braid)
-    stored = random_braid._engine.store.stats().entries
+    stored = random_braid.stats().entries
     talk(context, 2, max_new_tokens=10)
-    assert random_braid._engine.store.stats().entries == stored
+    assert random_braid.stats().entries == stored
+    assert len(turns_in(pool_of(random_braid))) == 2
     stream = context.stream(QUESTIONS[3], max_new_tokens=10)
     next(stream)
     random_braid.chunks.delete(random_braid.register(TEXTS[1]))
     list(stream)  # ends after the chunk has gone: it is not kept either
-    left = [entry.key for entry in random_braid._engine.pool._entries.values()]
-    assert not [key for key in left if key.level == LEVEL_QUERY]
+    assert not turns_in(pool_of(random_braid))
 
 
-def test_the_ids_of_an_unknown_history_are_those_of_its_text(random_braid: Braid, random_checkpoint: Path) -> None:
+def test_the_ids_of_an_unknown_history_are_those_of_its_text(
+    random_braid: Braid, random_checkpoint: Path, layout: PromptLayout
+) -> None:
     """They equal the chat template's own ids for the same messages."""
     tokenizer = AutoTokenizer.from_pretrained(random_checkpoint)
     context = compose(random_braid)
@@ -208,13 +219,12 @@ def test_the_ids_of_an_unknown_history_are_those_of_its_text(random_braid: Braid
     ]
     want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert context.prompt_ids("Why?", history=history) == tuple(want)
-    assert max(random_braid._engine.layout.answer_ids("<|im_end|>")) < 1019, "an answer's text is no control token"
+    assert max(layout.answer_ids("<|im_end|>")) < 1019, "an answer's text is no control token"
 
 
-def test_an_answers_own_ids_are_used_and_not_those_of_its_text(random_braid: Braid) -> None:
+def test_an_answers_own_ids_are_used_and_not_those_of_its_text(random_braid: Braid, layout: PromptLayout) -> None:
     context = compose(random_braid)
     answer = context.ask(QUESTIONS[0], max_new_tokens=30)
-    layout = random_braid._engine.layout
     assert layout.answer_ids(answer.text) != answer.token_ids, "a random model spells otherwise than the tokenizer"
     prompt = context.prompt_ids(QUESTIONS[1], history=said(QUESTIONS[0], f" {answer.text}\n"))
     assert prompt[len(answer.prompt_ids) :][:30] == answer.token_ids

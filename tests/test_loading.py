@@ -64,7 +64,7 @@ def errors_against_transformers(folder: Path, store: Path, documents: list[str])
     with Braid(folder, store=store, device="cpu", dtype="float32") as braid:
         for chunks in ([], braid.register_many(documents)):
             context = braid.compose(chunks, mode="exact")
-            prompt = context.input_ids + braid._engine.layout.question_ids(f"Which? {documents[0]}")
+            prompt = context.prompt_ids(f"Which? {documents[0]}")
             want = peer(torch.tensor([prompt])).logits[0, -1]
             got = context.next_token_logits(f"Which? {documents[0]}")
             found.append(float((got - want).abs().max() / want.abs().max()))
@@ -257,9 +257,11 @@ def test_thinking_changes_the_tail_and_no_stored_entry(make_checkpoint: Make, tm
     with Braid(folder, store=tmp_path / "store", device="cpu") as braid:
         rules = braid.register_system("Answer briefly.")
         fact = braid.register("A fact.", anchor=rules)
-        closed = braid._engine.layout.question_ids("Well?")
+        context = braid.compose([rules, fact])
+        closed = context.prompt_ids("Well?")[len(context.input_ids) :]
     with Braid(folder, store=tmp_path / "store", device="cpu", thinking=True) as braid:
-        open_ended = braid._engine.layout.question_ids("Well?")
+        context = braid.compose([rules, fact])
+        open_ended = context.prompt_ids("Well?")[len(context.input_ids) :]
         usage = braid.ask("Well?", chunks=[rules, fact], max_new_tokens=1).usage
     assert usage.computed_tokens == len(open_ended)
     assert closed[: len(open_ended)] == open_ended

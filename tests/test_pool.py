@@ -1,5 +1,6 @@
 """The paged pool: pages, eviction, pins, deletion under a running call."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,13 +202,15 @@ def test_more_memory_than_there_is_is_a_typed_error() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_lies_in_unused_memory_never_matters(random_checkpoint: Path, tmp_path: Path, dtype: str) -> None:
+def test_what_lies_in_unused_memory_never_matters(
+    random_checkpoint: Path, tmp_path: Path, pool_of: Callable[[Braid], Pool], dtype: str
+) -> None:
     found = []
     for index, filling in enumerate((0.0, float("nan"))):
         with Braid(
             random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype, pool_bytes=2**26
         ) as braid:
-            braid._engine.pool.kv.fill_(filling)
+            pool_of(braid).kv.fill_(filling)
             texts = [f"Oslo is cold. Rome is warm. {'So it is said. ' * n}" for n in (1, 9, 40)]
             chunks = braid.register_many(texts, anchor=braid.register_system("You answer."), progress=False)
             answer = braid.ask("Where?", chunks=chunks, max_new_tokens=12)

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from braidsdk import Braid
+from braidsdk.cache.pool import PAGE_SIZE, Pool
 from braidsdk.errors import StoreError
+from braidsdk.store import ChunkStore
 
 SYSTEM = "You answer questions from the documents."
 TEXTS = ["Oslo is cold. " * 9, "Rome is warm.", "Bern is small, and so is Graz."]
@@ -45,14 +47,15 @@ def test_a_second_process_answers_from_the_store(random_checkpoint: Path, tmp_pa
 
 
 def test_entries_written_with_other_pages_are_laid_out_anew(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int
 ) -> None:
     want = fill(random_checkpoint, tmp_path)
     monkeypatch.setattr(
         "braidsdk.cache.pool.Pool.__init__.__kwdefaults__", {"page_size": 32, "zero_padding": True}, raising=True
     )
     with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
-        assert braid._engine.pool.page_size == 32
+        (rules,) = braid.compose(["rules"]).explain().chunks
+        assert rules.kv_bytes == page_bytes * 32 // PAGE_SIZE["cpu"], "a page of 32"
         answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
         assert answer.token_ids == want
         assert answer.usage.cached_tokens == len(answer.prompt_ids) - answer.usage.computed_tokens > 100
@@ -120,7 +123,9 @@ def test_another_namespace_sees_neither_chunks_nor_entries(random_checkpoint: Pa
 
 
 @pytest.mark.parametrize("how", ["a flipped bit", "truncated", "missing"])
-def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: Path, tmp_path: Path, how: str) -> None:
+def test_a_damaged_file_is_set_aside_counted_and_recomputed(
+    random_checkpoint: Path, tmp_path: Path, pool_of: Callable[[Braid], Pool], how: str
+) -> None:
     want = fill(random_checkpoint, tmp_path)
     files = sorted((tmp_path / "entries").rglob("*.safetensors"))
     assert len(files) == 4
@@ -135,8 +140,8 @@ def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: P
         answer = braid.ask("Where?", chunks=["rules", "bern", "oslo"], max_new_tokens=8)
         assert answer.token_ids == want
         assert answer.usage.cached_tokens == 0
-        assert braid._engine.store.damaged_count == 3
-        pool = braid._engine.pool
+        assert braid.stats().damaged == 3
+        pool = pool_of(braid)
         assert pool.used_bytes == pool.bytes_for(1) * len(pool._entries)  # nothing is lost of what was read in vain
     assert len(list((tmp_path / "damaged").iterdir())) == (0 if how == "missing" else 3)
     with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
@@ -145,22 +150,21 @@ def test_a_damaged_file_is_set_aside_counted_and_recomputed(random_checkpoint: P
         assert answer.token_ids == want
 
 
-def test_pages_go_back_when_loading_fails_in_the_middle(random_checkpoint: Path, tmp_path: Path) -> None:
+def test_pages_go_back_when_loading_fails_in_the_middle(
+    random_checkpoint: Path, tmp_path: Path, pool_of: Callable[[Braid], Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(random_checkpoint, tmp_path)
     with Braid(random_checkpoint, store=tmp_path, device="cpu", dtype="float32") as braid:
-        engine = braid._engine
-        free = len(engine.pool._free)
-        honest = engine.store.stream
+        free, honest = pool_of(braid).room, ChunkStore.stream
 
-        def failing(keys: list, place: Callable) -> Iterator[object]:
-            yield from (found for found, _ in zip(honest(keys, place), range(2), strict=False))
+        def failing(self: ChunkStore, keys: list, place: Callable) -> Iterator[object]:
+            yield from (found for found, _ in zip(honest(self, keys, place), range(2), strict=False))
             raise StoreError("out of luck")
 
         context = braid.compose(["rules", "bern", "oslo"])
-        engine.store.stream = failing  # type: ignore[method-assign]
-        with pytest.raises(StoreError, match="out of luck"):
-            context.prepare()
-        engine.call(engine._loop._integrity)
-        assert engine.pool.room == free
-        engine.store.stream = honest  # type: ignore[method-assign]
+        with monkeypatch.context() as patch:
+            patch.setattr(ChunkStore, "stream", failing)
+            with pytest.raises(StoreError, match="out of luck"):
+                context.prepare()
+        assert pool_of(braid).room == free
         assert context.prepare() == 0, "what was read is there, and the rest is read again"

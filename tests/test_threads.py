@@ -11,20 +11,16 @@ import pytest
 from torch import Tensor
 
 from braidsdk import Braid, Context
+from braidsdk.cache.pool import Pool
 from braidsdk.engine import runner
 from braidsdk.errors import ClosedError, PoolFullError, UnknownChunkError
 
 TEXTS = [f"Document number {n}. " * (3 + 5 * n) for n in range(6)]
+
+PoolOf = Callable[[Braid], Pool]
+
 WAIT_S = 30.0
 """What no step takes; a test that deadlocks fails instead of hanging."""
-
-
-def pages(braid: Braid) -> tuple[int, int]:
-    """Pages that are free, and pages of resident entries; no page is both, missing, or listed twice."""
-    braid._engine.call(braid._engine._loop._integrity)
-    pool = braid._engine.pool
-    assert not pool._pins
-    return len(pool._free), sum(len(entry.pages) for entry in pool._entries.values())
 
 
 def in_threads(jobs: Sequence[Callable[[], object]]) -> list[object]:
@@ -40,11 +36,13 @@ def in_threads(jobs: Sequence[Callable[[], object]]) -> list[object]:
 
 
 @pytest.fixture
-def small(random_braid: Braid, random_checkpoint: Path, tmp_path: Path) -> Iterator[Braid]:
-    """A Braid whose pool holds one of the larger contexts with its answer, and not two."""
-    bound = 9 * random_braid._engine.pool.page_bytes
-    with Braid(random_checkpoint, store=tmp_path / "small", device="cpu", dtype="float32", pool_bytes=bound) as braid:
+def small(random_checkpoint: Path, tmp_path: Path, page_bytes: int, pool_of: PoolOf) -> Iterator[Braid]:
+    """A Braid whose pool holds one of the larger contexts with its answer, and not two; checked to have lost nothing
+    afterwards."""
+    options = {"device": "cpu", "dtype": "float32", "pool_bytes": 9 * page_bytes}
+    with Braid(random_checkpoint, store=tmp_path / "small", **options) as braid:  # type: ignore[arg-type]
         yield braid
+        assert pool_of(braid).room == 9
 
 
 @pytest.fixture
@@ -62,7 +60,6 @@ def test_threads_get_the_answers_that_they_would_get_one_after_another(small: Br
     for _ in range(2):
         got = in_threads([lambda c=c: c.ask("Well?", max_new_tokens=8).token_ids for c in contexts])  # type: ignore[misc]
         assert got == want
-    pages(small)
 
 
 def test_threads_may_register_ask_and_delete_at_once(small: Braid) -> None:
@@ -81,7 +78,6 @@ def test_threads_may_register_ask_and_delete_at_once(small: Braid) -> None:
             small.chunks.delete(small.register(TEXTS[index]))
 
     in_threads([*(lambda index=index: work(index) for index in range(len(TEXTS))), delete])  # type: ignore[misc]
-    pages(small)
 
 
 def test_threads_share_steps(context: Context, random_braid: Braid) -> None:
@@ -101,11 +97,12 @@ def test_calls_that_do_not_fit_together_follow_one_another(small: Braid) -> None
         assert "".join([*pieces, *first]) == want
     with pytest.raises(PoolFullError, match="limit"):
         context.ask("Well?", max_new_tokens=1500)
-    pages(small)
 
 
-def test_a_stream_closed_from_another_thread_ends_for_who_reads_it(context: Context, random_braid: Braid) -> None:
-    before = pages(random_braid)
+def test_a_stream_closed_from_another_thread_ends_for_who_reads_it(
+    context: Context, random_braid: Braid, pool_of: PoolOf
+) -> None:
+    before = pool_of(random_braid).used_bytes
     stream = context.stream("Well?", max_new_tokens=1500)
     assert next(stream)
     closers = [threading.Thread(target=stream.close) for _ in range(3)]
@@ -117,27 +114,27 @@ def test_a_stream_closed_from_another_thread_ends_for_who_reads_it(context: Cont
         assert not closer.is_alive()
     assert read < 1400
     assert list(stream) == []
-    assert pages(random_braid)[1] == before[1], "given back once"
+    assert pool_of(random_braid).used_bytes == before, "given back once"
 
 
-def test_a_dropped_stream_frees_its_pages(context: Context, random_braid: Braid) -> None:
-    before = pages(random_braid)
+def test_a_dropped_stream_frees_its_pages(context: Context, random_braid: Braid, pool_of: PoolOf) -> None:
+    before = pool_of(random_braid).used_bytes
     gc.disable()
     try:
         stream = context.stream("Well?", max_new_tokens=1500)
         next(stream)
         with pytest.raises(AssertionError):
-            pages(random_braid)
+            pool_of(random_braid)
         del stream
-        assert pages(random_braid)[1] == before[1]
+        assert pool_of(random_braid).used_bytes == before
     finally:
         gc.enable()
 
 
 def test_an_error_in_the_middle_frees_its_pages(
-    context: Context, random_braid: Braid, monkeypatch: pytest.MonkeyPatch
+    context: Context, random_braid: Braid, pool_of: PoolOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = pages(random_braid)
+    before = pool_of(random_braid).used_bytes
     stream = context.stream("Well?", max_new_tokens=1500)
     next(stream)
 
@@ -152,7 +149,7 @@ def test_an_error_in_the_middle_frees_its_pages(
             context.next_token_logits("Well?")
     assert list(stream) == []
     stream.close()
-    assert pages(random_braid)[1] == before[1]
+    assert pool_of(random_braid).used_bytes == before
 
 
 def test_closing_the_braid_ends_running_streams(random_checkpoint: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from braidsdk import Braid
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.pool import State as EntryState
 from braidsdk.cache.rates import Rates
@@ -529,3 +530,16 @@ class Random(RuleBasedStateMachine):
 
 TestRandom = Random.TestCase
 TestRandom.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+def test_what_is_stored_has_zero_padding_whatever_lies_in_the_pool(random_braid: Braid) -> None:
+    random_braid.register("Oslo is cold.", name="oslo")
+    random_braid.compose(["oslo"]).prepare()
+    engine = random_braid._engine
+    entry = next(each for each in engine.pool._entries.values() if each.stored)
+    filled = entry.tokens % engine.pool.page_size
+    engine.pool.kv[:, :, entry.pages[-1], :, filled:] = float("nan")
+    for slab in engine._loop.residency._copy_out(entry)():
+        tiles = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)
+        assert not tiles[:, -1, :, filled:].any()
+        assert tiles[:, -1, :, :filled].any()
