@@ -199,7 +199,9 @@ def test_a_cancelled_stream_stops_and_frees_its_pages(context: Context, gate: Ga
 
 
 @pytest.mark.parametrize("how", ["aclosing", "async with", "aclose", "dropped"])
-def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, context: Context, freed: Freed, how: str) -> None:
+def test_a_stream_closed_early_frees_its_pages(
+    random_braid: Braid, context: Context, gate: Gate, freed: Freed, how: str
+) -> None:
     async def main() -> None:
         stream = context.astream("Well?", max_new_tokens=1500)
         if how == "aclosing":
@@ -219,6 +221,7 @@ def test_a_stream_closed_early_frees_its_pages(random_braid: Braid, context: Con
             assert [piece async for piece in stream] == []
         del stream
         assert await freed()
+        assert gate.steps < 1000, "it went on to its end"
 
     run(main())
 
