@@ -174,19 +174,22 @@ def test_asking_the_same_twice_keeps_one_turn(random_braid: Braid, pool_of: Pool
 
 
 def test_a_turn_keeps_only_the_pages_that_it_fills_and_pads_them_with_zeros(
-    random_braid: Braid, pool_of: PoolOf
+    random_checkpoint: Path, tmp_path: Path, page_bytes: int, pool_of: PoolOf
 ) -> None:
-    context = compose(random_braid)
-    whole = context.ask(QUESTIONS[0], max_new_tokens=40)
-    context.ask(QUESTIONS[0], max_new_tokens=1000, stop=whole.text[10:14])
-    pool = pool_of(random_braid)
-    turns = turns_in(pool)
-    assert len(turns) == 2
-    for turn in turns:
-        assert len(turn.pages) == pool.pages_for(turn.tokens)
-        filled = turn.tokens - (len(turn.pages) - 1) * pool.page_size
-        assert torch.all(pool.kv[:, :, turn.pages[-1], :, filled:] == 0.0)
-        assert torch.all(pool.kv[:, :, turn.pages[-1], :, filled - 1].abs().sum((2, 3)) > 0.0)
+    options = {"device": "cpu", "dtype": "float32", "pool_bytes": 40 * page_bytes}
+    with Braid(random_checkpoint, store=tmp_path, **options) as braid:  # type: ignore[arg-type]
+        pool_of(braid).kv.fill_(float("nan"))
+        context = compose(braid)
+        whole = context.ask(QUESTIONS[0], max_new_tokens=40)
+        context.ask(QUESTIONS[0], max_new_tokens=1000, stop=whole.text[10:14])
+        pool = pool_of(braid)
+        turns = turns_in(pool)
+        assert len(turns) == 2
+        for turn in turns:
+            assert len(turn.pages) == pool.pages_for(turn.tokens)
+            filled = turn.tokens - (len(turn.pages) - 1) * pool.page_size
+            assert torch.all(pool.kv[:, :, turn.pages[-1], :, filled:] == 0.0)
+            assert torch.all(pool.kv[:, :, turn.pages[-1], :, filled - 1].abs().sum((2, 3)) > 0.0)
 
 
 def test_the_history_is_not_stored_and_goes_with_a_deleted_chunk(random_braid: Braid, pool_of: PoolOf) -> None:
