@@ -262,7 +262,7 @@ def test_the_clock_of_a_call_starts_with_the_call(random_braid: Braid, monkeypat
     def slow(*given):  # type: ignore[no-untyped-def]
         if not busy.is_set():
             busy.set()
-            time.sleep(0.3)
+            time.sleep(0.6)  # of which the question waits most, however busy the machine
         return forward(*given)
 
     monkeypatch.setattr("braidsdk.engine.runner.forward", slow)
