@@ -60,6 +60,7 @@ class GraphRunner:
         self._model, self._pool = model, pool
         self._rows: dict[Row, None] = {}
         self._sampling = 0  # how many of them are not greedy
+        self._changed = False  # whether rows have joined or left since their places were last told to the device
         self._planned: DecodingPass | None = None  # the pass of one row whose tables hold the one that is here
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> _Pending:
@@ -90,6 +91,8 @@ class GraphRunner:
         """The next token of every row."""
         batch = self.graphs.batch
         drawn = self._sampling > 0
+        if self._changed:
+            self._place_rows()
         if batch.attention.rows > 1:
             captured = self.graphs.decoding(batch.attention.rows, drawn=drawn)
             batch.attention.upload()  # after a pass may have been recorded
@@ -162,14 +165,13 @@ class GraphRunner:
         """Put rows into their slots, where they decode from now on; each with the place of its first token in `tokens`.
         One copy to the device for all of them."""
         batch, longest = self.graphs.batch, max(row.reserved for _, row in joining)
-        made = np.full((len(joining), 5 + longest), -1)
+        made = np.full((len(joining), 2 + longest), -1)
         for line, (at, row) in zip(made, joining, strict=True):
-            line[:5] = row.slot, at, row.origin + row.done, row.done, 1
-            line[5 : 5 + row.reserved] = self._slots(row.pages, np.arange(row.reserved))
+            line[:2] = row.slot, at
+            line[2 : 2 + row.reserved] = self._slots(row.pages, np.arange(row.reserved))
         lines = torch.from_numpy(made).pin_memory().to(self._model.device, non_blocking=True)
         slots = lines[:, 0]
-        batch.state.index_copy_(1, slots, lines[:, 2:5].T)
-        batch.slots[:, :longest].index_copy_(0, slots, lines[:, 5:])
+        batch.slots[:, :longest].index_copy_(0, slots, lines[:, 2:])
         batch.chosen[0].index_copy_(0, slots, tokens[lines[:, 1]])
         for at, row in joining:
             if not row.sampler.greedy:
@@ -184,7 +186,7 @@ class GraphRunner:
                 room = next(
                     (more for each in self._rows if (more := batch.attention.join(each.slot, _seen(each)))), None
                 )
-        self._planned = None
+        self._planned, self._changed = None, True
 
     def _slots(self, pages: Tensor, tokens: "np.ndarray[Any, np.dtype[np.int64]]") -> "np.ndarray[Any, np.dtype[Any]]":
         """Slots of an entry's tokens: `paging.slots_of` of few of them, where torch takes longer."""
@@ -192,18 +194,21 @@ class GraphRunner:
         return np.frombuffer(page_ids(pages), np.int32)[tokens // size] * size + tokens % size
 
     def _leave(self, rows: Sequence[Row]) -> None:
-        """Take rows out of their slots."""
-        batch, longest = self.graphs.batch, max(row.reserved for row in rows)
-        slots = torch.tensor([row.slot for row in rows]).pin_memory().to(self._model.device, non_blocking=True)
-        batch.state.index_fill_(1, slots, 0)
-        batch.slots[:, :longest].index_fill_(0, slots, -1)
+        """Take rows out of their slots. What lies in these is read no more: a row that does not grow writes nowhere."""
+        batch = self.graphs.batch
         for row in rows:
-            if not row.sampler.greedy:
-                self._sampling -= 1
-                batch.choices.shape[:, row.slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
+            self._sampling -= not row.sampler.greedy
             batch.attention.leave(row.slot)
             del self._rows[row]
-        self._planned = None
+        self._planned, self._changed = None, True
+
+    def _place_rows(self) -> None:
+        """Tell the device where each row is."""
+        state = np.zeros(self.graphs.batch.state.shape, np.int64)
+        for row in self._rows:
+            state[:, row.slot] = row.origin + row.done, row.done, 1
+        self.graphs.batch.state.copy_(torch.from_numpy(state).pin_memory(), non_blocking=True)
+        self._changed = False
 
 
 def set_choices(choices: Choices, at: int, sampler: Sampler, *, ahead: int = 0) -> None:

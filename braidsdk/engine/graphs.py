@@ -93,7 +93,7 @@ class RunningBatch:
     Attributes:
         state: of each slot's row the absolute position, the position in its tail's frame, and by how much both grow
             each step: 1, or 0 in an empty slot; int64 [3, slots].
-        slots: where each token of a row's tail goes, -1 in an empty slot; int64 [slots, window].
+        slots: where each token of a row's tail goes; int64 [slots, window].
         chosen: the id to go on from, which the next one takes the place of, and whether its logits were finite; int64
             [2, slots].
         choices: how they are chosen.
@@ -243,6 +243,7 @@ class Graphs:
 
             def run() -> None:
                 slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
+                slots = torch.where(state[2] > 0, slots, -1)
                 choices = None
                 if drawn:
                     shape, draws = (part[:, :rows].contiguous() for part in (all_choices.shape, all_choices.draws))

@@ -97,7 +97,7 @@ class LivePlan:
         launch = Launch(
             block_m=size,
             programs=2 * work_items(device, kv_heads, size) * kv_heads if size > SMALL_M else 0,
-            small_programs=(max(rows, few) if size > SMALL_M else 2 * few) * kv_heads,  # each tail is an item
+            small_programs=(4 * few if size > SMALL_M else 2 * few) * kv_heads,
             partials=rows * placed.room.partials,
             direct=False,
             shared=False,
