@@ -44,6 +44,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -77,6 +78,7 @@ class Shape:
         question_tokens, answer_tokens: of one request.
         callers: of the closed loops.
         seconds: in which requests of one closed loop start, or Poisson arrivals come.
+        prepared: requests that are made before a load begins.
         checked: requests of the first check.
         short_answer_tokens: of the check and of `aask8`.
         threads, thread_tokens, rounds: callers of `threads`, their answers, and how often each side is timed.
@@ -94,6 +96,7 @@ class Shape:
     answer_tokens: int = 64
     callers: tuple[int, ...] = (1, 8, 64, 256)
     seconds: float = 5.0
+    prepared: int = 2500
     checked: int = 8
     short_answer_tokens: int = 16
     threads: int = 64
@@ -116,6 +119,7 @@ ON_CPU = Shape(
     drawn=4,
     callers=(1, 8),
     seconds=20.0,
+    prepared=50,
     checked=2,
     short_answer_tokens=8,
     threads=8,
@@ -143,6 +147,7 @@ def quick(shape: Shape) -> Shape:
         answer_tokens=4,
         callers=(1, 4),
         seconds=1.0,
+        prepared=50,
         checked=2,
         short_answer_tokens=4,
         threads=4,
@@ -248,6 +253,11 @@ class Workload:
         while True:
             drawn = rng.permutation(rng.choice(self.shape.chunks, self.shape.drawn, replace=False, p=self.chances))
             yield Request((self.system, *(self.corpus[index] for index in drawn)), str(rng.choice(self.questions)))
+
+    def ready(self, seed: int) -> Iterator[Request]:
+        """The same, as many as a closed loop may need made beforehand: drawing one takes the interpreter long."""
+        source = self.requests(seed)
+        return chain(list(islice(source, self.shape.prepared)), source)
 
     def some(self, count: int, seed: int) -> list[Request]:
         """The first of them."""
@@ -385,12 +395,13 @@ def serving(load: Workload, pool: str) -> Iterator[Row]:
     """Closed loops, and Poisson arrivals at half of their best rate."""
     shape, best = load.shape, 0.0
     for callers in shape.callers:
-        requests, going = load.requests(seed=100 + callers), until(shape.seconds)
+        requests = load.ready(seed=100 + callers)
+        going = until(shape.seconds)
         row = measured(load.braid, closed(load.client, requests, callers, shape.answer_tokens, going))
         best = max(best, row.get("requests_per_s", 0.0))
         yield {"pool": pool, "load": "closed", "callers": callers, **row}
     if best:
-        rate, requests = best / 2, load.requests(seed=99)
+        rate, requests = best / 2, load.ready(seed=99)
         count = max(4, round(rate * shape.seconds))
         row = measured(load.braid, poisson(load.client, requests, rate, count, shape.answer_tokens))
         yield {"pool": pool, "load": "poisson", "arrivals_per_s": rate, **row}

@@ -8,7 +8,6 @@ import asyncio
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from threading import RLock
 from types import TracebackType
 from typing import ClassVar, Self
@@ -53,15 +52,12 @@ async def aask(engine: Engine, start: Start) -> Answer:
     """`ask` for an event loop: arguments are checked in a thread, and nothing blocks the loop. A cancelled task cancels
     the request."""
     request = await engine.beside_the_loop(start)
-    bell = _Bell.of_this_loop()
-    done = asyncio.Event()
-    request.wake = partial(bell.ring, done)
+    news = _News()
+    request.wake = news.ring
     engine.submit(request)
     try:
         while not request.ended:
-            done.clear()
-            if not request.ended:
-                await done.wait()
+            await news.wait()
     finally:
         if not request.ended:
             engine.cancel(request)
@@ -111,13 +107,13 @@ class _Reader:
         weakref.finalize(self, self._engine.cancel, request).atexit = False  # then the engine ends all
         return request
 
-    def _next_piece(self, request: Request) -> str | None:
+    def _next_piece(self, request: Request | None) -> str | None:
         """The text of the tokens that are there, "" if none can be shown yet; None once there are no more.
 
         Raises:
             BraidError: why the request failed.
         """
-        if self._answer or self._closed or self._text is None:
+        if self._answer or self._closed or self._text is None or request is None:
             return None
         ended = request.ended  # before the tokens: those of a request that has ended are all there
         piece = ""
@@ -192,43 +188,37 @@ class AsyncStream(_Reader):
     def __init__(self, engine: Engine, start: Start) -> None:
         super().__init__(engine)
         self._start = start
-        self._news: asyncio.Event | None = None
+        self._news: _News | None = None
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> str:
-        try:
-            return await self._next()
-        except asyncio.CancelledError:
-            self._stop()
-            raise
-
-    async def _next(self) -> str:
         self._engine.check_process()
         if self._closed:
             raise StopAsyncIteration
-        if self._request is None or self._news is None:
-            request = await self._engine.beside_the_loop(self._start)
-            self._news = asyncio.Event()
-            request.wake = partial(_Bell.of_this_loop().ring, self._news)
-            self._submit(request)
-        else:
-            request = self._request
-        while True:
-            self._news.clear()
-            piece = self._next_piece(request)
-            if piece:
-                return piece
-            if piece is None or self._answer:
-                raise StopAsyncIteration
-            await self._news.wait()
+        try:
+            if self._request is None or self._news is None:
+                request = await self._engine.beside_the_loop(self._start)
+                self._news = _News()
+                request.wake = self._news.ring
+                self._submit(request)
+            while True:
+                piece = self._next_piece(self._request)
+                if piece:
+                    return piece
+                if piece is None or self._answer:
+                    raise StopAsyncIteration
+                await self._news.wait()
+        except asyncio.CancelledError:
+            self._stop()
+            raise
 
     async def aclose(self) -> None:
         """Stop generating and free what the call holds. Safe to call twice."""
         self._stop()
         if self._news:
-            self._news.set()
+            self._news.come()
 
     async def __aenter__(self) -> Self:
         return self
@@ -239,6 +229,32 @@ class AsyncStream(_Reader):
         await self.aclose()
 
 
+class _News:
+    """Lets the tasks of an event loop know that a request has something to read. Who waits has looked before, in the
+    loop's thread; what comes later is delivered there, so nothing is missed."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._bell = _Bell.of(self._loop)
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def ring(self) -> Callable[[], None] | None:
+        """In the engine's thread; what is returned is to be called soon."""
+        return self._bell.ring(self)
+
+    def wait(self) -> "asyncio.Future[None]":
+        """Done when there is news. The task may be cancelled meanwhile."""
+        self._waiting.append(waiting := self._loop.create_future())
+        return waiting
+
+    def come(self) -> None:
+        """In the loop's thread: there is some."""
+        waiting, self._waiting = self._waiting, []
+        for each in waiting:
+            if not each.done():
+                each.set_result(None)
+
+
 class _Bell:
     """Wakes tasks of one event loop from the engine's thread: with one call into the loop, however many it wakes. That
     call lets other threads run, so it comes after all tasks of a step are marked."""
@@ -247,18 +263,17 @@ class _Bell:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._rung: deque[asyncio.Event] = deque()
+        self._rung: deque[_News] = deque()
         self._called = False
 
     @classmethod
-    def of_this_loop(cls) -> "_Bell":
-        loop = asyncio.get_running_loop()
-        return cls._of.setdefault(loop, cls(loop))
+    def of(cls, loop: asyncio.AbstractEventLoop) -> "_Bell":
+        return cls._of.get(loop) or cls._of.setdefault(loop, cls(loop))
 
-    def ring(self, event: asyncio.Event) -> Callable[[], None] | None:
-        """Mark an event that is to be set in the loop; what it returns is to be called soon. The event's task may be
-        gone, and the loop too."""
-        self._rung.append(event)
+    def ring(self, news: _News) -> Callable[[], None] | None:
+        """Mark what is to come in the loop; what is returned is to be called soon. The tasks may be gone, and the loop
+        too."""
+        self._rung.append(news)
         return None if self._called else self._call
 
     def _call(self) -> None:
@@ -274,7 +289,7 @@ class _Bell:
     def _deliver(self) -> None:
         self._called = False  # first: what is rung from now on calls again
         while self._rung:
-            self._rung.popleft().set()
+            self._rung.popleft().come()
 
 
 def _text(engine: Engine, request: Request) -> AnswerText:

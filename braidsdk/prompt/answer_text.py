@@ -43,6 +43,7 @@ class AnswerText:
         self._layout = layout
         self._detokenizer = layout.detokenizer()
         self._stop = StopStrings(stop)
+        self._stops = bool(stop)
         self._stop_ids = stop_ids
         self._ids: list[int] = []
 
@@ -55,7 +56,8 @@ class AnswerText:
         if token_id in self._stop_ids:
             return ""
         self._ids.append(token_id)
-        return self._show(self._stop.feed(self._detokenizer.feed(token_id)))
+        piece = self._detokenizer.feed(token_id)
+        return self._show(self._stop.feed(piece) if self._stops else piece)
 
     def end(self) -> str:
         """There are no more ids: the rest of the text."""
