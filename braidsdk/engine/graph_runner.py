@@ -18,6 +18,7 @@ from braidsdk.engine.batch import Run, forward
 from braidsdk.engine.graphs import DecodingPass, Graphs, choose_into
 from braidsdk.engine.runner import Chosen, Piece, Row
 from braidsdk.engine.sampling import Sampler
+from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.tables import page_ids
 from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.sample import Choices
@@ -59,6 +60,7 @@ class GraphRunner:
         self.graphs = Graphs(model, pool)
         self._model, self._pool = model, pool
         self._rows: dict[Row, None] = {}
+        self._apart: dict[Row, None] = {}  # those that the batch's attention does not know yet
         self._sampling = 0  # how many of them are not greedy
         self._changed = False  # whether rows have joined or left since their places were last told to the device
         self._planned: DecodingPass | None = None  # the pass of one row whose tables hold the one that is here
@@ -89,19 +91,19 @@ class GraphRunner:
 
     def _decode(self, pending: _Pending) -> None:
         """The next token of every row."""
-        batch = self.graphs.batch
         drawn = self._sampling > 0
         if self._changed:
             self._place_rows()
-        if batch.attention.rows > 1:
-            captured = self.graphs.decoding(batch.attention.rows, drawn=drawn)
-            batch.attention.upload()  # after a pass may have been recorded
-        else:
+        first = next(iter(self._rows))
+        if len(self._rows) == 1 and first.slot == 0:
             captured = self.graphs.decoding(1, drawn=drawn)
             if captured is not self._planned:
-                (row,) = self._rows
-                captured = self.graphs.plan_one(_request(row.run((0,)), slice(0, 1), row.reserved), drawn=drawn)
+                captured = self.graphs.plan_one(_request(first.run((0,)), slice(0, 1), first.reserved), drawn=drawn)
                 self._planned = captured
+        else:
+            attention = self._attention()
+            captured = self.graphs.decoding(attention.rows, drawn=drawn)
+            attention.upload()  # after a pass may have been recorded
         captured.graph.replay()
         for row in self._rows:
             row.done += 1
@@ -178,15 +180,17 @@ class GraphRunner:
                 self._sampling += 1
                 set_choices(batch.choices, row.slot, row.sampler, ahead=1)
                 batch.choices.seen[row.slot].scatter_(0, tokens[at : at + 1], True)
-            self._rows[row] = None
-            room = batch.attention.join(row.slot, _seen(row))
-            while room:  # more than ever: all rows join a larger one
-                self.graphs.enlarge_batch(room)
-                batch = self.graphs.batch
-                room = next(
-                    (more for each in self._rows if (more := batch.attention.join(each.slot, _seen(each)))), None
-                )
+            self._rows[row] = self._apart[row] = None
         self._planned, self._changed = None, True
+
+    def _attention(self) -> LivePlan:
+        """The running batch's attention, with all rows. Only a row beside others joins it."""
+        attention, joining = self.graphs.batch.attention, list(self._apart)
+        while room := next((more for row in joining if (more := attention.join(row.slot, _seen(row)))), None):
+            self.graphs.enlarge_batch(room)  # more than ever: all rows join a larger one
+            attention, joining = self.graphs.batch.attention, list(self._rows)
+        self._apart.clear()
+        return attention
 
     def _slots(self, pages: Tensor, tokens: "np.ndarray[Any, np.dtype[np.int64]]") -> "np.ndarray[Any, np.dtype[Any]]":
         """Slots of an entry's tokens: `paging.slots_of` of few of them, where torch takes longer."""
@@ -195,10 +199,13 @@ class GraphRunner:
 
     def _leave(self, rows: Sequence[Row]) -> None:
         """Take rows out of their slots. What lies in these is read no more: a row that does not grow writes nowhere."""
-        batch = self.graphs.batch
+        attention = self.graphs.batch.attention
         for row in rows:
             self._sampling -= not row.sampler.greedy
-            batch.attention.leave(row.slot)
+            if row in self._apart:
+                del self._apart[row]
+            else:
+                attention.leave(row.slot)
             del self._rows[row]
         self._planned, self._changed = None, True
 
