@@ -16,8 +16,8 @@ from braidsdk import Braid, Context
 from braidsdk.engine import graph_runner, graphs
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.runner import Chosen, EagerRunner, Runner
-from braidsdk.kernels.attention.launch import Room
 from braidsdk.kernels.attention.live_tables import LiveRoom
+from braidsdk.kernels.attention.static import Room
 from braidsdk.kernels.paths import TORCH, Paths
 
 pytestmark = [
@@ -186,7 +186,7 @@ def test_a_pass_recorded_while_rows_run_changes_nothing(braid: Braid, contexts: 
 
 
 def test_tables_grow_when_more_segments_come_than_ever(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(braid._engine._loop.runner.graphs, "_room", Room(items=2, spans=2, rows=2, frames=2, pages=2))
+    monkeypatch.setattr(braid._engine._loop.runner.graphs, "_room", Room(items=2, words=8, partials=2))
     monkeypatch.setattr(graphs, "LiveRoom", partial(LiveRoom, items=2, words=64, partials=2))
     contexts = [braid.compose(braid.register_many([f"Text {n} of {m}." for n in range(m)])) for m in (1, 3, 6)]
 

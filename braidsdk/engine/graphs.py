@@ -21,9 +21,10 @@ from braidsdk.cache.pool import Pool
 from braidsdk.engine.batch import Run, forward
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import PoolFullError
-from braidsdk.kernels.attention.launch import Room, StaticPlan, TritonPlan
+from braidsdk.kernels.attention.launch import TritonPlan
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.live_tables import LiveRoom
+from braidsdk.kernels.attention.static import Room, StaticPlan
 from braidsdk.kernels.head import greedy
 from braidsdk.kernels.measure import measuring
 from braidsdk.kernels.paging import Request
@@ -332,7 +333,7 @@ def workspace_bytes(model: Model) -> int:
     work = QUESTION_ROWS[-1] * per_token * itemsize
     work += max(room.partials, ROW_SLOTS * live.partials) * (width + config.q_heads) * 4
     work += ROW_SLOTS * config.vocab_size * 5
-    table = 4 * (4 * (room.items + room.spans + room.frames) + 2 * room.rows + room.pages)
+    table = 4 * (5 * room.items + room.words + 4 * QUESTION_ROWS[-1])
     graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS) + len(TOGETHER_ROWS))
     kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size + 4 * live.words
     return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.lse import merged_lse
-from braidsdk.kernels.attention.tables import Tables, direct_tables, separate_tables, split_tables
+from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
 from braidsdk.kernels.launch import check_triton, counters, launch_options
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
@@ -136,120 +136,6 @@ def plan_for_triton(
     )
     arrived = counters("attention", device, rows * kv_heads)
     return TritonPlan(tables.to(device), launch, positions.to(device), cos, sin, arrived)
-
-
-@dataclass(frozen=True)
-class Room:
-    """How much tables may hold that a captured graph reads: entries of each."""
-
-    items: int = 2048
-    spans: int = 8192
-    rows: int = 8192
-    frames: int = 32768
-    pages: int = 32768
-    hidden: int = 32
-    partials: int = 4096
-
-    def for_(self, tables: Tables) -> "Room":
-        """Twice what these take, where they do not fit."""
-        return Room(
-            **{
-                name: size if (needed := _size(tables, name)) <= size else 2 * needed
-                for name, size in vars(self).items()
-            }
-        )
-
-
-def _size(tables: Tables, name: str) -> int:
-    return tables.partials if name == "partials" else len(getattr(tables, name))
-
-
-class StaticPlan:
-    """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays. No
-    item has rows of two requests."""
-
-    def __init__(
-        self,
-        *,
-        rows: int,
-        positions: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        group: int,
-        kv_heads: int,
-        page_size: int,
-        room: Room,
-    ) -> None:
-        """Args:
-        rows: of the batch; without requests they attend to nothing.
-        positions: absolute position of each row, int64 [rows]; read when the graph runs.
-        cos, sin: of every position up to the largest, float32 [positions, head_dim / 2].
-        group: query heads per KV head.
-        kv_heads: KV heads.
-        page_size: tokens per page.
-        room: what the tables may hold.
-        """
-        self._geometry = (page_size, group, kv_heads)
-        self._room = room
-        device = positions.device
-
-        def table(entries: int, *width: int) -> Tensor:
-            return torch.zeros(entries, *width, dtype=torch.int32, device=device)
-
-        tables = Tables(
-            items=table(room.items, 5),
-            spans=table(room.spans, 4),
-            rows=table(room.rows, 2),
-            frames=table(room.frames, 4),
-            pages=table(room.pages),
-            hidden=table(room.hidden),
-            counts=table(4),
-            merges=table(rows, 2),
-            shared=True,
-            lone=rows == 1,
-            complete=True,
-            most_rows=rows,
-        )
-        size = block_m(group, rows)
-        launch = Launch(
-            block_m=size,
-            programs=2 * work_items(device, kv_heads, size) * kv_heads,
-            small_programs=0,
-            partials=room.partials,
-            direct=False,
-            shared=True,
-            merges=rows == 1,
-            hides=False,
-        )
-        self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
-
-    def load(self, requests: Sequence[Request]) -> Room | None:
-        """Plan for these requests; None, or the room that they need if they do not fit.
-
-        Raises:
-            ValueError: some keys are hidden.
-        """
-        static = self.plan.tables
-        page_size, group, kv_heads = self._geometry
-        rows, device = len(static.merges), static.counts.device
-        size = block_m(group, rows)
-        tables = separate_tables(
-            requests,
-            rows,
-            page_size,
-            block_rows=block_rows(group, rows),
-            items=work_items(device, kv_heads, size),
-            long_item=CONFIGS[size].long_item,
-        )
-        room = self._room.for_(tables)
-        if room != self._room:
-            return room
-        moved = tables.to(device)
-        names = ("items", "spans", "rows", "frames", "pages", "counts", "merges")
-        sources = [getattr(moved, name) for name in names]
-        targets = [getattr(static, name)[: len(new)] for name, new in zip(names, sources, strict=True)]
-        torch._foreach_copy_(targets, sources)  # in one launch
-        return None
 
 
 def _split(

@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -213,89 +213,6 @@ def split_tables(
     partial = partial + step.repeat_interleave(count_of)
     groups = partials_by_segment(row_of, torch.tensor(places, dtype=torch.int64), partial, rows, most)
     return replace(tables, by_segment=groups)
-
-
-def separate_tables(
-    requests: Sequence[Request], rows: int, page_size: int, *, block_rows: int, items: int, long_item: int
-) -> Tables:
-    """For questions in captured graphs, where the host's time counts: every item is of one request, and what several
-    requests use is read for each.
-
-    Args:
-        requests: rows and segments; their rows do not overlap.
-        rows: how many the batch has.
-        page_size: tokens per page.
-        block_rows: rows of one item at most.
-        items: how many keep the machine busy; the work is cut into about as many, more if it is in small pieces.
-        long_item: pages of an item from which on there are twice as many.
-
-    Raises:
-        ValueError: some keys are hidden.
-    """
-    asked = [request for request in requests if request.rows.stop > request.rows.start]
-    seen, pages = [], 0
-    for request in asked:
-        shown = []
-        for segment in request.segments:
-            if segment.hidden is not None:
-                raise ValueError("expected segments without hidden keys; plan this pass by itself")
-            if segment.stop > segment.start:
-                shown.append((segment, segment.start // page_size, -(-segment.stop // page_size)))
-        of_it = sum([last - first for _, first, last in shown])
-        seen.append((shown, of_it))
-        pages += of_it * -(-(request.rows.stop - request.rows.start) // block_rows)
-    per_item = max(1, -(-pages // items))
-    if per_item >= long_item:
-        per_item = -(-pages // (2 * items))
-    table_items, spans, members, frames, listed = (array("i") for _ in range(5))
-    merges = array("i", bytes(8 * rows))
-    member = partial = most_rows = covered = 0
-    for request, (shown, of_it) in zip(asked, seen, strict=True):
-        count = -(-of_it // per_item)
-        if not count:
-            continue
-        first_span = len(spans) // 4
-        ends: list[int] = []  # of each item, the span behind its last
-        done, at, end = 0, 0, of_it // count
-        for segment, first, last in shown:
-            frame, listed_at = -1 - len(frames) // 4, len(listed)
-            frames.extend((segment.origin, segment.start, segment.stop, -1))
-            listed.extend(page_ids(segment.pages))
-            page = first
-            while page < last:
-                taken = min(last - page, end - at)
-                spans.extend((listed_at + page, page * page_size, (page + taken) * page_size, frame))
-                page, at = page + taken, at + taken
-                if at == end:
-                    ends.append(len(spans) // 4)
-                    done += 1
-                    end = (done + 1) * of_it // count
-        start, stop = request.rows.start, request.rows.stop
-        firsts = range(partial, partial + count * (stop - start), count)
-        members.extend(chain.from_iterable(zip(range(start, stop), firsts, strict=True)))
-        merges[2 * start : 2 * stop] = array("i", chain.from_iterable(zip(firsts, repeat(count))))
-        for block in range(0, stop - start, block_rows):
-            some, span = min(block_rows, stop - start - block), first_span
-            for step, behind in enumerate(ends):
-                table_items.extend((member + block, some, span, behind, step))
-                span = behind
-        most_rows = max(most_rows, min(block_rows, stop - start))
-        member, partial, covered = member + stop - start, partial + count * (stop - start), covered + stop - start
-    count = len(table_items) // 5
-    return Tables(
-        items=_tensor(table_items).view(-1, 5),
-        spans=_tensor(spans).view(-1, 4),
-        rows=_tensor(members).view(-1, 2),
-        frames=_tensor(frames).view(-1, 4),
-        pages=_tensor(listed),
-        hidden=torch.zeros(0, dtype=torch.int32),
-        counts=torch.tensor((0, count, count, count), dtype=torch.int32),
-        merges=_tensor(merges).view(-1, 2),
-        shared=True,
-        lone=most_rows <= 1,
-        complete=covered == rows,
-        most_rows=most_rows,
-    )
 
 
 _KNOWN = 4096

@@ -1,0 +1,177 @@
+"""Attention of questions, or of one decoding row, in captured graphs: planned for each replay.
+
+The host's time counts here, so work is cut simply: every item is of one request, and what several requests use is read
+for each. All tables are one array, and reach the device in one copy.
+"""
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+
+import torch
+from torch import Tensor
+
+from braidsdk.kernels.attention.launch import CONFIGS, Launch, TritonPlan, block_m, block_rows, work_items
+from braidsdk.kernels.attention.tables import Tables, page_ids
+from braidsdk.kernels.launch import counters
+from braidsdk.kernels.paging import Request
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much the tables may hold that a captured graph reads.
+
+    Attributes:
+        items: work items.
+        words: integers of frames, pages and spans.
+        partials: partial results of all rows.
+    """
+
+    items: int = 1024
+    words: int = 1 << 15
+    partials: int = 4096
+
+
+class StaticPlan:
+    """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays."""
+
+    def __init__(
+        self,
+        *,
+        rows: int,
+        positions: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        group: int,
+        kv_heads: int,
+        page_size: int,
+        room: Room,
+    ) -> None:
+        """Args:
+        rows: of the batch; without requests they attend to nothing.
+        positions: absolute position of each row, int64 [rows]; read when the graph runs.
+        cos, sin: of every position up to the largest, float32 [positions, head_dim / 2].
+        group: query heads per KV head.
+        kv_heads: KV heads.
+        page_size: tokens per page.
+        room: what the tables may hold.
+        """
+        self._page_size, self._room = page_size, room
+        device, size = positions.device, block_m(group, rows)
+        self._block_rows = block_rows(group, rows)
+        self._work_items, self._long_item = work_items(device, kv_heads, size), CONFIGS[size].long_item
+        # Each table begins where 16 bytes do, as kernels assume.
+        self._merges_at = 4
+        self._rows_at = self._merges_at + -(-rows // 2) * 4
+        self._items_at = self._rows_at + -(-rows // 2) * 4
+        self._words_at = self._items_at + -(-room.items * 5 // 4) * 4
+        self._rows = rows
+        self._device = torch.zeros(self._words_at + -(-room.words // 4) * 4, dtype=torch.int32, device=device)
+        words = self._device[self._words_at :]
+        tables = Tables(
+            items=self._device[self._items_at :][: room.items * 5].view(-1, 5),
+            spans=words.view(-1, 4),
+            rows=self._device[self._rows_at :][: rows * 2].view(-1, 2),
+            frames=words.view(-1, 4),
+            pages=words,
+            hidden=words,
+            counts=self._device[:4],
+            merges=self._device[self._merges_at :][: rows * 2].view(-1, 2),
+            shared=True,
+            lone=rows == 1,
+            complete=True,
+            most_rows=rows,
+        )
+        launch = Launch(
+            block_m=size,
+            programs=2 * work_items(device, kv_heads, size) * kv_heads,
+            small_programs=0,
+            partials=room.partials,
+            direct=False,
+            shared=True,
+            merges=rows == 1,
+            hides=False,
+        )
+        self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
+
+    def load(self, requests: Sequence[Request]) -> Room | None:
+        """Plan for these requests; None, or the room that they need if they do not fit.
+
+        Raises:
+            ValueError: some keys are hidden.
+        """
+        host, needed = self._tables(requests)
+        if any(more > most for more, most in zip(needed, vars(self._room).values(), strict=True)):
+            sizes = zip(needed, vars(self._room).values(), strict=True)
+            return Room(*(most if more <= most else 2 * more for more, most in sizes))
+        source = torch.frombuffer(host, dtype=torch.int32)
+        if self._device.is_cuda:
+            source = source.pin_memory()
+        self._device[: len(host)].copy_(source, non_blocking=True)
+        return None
+
+    def _tables(self, requests: Sequence[Request]) -> "tuple[array[int], tuple[int, int, int]]":
+        """`tables.Tables` as one array, and how many items, words and partial results are in it. The words hold frames,
+        pages and spans, each counted from the first word in entries of its own width."""
+        size, most = self._page_size, self._block_rows
+        asked, words_of_pages, frame_count, total = [], 0, 0, 0
+        for request in requests:
+            shown, pages = [], 0
+            for segment in request.segments:
+                if segment.hidden is not None:
+                    raise ValueError("expected segments without hidden keys; plan this pass by itself")
+                if segment.stop > segment.start:
+                    ids, first, last = page_ids(segment.pages), segment.start // size, -(-segment.stop // size)
+                    shown.append((segment, ids, first, last))
+                    words_of_pages += len(ids)
+                    pages += last - first
+            start, stop = request.rows.start, request.rows.stop
+            if pages and stop > start:
+                asked.append((start, stop, shown, pages))
+                frame_count += len(shown)
+                total += pages * -(-(stop - start) // most)
+        per_item = max(1, -(-total // self._work_items))
+        if per_item >= self._long_item:
+            per_item = -(-total // (2 * self._work_items))
+        frames, listed, spans, items, members = (array("i") for _ in range(5))
+        merges = array("i", bytes(8 * self._rows))
+        pages_at = 4 * frame_count
+        span = (pages_at + words_of_pages + 3) // 4
+        partial = 0
+        for start, stop, shown, pages in asked:
+            count = -(-pages // per_item)
+            first_span, done, at, end = span, 0, 0, pages // count
+            ends = []  # of each item, the span behind its last
+            for segment, ids, page, last in shown:
+                frame, listed_at = -1 - len(frames) // 4, pages_at + len(listed)
+                frames.extend((segment.origin, segment.start, segment.stop, -1))
+                listed.extend(ids)
+                while page < last:
+                    taken = min(last - page, end - at)
+                    spans.extend((listed_at + page, page * size, (page + taken) * size, frame))
+                    page, at, span = page + taken, at + taken, span + 1
+                    if at == end:
+                        ends.append(span)
+                        done += 1
+                        end = (done + 1) * pages // count
+            firsts = range(partial, partial + count * (stop - start), count)
+            partial += count * (stop - start)
+            for member in range(len(members) // 2, len(members) // 2 + stop - start, most):
+                some, begin = min(most, len(members) // 2 + stop - start - member), first_span
+                for step, behind in enumerate(ends):
+                    items.extend((member, some, begin, behind, step))
+                    begin = behind
+            members.extend(chain.from_iterable(zip(range(start, stop), firsts, strict=True)))
+            merges[2 * start : 2 * stop] = array("i", chain.from_iterable(zip(firsts, repeat(count))))
+        item_count = len(items) // 5
+        host = array("i", (0, item_count, item_count, item_count))
+        parts = ((merges, self._rows_at), (members, self._items_at), (items, self._words_at))
+        for part, behind in parts:
+            host.extend(part)
+            host.frombytes(bytes(4 * (behind - len(host))))
+        host.extend(frames)
+        host.extend(listed)
+        host.frombytes(bytes(4 * (self._words_at + 4 * (span - len(spans) // 4) - len(host))))
+        host.extend(spans)
+        return host, (item_count, len(host) - self._words_at, partial)
