@@ -12,6 +12,10 @@ import triton.language as tl
 LISTED: tl.constexpr = tl.constexpr(32)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
+TABLES = ("items", "spans", "rows", "frames", "pages", "hidden", "counts", "merges")
+"""They lie one behind the other, each wherever the one before it ends: that must not decide which kernel is compiled.
+No load from them is wider for being aligned."""
+
 
 @triton.jit
 def _unit(
@@ -176,9 +180,9 @@ def _merge(
     tl.store(out + (row.to(tl.int64) * q_heads + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def cascade(
-    queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
+    queries, kv, values_at: tl.int64, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
     partials, lses, out, arrived, merges, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
@@ -232,7 +236,7 @@ def cascade(
         tl.extra.cuda.gdc_wait()
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def merge(
     partials, lses, out, merges,
     Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MERGE_BLOCK: tl.constexpr, USE_PDL: tl.constexpr,

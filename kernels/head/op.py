@@ -120,7 +120,7 @@ def greedy(logits: Tensor, *, path: Literal["triton", "torch"] = "torch") -> tup
 
         parts = -(-vocab // _GREEDY_BLOCK)
         tops = torch.empty(rows, parts, dtype=torch.float32, device=device)
-        top_ids, finite_parts = torch.empty(2, rows, parts, dtype=torch.int32, device=device)
+        top_ids, finite_parts = (torch.empty(rows, parts, dtype=torch.int32, device=device) for _ in range(2))
         greedy_kernel[(parts, rows)](
             logits,
             tops,

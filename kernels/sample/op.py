@@ -123,8 +123,9 @@ def find_bounds(logits: Tensor, choices: Choices) -> Bounds:
             raise ValueError(f"sample: expected contiguous choices on {logits.device}, got them on {tensor.device}.")
     (rows, vocab), device = logits.shape, logits.device
     chunks, parts = -(-vocab // _CHUNK), -(-vocab // (_CHUNK * _BLOCK))
-    maxima, sums = torch.empty(2, rows, chunks, dtype=torch.float32, device=device)
-    top_ids, finite = torch.empty(2, rows, parts, dtype=torch.int32, device=device)
+    # Each by itself, so that all are aligned: parts of one tensor are or are not, and each case is compiled anew.
+    maxima, sums = (torch.empty(rows, chunks, dtype=torch.float32, device=device) for _ in range(2))
+    top_ids, finite = (torch.empty(rows, parts, dtype=torch.int32, device=device) for _ in range(2))
     seen = choices.seen.view(torch.uint8)
     options = launch_options(device)
     kernel.scan[(parts, rows)](
