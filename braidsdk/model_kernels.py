@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from braidsdk.engine.engine import Engine
-from braidsdk.engine.kernel_choice import amx_obstacle, obstacle, self_test
+from braidsdk.engine.kernel_choice import amx_obstacle, obstacle
+from braidsdk.engine.self_test import self_test
 from braidsdk.errors import InputError, shown
 from braidsdk.kernels.selftest import Result
 

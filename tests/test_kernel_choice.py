@@ -1,6 +1,7 @@
 """Which kernels a model takes on a CPU, and what is shown while a GPU's are tried."""
 
 import logging
+import os
 import re
 import sys
 import warnings
@@ -11,11 +12,12 @@ import torch
 
 from braidsdk import Braid
 from braidsdk.engine import kernel_choice
-from braidsdk.engine.kernel_choice import KernelsWarning, self_test
-from braidsdk.errors import BraidError, InputError
+from braidsdk.engine.kernel_choice import KernelsWarning
+from braidsdk.engine.self_test import _processes, self_test
+from braidsdk.errors import InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.paths import AMX, TORCH, Paths
-from braidsdk.kernels.selftest import CASES
+from braidsdk.kernels.selftest import CASES, Geometry
 from braidsdk.models.base import Model
 from braidsdk.models.registry import load_model
 
@@ -81,13 +83,30 @@ def test_triton_still_needs_a_gpu(tmp_path: Path) -> None:
         paths(tmp_path, "cuda")
 
 
-def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, status: int) -> None:
-    """A self-test that gives two results without a GPU, and ends with that status."""
-    result = '{"op": "swiglu", "case": "1 row", "error": 0.0, "limit": 1e-5}'
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, deadly: str = "()", start: str = "") -> None:
+    """A self-test on three cores that needs no GPU.
+
+    Args:
+        deadly: the cases that end their process.
+        start: what a process does first.
+    """
     script = folder / "python"
-    script.write_text(f"#!/bin/sh\necho loading\necho '{result}'\necho '{result}'\necho broken >&2\nexit {status}\n")
+    script.write_text(
+        f"""#!{sys.executable}
+import os, sys
+print("loading")
+{start}
+while taken := os.read(0, 1):
+    if taken[0] in {deadly}:
+        sys.exit(f"broken by {{taken[0]}}")
+    result = '"op": "swiglu", "case": "1 row", "error": 0.0, "limit": 1e-5'
+    print(f'{{{{"number": {{taken[0]}}, {{result}}}}}}', flush=True)
+"""
+    )
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(script))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     monkeypatch.setattr(kernel_choice, "user_cache_dir", lambda _: folder)
     monkeypatch.setattr(kernel_choice, "_setting", lambda _: "here")
 
@@ -97,15 +116,66 @@ def model(random_checkpoint: Path) -> Model:
     return load_model(random_checkpoint, device=torch.device("cpu"), dtype=None)
 
 
-def test_each_case_of_the_self_test_is_reported(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("timed", [False, True])
+def test_each_case_of_the_self_test_is_reported(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: bool
+) -> None:
     steps: list[tuple[int, int]] = []
-    stand_in(tmp_path, monkeypatch, status=0)
-    results = self_test(model, timed=False, report=lambda done, total: steps.append((done, total)))
-    assert [result.op for result in results] == ["swiglu"] * 2
-    assert steps == [(0, CASES), (1, CASES), (2, CASES)]
-    stand_in(tmp_path, monkeypatch, status=3)
-    with pytest.raises(BraidError, match="ended with 3 after 2 cases: broken"):
-        self_test(model, timed=False)
+    stand_in(tmp_path, monkeypatch)
+    results = self_test(model, timed=timed, report=lambda *step: steps.append(step))
+    assert [result.op for result in results] == ["swiglu"] * len(CASES)
+    assert all(result.ok for result in results)
+    assert steps == [(done, len(CASES)) for done in range(len(CASES) + 1)]
+
+
+def test_a_case_that_ends_its_process_fails_alone(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadly = (0, 1, 2, 3, 7)  # more than there are processes at first
+    stand_in(tmp_path, monkeypatch, deadly=str(deadly))
+    results = self_test(model, timed=False)
+    assert [number for number, result in enumerate(results) if not result.ok] == list(deadly)
+    for number in deadly:
+        assert results[number].op == CASES[number].op
+        assert re.match(r"(?s)its process ended with 1: .*broken by \d$", results[number].trouble)
+    found = kernel_choice._troubles(model)
+    assert set(found) == {CASES[number].op for number in deadly}
+    assert not list(tmp_path.glob("*.json")), "it may not happen again"
+
+
+def test_processes_that_cannot_begin_fail_every_case(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in(tmp_path, monkeypatch, start="sys.exit('no torch here')")
+    results = self_test(model, timed=False)
+    assert len(results) == len(CASES)
+    assert all("no torch here" in result.trouble for result in results)
+
+
+def test_an_interrupt_leaves_no_process_behind(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(tmp_path, monkeypatch, start=f"open(f'{tmp_path}/{{os.getpid()}}.pid', 'w')")
+
+    def interrupt(done: int, _: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        self_test(model, timed=False, report=interrupt)
+    for file in tmp_path.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.stem), 0)
+
+
+@pytest.mark.parametrize(("gigabytes", "processes"), [(1, 1), (7, 2), (80, 3)])
+def test_processes_fit_in_the_memory_that_is_free(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int, processes: int
+) -> None:
+    shape = Geometry(
+        hidden=2048, intermediate=6144, q_heads=16, kv_heads=8, head_dim=128, vocab=151_936, dtype="bfloat16"
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 80 * 10**9))
+    assert _processes(shape, torch.device("cuda")) == processes
 
 
 def test_the_first_start_says_what_it_does_and_the_second_nothing(
@@ -116,14 +186,14 @@ def test_the_first_start_says_what_it_does_and_the_second_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    stand_in(tmp_path, monkeypatch, status=0)
+    stand_in(tmp_path, monkeypatch)
     with caplog.at_level(logging.INFO, "braidsdk"):
         assert kernel_choice._troubles(model) == {}
         assert [re.split(", | in ", record.message)[0] for record in caplog.records] == [
             "compiling and trying each kernel",
-            "tried 2 cases of the kernels",
+            f"tried {len(CASES)} cases of the kernels",
         ]
-        assert f"2/{CASES}" in capfd.readouterr().err
+        assert f"{len(CASES)}/{len(CASES)}" in capfd.readouterr().err
         caplog.clear()
         assert kernel_choice._troubles(model) == {}
     assert not caplog.records

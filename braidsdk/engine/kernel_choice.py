@@ -4,13 +4,9 @@ import importlib.metadata
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path as FilePath
 from time import perf_counter
@@ -21,11 +17,11 @@ import xxhash
 from platformdirs import user_cache_dir
 
 from braidsdk import kernels
-from braidsdk.errors import BraidError, InputError
+from braidsdk.engine.self_test import ENDED, self_test
+from braidsdk.errors import InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.attention.amx import HEAD_DIMS
 from braidsdk.kernels.paths import AMX, Paths
-from braidsdk.kernels.selftest import CASES, Geometry, Result
 from braidsdk.models.base import Model
 from braidsdk.progress import steps_bar
 
@@ -103,8 +99,8 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
     """The path of each operation.
 
     "auto" takes Triton's kernels on a CUDA device, where they can run this model, the C kernels on a CPU with AMX,
-    likewise, and torch's elsewhere. The first time on a device each of Triton's is tried on this model's shapes, in a
-    process of its own; one that fails is left to torch, with one warning. What was found is remembered.
+    likewise, and torch's elsewhere. The first time on a device each of Triton's is tried on this model's shapes, in
+    processes of their own; one that fails is left to torch, with one warning. What was found is remembered.
 
     Raises:
         InputError: "triton" or "amx" was asked for where it can't run.
@@ -146,55 +142,6 @@ def _cpu_paths(wanted: dict[str, str], model: Model, reason: str | None) -> Path
     return Paths(**by_op)
 
 
-def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] | None = None) -> list[Result]:
-    """Try every Triton kernel on a model's shapes, in a process of its own.
-
-    Args:
-        model: on a CUDA device.
-        timed: whether to time them too.
-        report: called with the cases done and those to be done, before the first and after each.
-
-    Raises:
-        BraidError: that process ended before its time.
-    """
-    config = model.config
-    geometry = Geometry(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        q_heads=config.q_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        vocab=config.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-    command = [sys.executable, "-P", "-m", "braidsdk.kernels.selftest", json.dumps(asdict(geometry))]
-    environment = dict(os.environ)
-    if model.device.index:
-        visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[model.device.index]
-    if not timed:
-        command.append("quick")
-    results: list[Result] = []
-    with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,  # a pipe that nobody reads would fill up
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
-    ):
-        if report:
-            report(0, CASES)
-        for line in child.stdout or ():
-            if line.startswith("{"):
-                results.append(Result(**json.loads(line)))
-                if report:
-                    report(len(results), CASES)
-        if child.wait():
-            errors.seek(0)
-            raise BraidError(
-                f"The kernels' self-test ended with {child.returncode} after {len(results)} cases: "
-                f"{errors.read().strip()[-300:]}. Use kernels='torch' meanwhile."
-            )
-    return results
-
-
 def _troubles(model: Model) -> dict[str, str]:
     """What is wrong with which operation's kernels, remembered from the first time on."""
     memory = FilePath(user_cache_dir("braidsdk")) / "kernels.json"
@@ -206,14 +153,11 @@ def _troubles(model: Model) -> dict[str, str]:
     if key not in known:
         _log.info("compiling and trying each kernel, once for this model on this device")
         started = perf_counter()
-        try:
-            with steps_bar("compiling and trying kernels, once") as bar:
-                results = self_test(model, timed=False, report=bar)
-        except BraidError as error:
-            return dict.fromkeys(OPS, str(error))
+        with steps_bar("compiling and trying kernels, once") as bar:
+            results = self_test(model, timed=False, report=bar)
         _log.info("tried %d cases of the kernels in %.0f s", len(results), perf_counter() - started)
         found = {result.op: result.trouble for result in results if not result.ok}
-        if any("out of memory" in trouble for trouble in found.values()):
+        if any("out of memory" in trouble or trouble.startswith(ENDED) for trouble in found.values()):
             return found  # true now, perhaps not the next time
         known[key] = found
         with suppress(OSError):  # only costs the next process the same test
