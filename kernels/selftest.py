@@ -258,8 +258,9 @@ def _pass(
 ) -> TritonPlan:
     """As a pass without a graph does."""
     group = shape.q_heads // shape.kv_heads
-    heads = {"group": group, "kv_heads": shape.kv_heads}
-    return plan_for_triton(positions, requests, rotary, limit=limit, page_size=PAGE, **heads)
+    return plan_for_triton(
+        positions, requests, rotary, limit=limit, page_size=PAGE, group=group, kv_heads=shape.kv_heads
+    )
 
 
 def _questions(
