@@ -10,7 +10,7 @@ import sys
 import torch
 
 
-class _Driver:
+class Driver:
     """What Triton asks a driver before it compiles."""
 
     def get_current_target(self) -> object:
@@ -42,7 +42,7 @@ def main() -> None:
     from braidsdk.kernels.products import products
     from braidsdk.kernels.rope import RotaryTable
 
-    triton.runtime.driver.set_active(_Driver())
+    triton.runtime.driver.set_active(Driver())
     counts: dict[str, int] = {}
 
     def compile_only(function: JITFunction, grid: object) -> object:

@@ -1,0 +1,67 @@
+"""The self-test's cases, in the interpreter where there is no GPU, and whether they are all that warming up needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from braidsdk.kernels import selftest
+from braidsdk.kernels.selftest import CASES, Bench, Case, Geometry, check
+
+SMALL = Geometry(hidden=32, intermediate=48, q_heads=2, kv_heads=1, head_dim=16, vocab=300, dtype="float32")
+
+
+@pytest.fixture
+def bench(device: torch.device, seed: int) -> Bench:
+    return Bench(SMALL, device, timed=False)
+
+
+def test_each_case_is_right(bench: Bench) -> None:
+    for case in CASES:
+        result = check(bench, case, 0.0)
+        assert result.ok, (case, result)
+        assert (result.op, result.case, result.us) == (case.op, case.name, None)
+
+
+def the(op: str, name: str) -> Case:
+    return next(case for case in CASES if (case.op, case.name) == (op, name))
+
+
+def test_a_kernel_that_errs_or_does_not_run_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = selftest.out_proj
+    monkeypatch.setattr(selftest, "out_proj", lambda *given, **path: real(*given, **path) + bool(path) * 1e-3)
+    result = check(bench, the("out_proj", "1 row after swiglu"), 0.0)
+    assert not result.ok
+    assert "expected at most" in result.trouble
+    monkeypatch.setattr(selftest, "out_proj", lambda *_, **path: 1 // 0)
+    assert "ZeroDivisionError" in check(bench, the("out_proj", "1 row after swiglu"), 0.0).trouble
+
+
+def test_one_token_that_is_not_the_likeliest_is_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = selftest.sample
+
+    def wrong(logits: torch.Tensor, *rest: object, **path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, finite = real(logits, *rest, **path)
+        ids[-1] += 1
+        return ids, finite
+
+    monkeypatch.setattr(selftest, "sample", wrong)
+    assert not check(bench, the("head", "choice of tokens"), 0.0).ok
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_warming_up_compiles_nothing_that_was_not_tried(dtype: str, tmp_path: Path) -> None:
+    """Else the first start compiles it, one kernel after another, and nobody has compared it with the reference."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).with_name("variants.py")), dtype, str(tmp_path / "store")]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    if child.returncode == 77:
+        pytest.skip(child.stderr)
+    assert child.returncode == 0, child.stderr
+    found = json.loads(child.stdout)
+    assert {"cascade", "merge", "products_kernel", "draw"} <= set(found["tried"])
+    assert found["beyond"] == []
