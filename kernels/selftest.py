@@ -459,7 +459,8 @@ def main(arguments: Sequence[str]) -> None:
     ceiling = _copy_rate(device) if bench.timed else 0.0
     for number in _numbers():
         result = check(bench, CASES[number], ceiling)
-        print(json.dumps({"number": number, **asdict(result)}), flush=True)  # noqa: T201 (the caller reads it)
+        line = json.dumps({"number": number, **asdict(result)})
+        os.write(sys.stdout.fileno(), f"\n{line}\n".encode())  # in one piece: other processes write there too
         torch.cuda.empty_cache()  # several processes share the device's memory
 
 

@@ -100,7 +100,7 @@ while taken := os.read(0, 1):
     if taken[0] in {deadly}:
         sys.exit(f"broken by {{taken[0]}}")
     result = '"op": "swiglu", "case": "1 row", "error": 0.0, "limit": 1e-5'
-    print(f'{{{{"number": {{taken[0]}}, {{result}}}}}}', flush=True)
+    os.write(1, f'\\n{{{{"number": {{taken[0]}}, {{result}}}}}}\\n'.encode())
 """
     )
     script.chmod(0o755)
