@@ -22,10 +22,11 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.attention.launch import Room, StaticPlan, TritonPlan, cascade_attention_triton, plan_for_triton
+from braidsdk.kernels.attention.launch import TritonPlan, cascade_attention_triton, plan_for_triton
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
+from braidsdk.kernels.attention.static import Room, StaticPlan
 from braidsdk.kernels.head import greedy, norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
@@ -277,7 +278,6 @@ def _questions(
         kv_heads=shape.kv_heads,
         page_size=PAGE,
         room=Room(),
-        shared=len(requests) == 1,
     )
     if plan.load(requests):
         raise ValueError("the tables of a graph are too small for the self-test")

@@ -32,6 +32,13 @@ class Room:
     words: int = 1 << 15
     partials: int = 4096
 
+    def beyond(self, needed: "Room") -> "Room | None":
+        """Twice what is needed of what is too small; None if all fits."""
+        sizes = [(most, more) for most, more in zip(vars(self).values(), vars(needed).values(), strict=True)]
+        if all(more <= most for most, more in sizes):
+            return None
+        return Room(*(most if more <= most else 2 * more for most, more in sizes))
+
 
 class StaticPlan:
     """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays."""
@@ -101,19 +108,18 @@ class StaticPlan:
         Raises:
             ValueError: some keys are hidden.
         """
-        host, needed = self._tables(requests)
-        if any(more > most for more, most in zip(needed, vars(self._room).values(), strict=True)):
-            sizes = zip(needed, vars(self._room).values(), strict=True)
-            return Room(*(most if more <= most else 2 * more for more, most in sizes))
+        host = self._tables(requests)
+        if isinstance(host, Room):
+            return host
         source = torch.frombuffer(host, dtype=torch.int32)
         if self._device.is_cuda:
             source = source.pin_memory()
         self._device[: len(host)].copy_(source, non_blocking=True)
         return None
 
-    def _tables(self, requests: Sequence[Request]) -> "tuple[array[int], tuple[int, int, int]]":
-        """`tables.Tables` as one array, and how many items, words and partial results are in it. The words hold frames,
-        pages and spans, each counted from the first word in entries of its own width."""
+    def _tables(self, requests: Sequence[Request]) -> "array[int] | Room":
+        """`tables.Tables` as one array, or the room that it needs. The words hold frames, pages and spans, each counted
+        from the first word in entries of its own width."""
         size, most = self._page_size, self._block_rows
         asked, words_of_pages, frame_count, total = [], 0, 0, 0
         for request in requests:
@@ -165,13 +171,15 @@ class StaticPlan:
             members.extend(chain.from_iterable(zip(range(start, stop), firsts, strict=True)))
             merges[2 * start : 2 * stop] = array("i", chain.from_iterable(zip(firsts, repeat(count))))
         item_count = len(items) // 5
+        needed = Room(item_count, 4 * span, partial)
+        if wanted := self._room.beyond(needed):
+            return wanted
         host = array("i", (0, item_count, item_count, item_count))
-        parts = ((merges, self._rows_at), (members, self._items_at), (items, self._words_at))
-        for part, behind in parts:
+        for part, behind in ((merges, self._rows_at), (members, self._items_at), (items, self._words_at)):
             host.extend(part)
             host.frombytes(bytes(4 * (behind - len(host))))
         host.extend(frames)
         host.extend(listed)
-        host.frombytes(bytes(4 * (self._words_at + 4 * (span - len(spans) // 4) - len(host))))
+        host.frombytes(bytes(-4 * len(host) % 16))  # the words begin where 16 bytes do
         host.extend(spans)
-        return host, (item_count, len(host) - self._words_at, partial)
+        return host

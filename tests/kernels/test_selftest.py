@@ -57,7 +57,7 @@ def test_one_token_that_is_not_the_likeliest_is_told(bench: Bench, monkeypatch: 
 def test_warming_up_compiles_nothing_that_was_not_tried(dtype: str, tmp_path: Path) -> None:
     """Else the first start compiles it, one kernel after another, and nobody has compared it with the reference."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(Path(__file__).with_name("variants.py")), dtype, str(tmp_path / "store")]
+    command = [sys.executable, str(Path(__file__).with_name("variants.py")), dtype]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=600)
     if child.returncode == 77:
         pytest.skip(child.stderr)

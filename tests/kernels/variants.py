@@ -13,18 +13,19 @@ import torch
 from instructions import Driver
 
 
-def main(dtype: str, store: str) -> None:
+def main(dtype: str) -> None:
     try:
         from triton.runtime import driver
         from triton.runtime.jit import JITFunction
     except ImportError as problem:
         sys.stderr.write(f"no Triton here: {problem}")
         sys.exit(77)
-    from braidsdk import Braid
+    from braidsdk.cache.pool import Pool
     from braidsdk.engine import graphs
     from braidsdk.kernels import launch
     from braidsdk.kernels.paths import Paths
     from braidsdk.kernels.selftest import CASES, Bench, Geometry
+    from braidsdk.models.registry import find_checkpoint, load_model
 
     driver.set_active(Driver())
     asked: list[tuple[str, str]] = []
@@ -42,32 +43,27 @@ def main(dtype: str, store: str) -> None:
     torch.cuda.Stream = lambda _: None
     torch.cuda.graph_pool_handle = lambda: 0
     torch.cuda.current_stream = lambda _: SimpleNamespace(synchronize=lambda: None)
-    with Braid("braid-tiny", store=store, device="cpu", dtype=dtype, kernels="torch", pool_bytes=2**26) as braid:
-        model, pool = braid._engine.model, braid._engine._loop.pool
-        config = model.config
-        shape = Geometry(
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            q_heads=config.q_heads,
-            kv_heads=config.kv_heads,
-            head_dim=config.head_dim,
-            vocab=config.vocab_size,
-            dtype=dtype,
-        )
-        with torch.inference_mode():
-            for case in CASES:
-                case.make(Bench(shape, torch.device("cpu"), timed=False)).run(0)
+    model = load_model(find_checkpoint("braid-tiny"), device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    pool, config = Pool.for_model(model, 2**26), model.config
+    shape = Geometry(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        q_heads=config.q_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        dtype=dtype,
+    )
+    with torch.inference_mode():
+        for case in CASES:
+            case.make(Bench(shape, torch.device("cpu"), timed=False)).run(0)
         tried = set(asked)
         asked.clear()
         model.paths = Paths("triton", "triton", "triton", "triton", "triton")
         pool.page_size = 64  # as on a GPU
         pool.kv = pool.kv.view(*pool.kv.shape[:2], -1, config.kv_heads, 64, config.head_dim)
-
-        def warm_up() -> None:
-            for step in graphs.Graphs(model, pool).warm_up(64):
-                step()
-
-        braid._engine.call(warm_up)
+        for step in graphs.Graphs(model, pool).warm_up(64):
+            step()
     beyond = [key for key in dict.fromkeys(asked) if key not in tried]
     sys.stdout.write(json.dumps({"tried": sorted({name for name, _ in tried}), "beyond": beyond}))
 
