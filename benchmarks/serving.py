@@ -40,13 +40,14 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ from transformers import AutoModelForCausalLM
 from ttft import cpu_name
 
 from braidsdk import Answer, Braid, BraidError, Chunk, Context
+from braidsdk.engine.graph_runner import GraphRunner
 
 PARTS = ("resident", "third", "aask8", "threads", "lone", "register", "join")
 SYSTEM = "You answer questions."
@@ -522,9 +524,43 @@ def gaps(traces: list[Trace], since: float = 0.0, to: float = float("inf")) -> l
     return [later - earlier for earlier, later in pairs if later > since and earlier < to]
 
 
-def join(load: Workload) -> Row:  # noqa: ARG001
-    """Host time of a join and of a leave among many rows; to be read from the engine once it measures them."""
-    return {"skipped": "this version does not measure a join or a leave by itself"}
+def join(load: Workload) -> Row:
+    """Host time of a join and of a leave among the rows of many callers: the engine's thread's own time on a processor,
+    without what it waits for the interpreter."""
+    runner = load.braid._engine._loop.runner
+    if not isinstance(runner, GraphRunner):
+        return {"skipped": "only rows on CUDA graphs join and leave tables"}
+    spent: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+
+    def timed(name: str, rows: int, work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            started = thread_time()
+            try:
+                return work(*given)
+            finally:
+                spent[name] += thread_time() - started
+                counts[name] += len(given[0]) if rows else 1
+
+        return call
+
+    parts = {"_join": 1, "_attention": 0, "_place_rows": 0, "_leave": 1}
+    for name, rows in parts.items():
+        setattr(runner, name, timed(name, rows, getattr(runner, name)))
+    try:
+        requests, going = load.ready(seed=6), until(load.shape.seconds)
+        asyncio.run(closed(load.client, requests, load.shape.threads, load.shape.answer_tokens, going))
+    finally:
+        for name in parts:
+            delattr(runner, name)
+    joins = spent["_join"] + spent["_attention"]
+    return {
+        "callers": load.shape.threads,
+        "joins": counts["_join"],
+        "join_us": joins / counts["_join"] * 1e6,
+        "leave_us": spent["_leave"] / counts["_leave"] * 1e6,
+        "place_us": spent["_place_rows"] / counts["_place_rows"] * 1e6,
+    }
 
 
 # the run

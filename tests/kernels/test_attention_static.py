@@ -1,0 +1,110 @@
+"""Attention of questions in captured graphs: one table after another in the same memory."""
+
+import random
+
+import pytest
+import torch
+
+from braidsdk.kernels.attention.launch import cascade_attention_triton
+from braidsdk.kernels.attention.plan import plan_request
+from braidsdk.kernels.attention.reference import cascade_attention_reference
+from braidsdk.kernels.attention.static import Room, StaticPlan
+from braidsdk.kernels.paging import PagedSegment, Request
+from braidsdk.kernels.rope import RotaryTable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PAGE, LIMIT, ROWS = 16, 2048, 12
+
+
+class Questions:
+    """Paged memory with NaN wherever no token lies, and a plan that takes questions over its entries."""
+
+    def __init__(self, group: int, room: Room | None = None, rows: int = ROWS) -> None:
+        self.random = random.Random(torch.initial_seed())
+        self.kv = torch.full((2, 128, 2, PAGE, 16), float("nan"))
+        self.free, self.group = torch.randperm(128).tolist(), group
+        inv_freq = 1.0 / (1e4 ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16))
+        self.rotary = {d: RotaryTable(inv_freq, 1.0, d, DEVICE) for d in (torch.float32, torch.float64)}
+        self.positions = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+        cos, sin = self.rotary[torch.float32].table(LIMIT)
+        self.plan = StaticPlan(
+            rows=rows,
+            positions=self.positions,
+            cos=cos,
+            sin=sin,
+            group=group,
+            kv_heads=2,
+            page_size=PAGE,
+            room=room or Room(),
+        )
+
+    def entry(self, tokens: int) -> torch.Tensor:
+        pages = torch.tensor([self.free.pop() for _ in range(-(-tokens // PAGE))])
+        for index, page in enumerate(pages.tolist()):
+            filled = min(PAGE, tokens - index * PAGE)
+            self.kv[:, page, :, :filled] = torch.randn_like(self.kv[:, page, :, :filled])
+        return pages
+
+    def ask(self, *questions: tuple[int, list[tuple[torch.Tensor, int]]]) -> list[Request]:
+        """Questions of so many tokens each, over entries and their tokens."""
+        requests, row = [], 0
+        for tokens, entries in questions:
+            origin, segments = self.random.randrange(40), []
+            for pages, seen in entries:
+                segments.append(PagedSegment(pages, 0, seen, origin))
+                origin += seen
+            segments.append(PagedSegment(self.entry(tokens), 0, tokens, origin))
+            requests.append(Request(slice(row, row + tokens), tuple(segments)))
+            self.positions[row : row + tokens] = torch.arange(origin, origin + tokens)
+            row += tokens
+        return requests
+
+    def check(self, requests: list[Request]) -> None:
+        """A replay gives each question what the reference gives, and other rows zeros."""
+        assert self.plan.load(requests) is None
+        queries = torch.randn(len(self.positions), 2 * self.group, 16, device=DEVICE)
+        out = cascade_attention_triton(queries, self.plan.plan, self.kv.to(DEVICE), 0.25)
+        plans = [plan_request(self.positions, each, self.rotary[torch.float64], LIMIT, PAGE) for each in requests]
+        clean = self.kv.to(DEVICE).double().nan_to_num(0.0)
+        truth = cascade_attention_reference(queries.double(), [plan for plan in plans if plan], clean, 0.25)
+        for row in range(len(queries)):
+            assert (out[row].double() - truth[row]).norm() <= 3e-6 * truth[row].norm(), row
+        asked = max(request.rows.stop for request in requests)
+        assert not out[asked:].any()
+
+
+@pytest.mark.parametrize("group", [1, 2, 5])
+def test_each_question_sees_its_own_segments(group: int, seed: int, poisoned: None) -> None:
+    asking = Questions(group)
+    shared = [(asking.entry(tokens), tokens) for tokens in (1, PAGE, 63, 150, 17)]
+    asking.check(asking.ask((ROWS, shared)))
+    asking.check(asking.ask((3, shared), (1, [shared[3], shared[0]]), (5, [])))
+    asking.check(asking.ask((1, [shared[2], shared[2]]), (4, shared[::-1])))
+
+
+def test_one_row_is_merged_by_its_last_program(seed: int, poisoned: None) -> None:
+    asking = Questions(2, rows=1)
+    shared = [(asking.entry(tokens), tokens) for tokens in (100, 7, 300)]
+    for entries in (shared, shared[:1], []):
+        asking.check(asking.ask((1, entries)))
+
+
+def test_tables_that_are_too_small_say_what_they_need(seed: int, poisoned: None) -> None:
+    asking = Questions(2, Room(items=3, words=40, partials=4096))
+    entries = [(asking.entry(60), 60) for _ in range(6)]
+    small, large = asking.ask((2, entries[:1])), asking.ask((2, entries))
+    room = asking.plan.load(large)
+    assert room
+    assert room.items > 3
+    assert room.words > 40
+    assert room.partials == 4096, "what was large enough stays as it is"
+    assert asking.plan.load(small) is None
+    asking.plan = Questions(2, room).plan
+    assert asking.plan.load(large) is None
+
+
+def test_hidden_keys_are_refused(seed: int) -> None:
+    asking = Questions(1)
+    hidden = PagedSegment(asking.entry(9), 0, 9, 0, torch.zeros(9, dtype=torch.bool))
+    with pytest.raises(ValueError, match="plan this pass by itself"):
+        asking.plan.load([Request(slice(0, 1), (hidden,))])
