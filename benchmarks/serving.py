@@ -59,7 +59,6 @@ from transformers import AutoModelForCausalLM
 from ttft import cpu_name
 
 from braidsdk import Answer, Braid, BraidError, Chunk, Context
-from braidsdk.engine.graph_runner import GraphRunner
 
 PARTS = ("resident", "third", "aask8", "threads", "lone", "register", "join")
 SYSTEM = "You answer questions."
@@ -527,9 +526,9 @@ def gaps(traces: list[Trace], since: float = 0.0, to: float = float("inf")) -> l
 def join(load: Workload) -> Row:
     """Host time of a join and of a leave among the rows of many callers: the engine's thread's own time on a processor,
     without what it waits for the interpreter."""
-    runner = load.braid._engine._loop.runner
-    if not isinstance(runner, GraphRunner):
-        return {"skipped": "only rows on CUDA graphs join and leave tables"}
+    runner = getattr(getattr(load.braid._engine, "_loop", None), "runner", None)  # older versions have none
+    if not hasattr(runner, "_join"):
+        return {"skipped": "here no row joins or leaves the tables of CUDA graphs"}
     spent: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
 
