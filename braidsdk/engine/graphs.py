@@ -92,8 +92,9 @@ class RunningBatch:
     """The running batch, in memory that all decoding graphs share.
 
     Attributes:
-        state: of each slot's row the absolute position, the position in its tail's frame, and by how much both grow
-            each step: 1, or 0 in an empty slot; int64 [3, slots].
+        state: of each slot's row the absolute position, the position in its tail's frame, by how much both grow each
+            step (1, or 0 in an empty slot), and what is added to its place in memory (0, or -1, which is nowhere, in an
+            empty slot); int64 [4, slots].
         slots: where each token of a row's tail goes; int64 [slots, window].
         chosen: the id to go on from, which the next one takes the place of, and whether its logits were finite; int64
             [2, slots].
@@ -127,7 +128,7 @@ class Graphs:
             device, config = self._model.device, self._model.config
             seen = torch.zeros(ROW_SLOTS, config.vocab_size, dtype=torch.bool, device=device)
             self._batch = RunningBatch(
-                state=torch.zeros(3, ROW_SLOTS, dtype=torch.int64, device=device),
+                state=torch.zeros(4, ROW_SLOTS, dtype=torch.int64, device=device),
                 slots=torch.full((ROW_SLOTS, config.window), -1, dtype=torch.int64, device=device),
                 chosen=torch.zeros(2, ROW_SLOTS, dtype=torch.int64, device=device),
                 choices=Choices.greedy(seen),
@@ -244,7 +245,7 @@ class Graphs:
 
             def run() -> None:
                 slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
-                slots = torch.where(state[2] > 0, slots, -1)
+                slots = torch.addcmul(state[3], slots, state[2])
                 choices = None
                 if drawn:
                     shape, draws = (part[:, :rows].contiguous() for part in (all_choices.shape, all_choices.draws))
@@ -254,7 +255,7 @@ class Graphs:
                     all_choices.draws[:, :rows] = choices.draws
                 state[:2].add_(state[2])
 
-            batch.state[2] = 0
+            batch.state[2], batch.state[3] = 0, -1
             batch.attention.blank()  # rows beyond this pass may be running, and it has no memory for their results
             graph = self._record(run, f"decoding of {rows}")
             for part, value in zip(mine, kept, strict=True):
