@@ -1,4 +1,5 @@
-"""Make the tables of the README and of docs/performance.md from the results in `benchmarks/results/`.
+"""Make the tables of three pages from the results in `benchmarks/results/`: the README, docs/performance.md with what a
+user needs, and benchmarks/results/README.md with the rest.
 
 python benchmarks/tables.py
 """
@@ -13,6 +14,83 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 _NOTHING_KEPT = "No result of this is kept yet."
+
+
+def gain(report: dict[str, Any]) -> str:
+    """What a user gains on a CPU, by the longest prompt measured, as a sentence."""
+    row = max(report["rows"], key=lambda row: row["prompt_tokens"])
+    resident, disk, full = (row[name]["median"] / 1e3 for name in ("resident_ms", "from_disk_ms", "full_prefill_ms"))
+    return (
+        f"{row['prompt_tokens']:,} prompt tokens, Qwen3-0.6B's geometry, {report['cores']} CPU cores: {resident:.2f} s "
+        f"with caches in memory and {disk:.2f} s from disk,\nin the default mode, where a full prefill by transformers "
+        f"takes {full:.1f} s ([all lengths](#how-fast-on-a-cpu), [a GPU](docs/performance.md))."
+    )
+
+
+def overview(gpu: dict[str, Any], vllm: dict[str, Any], serving: dict[str, Any], serving_cpu: dict[str, Any]) -> str:
+    """The rows that a user decides by, as Markdown. A row of which no result is kept is left out."""
+    versions, cpu_versions = gpu["versions"], serving_cpu["versions"]
+    old = "an earlier run" if "transformers" in gpu.get("kept_from_an_earlier_run", []) else "the same run"
+    rows = [*_single_calls(gpu, vllm), *_warm_up_row(gpu), *_callers("GPU", serving), *_eight_callers(serving_cpu)]
+    return "\n".join(
+        [
+            f"GPU: one {gpu['gpu']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
+            f"{versions['transformers']}. CPU: {serving_cpu['device']}, {serving_cpu['cores']} cores, torch "
+            f"{cpu_versions['torch']}. Qwen3-0.6B's geometry, random weights, bfloat16. Medians:",
+            "",
+            f"| | what | BraidSDK | transformers, {old} | vLLM {vllm['versions']['vllm']}, an earlier run |",
+            "| --- | --- | ---: | ---: | ---: |",
+            *(f"| {' | '.join(row)} |" for row in rows),
+        ]
+    )
+
+
+def _single_calls(gpu: dict[str, Any], vllm: dict[str, Any]) -> Iterator[list[str]]:
+    """Calls of one program on the GPU, beside what transformers and vLLM take for the same."""
+    ours, theirs, peers = (
+        {row["what"]: row for row in rows} for rows in (gpu["rows"], gpu["transformers"], vllm["rows"])
+    )
+    beside = {
+        "first token, any order, 8k": "full prefill, 8k",
+        "first token, same order again, 8k": "question over a ready cache, 8k",
+        "first token, any order, 32k": "full prefill, 32k",
+        "decode, 1 request, 8k": "decode, eager, 8k",
+        "decode, 64 requests, one 8k, own orders": "",
+        "registering 64 x 512": "",
+    }
+    for what, their_what in beside.items():
+        if what in ours:
+            cells = [_value(ours[what]), _value(theirs.get(their_what)), _value(peers.get(what))]
+            if "eager" in their_what and (compiled := theirs.get("decode, compiled, static cache of 2,048")):
+                cells[1] += f" eager; {_value(compiled)} compiled, with a static cache of 2,048"
+            yield ["GPU", what, *cells]
+
+
+def _warm_up_row(gpu: dict[str, Any]) -> Iterator[list[str]]:
+    """Seconds until a Braid on the GPU is open and warm, in the first process on a machine and in a later one."""
+    if rows := gpu.get("warm_up"):
+        seconds = [f"{row['open_s'] + row['warm_up_s']:.1f} s" for row in rows]
+        processes = ", ".join(row["process"] for row in rows)
+        yield ["GPU", f"opening a Braid and `warm_up()`: {processes}", ", ".join(seconds), "", ""]
+
+
+def _callers(device: str, serving: dict[str, Any]) -> Iterator[list[str]]:
+    """Many callers at once, with all entries in the pool and with a third of them."""
+    pools = {"resident": "all entries in the pool", "third": "a third of the entries in the pool"}
+    for row in serving.get("rows", []):
+        if row.get("callers") == 64 and row["load"] == "closed":
+            what = f"{row['callers']} callers, {pools[row['pool']]}: requests/s; first token, p50 and p99"
+            yield [device, what, f"{_short(row['requests_per_s'])}; {_both(row['first_token_ms'])} ms", "", ""]
+
+
+def _eight_callers(serving: dict[str, Any]) -> Iterator[list[str]]:
+    """What a CPU gains from callers that ask at the same time."""
+    by_callers = {row.get("callers"): row for row in serving.get("rows", []) if row["pool"] == "resident"}
+    if ratio := serving.get("eight_over_one"):
+        rates = [_short(by_callers[callers]["requests_per_s"]) for callers in (8, 1)]
+        counts = [by_callers[callers]["requests"] for callers in (8, 1)]
+        what = f"8 callers against 1: requests/s, of {counts[0]} and {counts[1]} requests"
+        yield ["CPU", what, f"{rates[0]} against {rates[1]} ({ratio:.2f} x)", "", ""]
 
 
 def ttft_table(report: dict[str, Any]) -> str:
@@ -89,6 +167,10 @@ def _number(value: float | None, unit: str) -> str:
     return "" if value is None else f"{value:,.{2 if unit == 'ms' else 0}f} {unit}"
 
 
+def _value(row: dict[str, Any] | None) -> str:
+    return _number(row["value"], row["unit"]) if row else ""
+
+
 def _bandwidth(report: dict[str, Any]) -> str:
     """What the limits were computed from; older runs did not measure it and took a constant."""
     if measured := report.get("copy_bytes_per_s"):
@@ -139,7 +221,7 @@ def _transformers(rows: list[dict[str, Any]]) -> list[str]:
     """Its times; those that were tried with several kinds of attention kernels with all of them."""
     kinds = list(dict.fromkeys(kind for row in rows for kind in row.get("tried", {})))
     heads = ["", *(f"attention kernels: {kind}" for kind in kinds)]
-    lines = [f"| transformers, same run | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
+    lines = [f"| transformers | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]
     for row in rows:
         tried = [_number(row.get("tried", {}).get(kind), row["unit"]) for kind in kinds]
         lines.append(f"| {' | '.join([row['what'], _number(row['value'], row['unit']), *tried])} |")
@@ -232,7 +314,7 @@ def launches_table(report: dict[str, Any]) -> str:
         return _NOTHING_KEPT
     passes = [name for name in launches if not name.endswith(", drawn")]
     passes.sort(key=lambda name: (name.split()[0], int(name.split()[-1])))
-    lines = ["| graph | kernels, greedy | kernels, drawn |", "| --- | ---: | ---: |"]
+    lines = ["| graph | kernels, greedy | kernels, sampled |", "| --- | ---: | ---: |"]
     return "\n".join(
         [*lines, *(f"| {name} | {launches[name]} | {launches.get(f'{name}, drawn', '')} |" for name in passes)]
     )
@@ -267,17 +349,21 @@ def sample_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {one[name]:,} | {many[name]:,} |" for name in one)])
 
 
+_USERS, _REST = "docs/performance.md", "benchmarks/results/README.md"
+
 TABLES = {
-    "sample": ("docs/performance.md", "kernels/sample.json", sample_table),
-    "gpu": ("docs/performance.md", "gpu.json vllm.json", gpu_table),
-    "warm_up": ("docs/performance.md", "gpu.json", warm_up_table),
-    "launches": ("docs/performance.md", "gpu.json", launches_table),
-    "batch": ("docs/performance.md", "gpu.json", batch_table),
-    "serving": ("docs/performance.md", "serving.json", serving_table),
-    "serving_cpu": ("docs/performance.md", "serving-cpu.json", serving_table),
+    "gain": ("README.md", "ttft.json", gain),
     "ttft": ("README.md", "ttft.json", ttft_table),
-    "attention": ("docs/performance.md", "kernels/attention.json", attention_table),
-    "linear": ("docs/performance.md", "kernels/linear.json", linear_table),
+    "overview": (_USERS, "gpu.json vllm.json serving.json serving-cpu.json", overview),
+    "gpu": (_REST, "gpu.json vllm.json", gpu_table),
+    "warm_up": (_REST, "gpu.json", warm_up_table),
+    "launches": (_REST, "gpu.json", launches_table),
+    "batch": (_REST, "gpu.json", batch_table),
+    "serving": (_REST, "serving.json", serving_table),
+    "serving_cpu": (_REST, "serving-cpu.json", serving_table),
+    "sample": (_REST, "kernels/sample.json", sample_table),
+    "attention": (_REST, "kernels/attention.json", attention_table),
+    "linear": (_REST, "kernels/linear.json", linear_table),
 }
 """By the name of its marks: the page that a table stands in, the results that it shows (a space between two), and what
 makes it."""
@@ -297,7 +383,7 @@ def fill(text: str, name: str, table: str) -> str:
 
 
 def filled(name: str) -> tuple[Path, str]:
-    """A table's page, and its text with the table made anew."""
+    """A table's page, and its text with the table made again."""
     page, results, make = TABLES[name]
     text = (ROOT / page).read_text(encoding="utf-8")
     return ROOT / page, fill(text, name, make(*(_kept(each) for each in results.split())))

@@ -69,12 +69,17 @@ def test_shell_snippet_answers_about_a_folder_with_nothing_but_the_virtual_envir
 
 @pytest.mark.parametrize(
     "document",
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))],
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "benchmarks" / "results" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ],
     ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 def test_links_and_named_files_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
     assert all((document.parent / link).exists() for link in links), links
-    named = re.findall(r"`((?:braidsdk|kernels|store|models|tests|docs|examples)/[\w./]*)`", text)
+    named = re.findall(r"`((?:braidsdk|kernels|store|models|tests|docs|examples|benchmarks)/[\w./-]*)`", text)
     assert all((ROOT / name).exists() for name in named), named

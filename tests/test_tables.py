@@ -26,6 +26,37 @@ def test_pages_show_the_committed_results(name: str) -> None:
     assert text == page.read_text(encoding="utf-8"), "run python benchmarks/tables.py"
 
 
+def test_the_readme_says_what_the_longest_prompt_gains() -> None:
+    times = {"resident_ms": 134.0, "from_disk_ms": 490.0, "full_prefill_ms": 16412.0}
+    rows = [
+        {"prompt_tokens": tokens, **{name: {"median": value * scale} for name, value in times.items()}}
+        for tokens, scale in ((8239, 1.0), (559, 0.1))
+    ]
+    sentence = tables.gain({"rows": rows, "cores": 2})
+    assert sentence.startswith("8,239 prompt tokens, Qwen3-0.6B's geometry, 2 CPU cores: 0.13 s with caches in memory")
+    assert "0.49 s from disk" in sentence
+    assert "takes 16.4 s" in sentence
+
+
+def test_a_user_gets_ten_rows() -> None:
+    reports = [kept(name) for name in ("gpu", "vllm", "serving", "serving-cpu")]
+    lines = tables.overview(*reports).splitlines()
+    assert len(lines[4:]) == 10
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:]]
+    assert all(len(row) == 5 for row in cells)
+    (row,) = [row for row in cells if row[1] == "first token, any order, 8k"]
+    (prefill,) = [row for row in reports[0]["transformers"] if row["what"] == "full prefill, 8k"]
+    assert row[3] == f"{prefill['value']:,.2f} ms"
+    assert cells[-1][0] == "CPU"
+    assert cells[-1][2].endswith(f"({kept('serving-cpu')['eight_over_one']:.2f} x)")
+
+
+def test_the_ten_rows_say_where_transformers_was_timed() -> None:
+    gpu, *others = [kept(name) for name in ("gpu", "vllm", "serving", "serving-cpu")]
+    for earlier, said in ((["transformers"], "an earlier run"), ([], "the same run")):
+        assert f"| transformers, {said} |" in tables.overview({**gpu, "kept_from_an_earlier_run": earlier}, *others)
+
+
 def test_missing_marks_are_an_error() -> None:
     with pytest.raises(ValueError, match="found 0"):
         tables.fill("no marks here", "ttft", "table")
