@@ -213,7 +213,7 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_anything_is_computed(
     monkeypatch.setattr("braidsdk.engine.runner.forward", lambda *_: pytest.fail("something was computed"))
     for free in (0, needed, needed + MARGIN_BYTES - 1):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage(0, 0, free))
-        with pytest.raises(StoreFullError, match=r"Expected room for .* and 67.1 MB to spare.*Nothing was computed"):
+        with pytest.raises(StoreFullError, match=r"must have room for .* and 67.1 MB to spare.*Nothing was computed"):
             random_braid.register_many(["word " * 1000, *TEXTS] if not free else TEXTS, anchor=rules, progress=False)
         with pytest.raises(StoreFullError):
             random_braid.register_many(TEXTS, anchor=rules, on_error="skip", progress=False)

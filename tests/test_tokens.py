@@ -83,7 +83,7 @@ def test_a_long_run_of_combining_marks_is_refused_before_it_is_normalised(
     marks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unnormalised = SimpleNamespace(combining=unicodedata.combining, normalize=lambda *_: pytest.fail("normalised"))
-    monkeypatch.setattr("braidsdk.prompt.layout.unicodedata", unnormalised)
+    monkeypatch.setattr("braidsdk.prompt.text.unicodedata", unnormalised)
     for start in range(0, 300, 7):
         with pytest.raises(InputError, match="fewer than 256 combining marks in a row"):
             normalise("a" * start + marks * 512)
@@ -137,7 +137,7 @@ def test_a_folder_without_tokenizer_says_what_to_save(tmp_path: Path) -> None:
 def test_a_tokenizer_without_template_is_refused(folder: Path, tmp_path: Path) -> None:
     copied = copy_tokenizer(folder, tmp_path / "t")
     (copied / "chat_template.jinja").unlink()
-    with pytest.raises(UnsupportedModelError, match="no chat template"):
+    with pytest.raises(UnsupportedModelError, match="must hold a chat template"):
         PromptLayout(copied)
 
 

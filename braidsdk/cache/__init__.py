@@ -1,7 +1,9 @@
-"""KV entries in memory: the pages they lie on, and how they come there.
+"""KV entries in memory: the pages they lie on, and how they get there.
 
     pool.py       pages, entries, pins, eviction
-    residency.py  what a request needs: found, loaded, to be computed, written
+    residency.py  finds, loads, hands out and writes the entries that requests need
+    rates.py      how fast this device computes and loads
+    export.py     a context as a cache of transformers
 
-Knows nothing of a request's answer: no sampling, no text.
+Knows nothing about a request's answer: no sampling, no text.
 """

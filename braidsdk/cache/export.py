@@ -1,6 +1,7 @@
-"""A composed context as the cache of another library: transformers.
+"""A composed context as a cache of another library, transformers.
 
-There every key stands at its absolute position, so it is rotated on from its segment's frame: R(s) R(j) = R(s + j).
+In that cache every key stands at its absolute position. So each key is rotated from its segment's frame by the
+segment's origin s: R(s) R(j) = R(s + j).
 """
 
 from collections.abc import Sequence
@@ -18,17 +19,17 @@ from braidsdk.models.base import Model
 def to_dynamic_cache(
     model: Model, pool: Pool, segments: Sequence[Segment], entries: Sequence[Resident], config: PretrainedConfig | None
 ) -> DynamicCache:
-    """Copy entries out of the pool, their keys at absolute positions.
+    """Copy entries out of the pool, with their keys at absolute positions.
 
     Args:
-        model: whose keys they are.
+        model: the model that computed the entries.
         pool: where they lie.
         segments: their places, contiguous from position 0.
         entries: one per segment.
-        config: of the transformers model that will read the cache, or None.
+        config: the config of the transformers model that will read the cache, or None.
 
     Returns:
-        Per layer keys and values [1, kv_heads, tokens, head_dim], in the model's dtype and on its device.
+        Keys and values of each layer, [1, kv_heads, tokens, head_dim], in the model's dtype and on its device.
     """
     turns = [_turn(model, segment.origin) for segment in segments]
     layers = []
@@ -47,7 +48,7 @@ def _tokens(memory: Tensor, entry: Resident) -> Tensor:
 def _turn(model: Model, origin: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles at a position, each [1, head_dim / 2].
 
-    A table's entries may hold a factor (YaRN). The keys have it already, so only the direction is used.
+    A table's entries may hold a factor (YaRN). The keys have that factor already, so only the direction is used.
     """
     cos, sin = model.rotary.at(torch.tensor([origin], device=model.device), origin + 1)
     length = torch.hypot(cos, sin)

@@ -1,10 +1,10 @@
 """The paged KV memory of one device, and which entries are resident in it.
 
-Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim]. It takes its capacity at once: on a GPU because
-growing would copy, and move what CUDA graphs read; on a CPU because the system gives memory only to pages that are
-written to. When no page is free, the least recently used entry that nobody pins makes room.
+Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim]. It takes its capacity at once. On a GPU, growing
+would copy it, and move what CUDA graphs read. On a CPU the system gives memory only to pages that are written to. When
+no page is free, the least recently used entry without a pin is evicted.
 
-Padding is zero where attention needs it. Only the engine's thread changes a pool.
+Padding is zero if attention needs that. Only the engine's thread changes a pool.
 
 Knows nothing about text, files or composition modes.
 """
@@ -30,23 +30,23 @@ from braidsdk.types import LEVEL_QUERY
 _log = logging.getLogger(__name__)
 
 PAGE_SIZE = {"cpu": 128, "cuda": 64}
-"""Tokens per page, by device: by measurement what its attention reads fastest."""
+"""Tokens per page, by device. Measurements showed that its attention reads pages of this size fastest."""
 
 KEPT_TURNS = 32
-"""Past turns of conversations that stay resident: most conversations never go on."""
+"""This many past turns of conversations stay resident. Most conversations never go on."""
 
 TOUCHED_BYTES = 256 * 2**20
-"""What a pool on a CPU writes to when it is made, so that the first question does not pay for it."""
+"""A pool on a CPU writes to this many bytes when it is made, so that the first question does not pay for it."""
 
 
 class State(StrEnum):
-    """Of an entry. LOADING -> READY -> DROPPED, or LOADING -> DROPPED."""
+    """The state of an entry. It goes LOADING -> READY -> DROPPED, or LOADING -> DROPPED."""
 
     LOADING = "loading"
-    """Its pages are taken; what lies there is not all its own yet."""
+    """Its pages are taken, but not all of its keys and values are there yet."""
     READY = "ready"
     DROPPED = "dropped"
-    """Nobody finds it any more; its pages are freed with the last pin."""
+    """It can't be found any more. Its pages are freed with the last pin."""
 
 
 @dataclass(eq=False)
@@ -54,9 +54,9 @@ class Resident:
     """A KV entry in the pool.
 
     Attributes:
-        key: what it is the cache of.
+        key: names the entry.
         pages: its page ids, int64 [pages], on the CPU.
-        stored: whether the store holds it too, or a write of it runs.
+        stored: whether the store holds it too, or it is being written.
         state: see `State`.
     """
 
@@ -70,7 +70,7 @@ class Resident:
         return len(self.key.token_ids)
 
     def at(self, origin: int) -> PagedSegment:
-        """The whole entry, its token 0 at absolute position `origin`."""
+        """The whole entry, with its token 0 at absolute position `origin`."""
         return PagedSegment(self.pages, 0, self.tokens, origin)
 
 
@@ -93,21 +93,21 @@ class Pool:
 
         Args:
             layers, kv_heads, head_dim: geometry of the model's cache.
-            dtype, device: of the memory.
-            capacity_bytes: how much it takes, rounded down to whole pages.
-            page_size: tokens per page; None is what suits the device.
-            zero_padding: whether slots without tokens must be zero: torch's attention multiplies them by zero, kernels
-                that leave them out spare a pool the writing.
+            dtype, device: dtype and device of the memory.
+            capacity_bytes: how much memory to take, rounded down to whole pages.
+            page_size: tokens per page; None takes what suits the device.
+            zero_padding: whether slots without tokens must be zero. torch's attention multiplies them by zero; kernels
+                that skip them do not need it.
 
         Raises:
-            PoolFullError: the device has not got so much.
+            PoolFullError: the device does not have that much memory.
         """
         self.page_size = page_size = page_size or PAGE_SIZE[device.type]
         self.page_bytes = layers * 2 * kv_heads * page_size * head_dim * dtype.itemsize
         self.capacity_pages = capacity_bytes // self.page_bytes
         shape = (layers, 2, self.capacity_pages, kv_heads, page_size, head_dim)
         try:
-            with torch.inference_mode(False):  # written in both modes, also by callers who open us inside one
+            with torch.inference_mode(False):  # it is written in both modes, and callers may open us inside one
                 self.kv = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:  # how torch says that there is no memory
             raise PoolFullError(
@@ -121,11 +121,11 @@ class Pool:
         self._entries: OrderedDict[str, Resident] = OrderedDict()
         self._turns: OrderedDict[str, Resident] = OrderedDict()
         self._pins: Counter[Resident] = Counter()
-        self._evictable = 0  # pages of entries that nobody pins
+        self._evictable = 0  # pages of entries without a pin
 
     @classmethod
     def for_model(cls, model: Model, capacity_bytes: int) -> Self:
-        """The pool of a model's device."""
+        """A pool for a model, on its device."""
         return cls(
             layers=model.config.layers,
             kv_heads=model.config.kv_heads,
@@ -143,7 +143,7 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Pages that can be taken now: free ones, and those of entries that nobody pins."""
+        """Pages that can be taken now: free ones, and those of entries without a pin."""
         return len(self._free) + self._evictable
 
     def pages_for(self, tokens: int) -> int:
@@ -151,50 +151,50 @@ class Pool:
         return -(-tokens // self.page_size)
 
     def bytes_for(self, tokens: int) -> int:
-        """Bytes that `tokens` tokens take, padding to whole pages included."""
+        """Bytes that `tokens` tokens take, including the padding to whole pages."""
         return self.pages_for(tokens) * self.page_bytes
 
     def find(self, digest: str) -> Resident | None:
-        """The entry of that key digest, loading or ready; does not count as a use. Any thread may ask."""
+        """The entry with this key digest, loading or ready. Finding it does not count as a use. Any thread may ask."""
         return self._entries.get(digest)
 
     def check_fits(self, token_counts: Iterable[int]) -> None:
-        """Raise, before anything is loaded or computed, if entries of so many tokens could never be here together.
+        """Check, before anything is loaded or computed, that entries with these numbers of tokens fit together.
 
         Raises:
-            PoolFullError: they need more pages than the pool has.
+            PoolFullError: they need more pages than the pool has, so they never fit.
         """
         needed = sum(map(self.pages_for, token_counts))
         if needed > self.capacity_pages:
             raise PoolFullError(
-                f"The context and its answer need {needed * self.page_bytes / 1e6:,.1f} MB of KV memory; the pool's "
-                f"limit is {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB. Compose fewer chunks, lower "
-                "max_new_tokens, or open the Braid with a larger pool_bytes."
+                f"The context and its answer must fit into {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB of KV "
+                f"memory, the pool's limit; they need {needed * self.page_bytes / 1e6:,.1f} MB. Compose fewer chunks, "
+                "lower max_new_tokens, or open the Braid with a larger pool_bytes."
             )
 
     def take(self, tokens: int) -> Tensor:
-        """Take pages for `tokens` tokens; anything may lie on them, see `clear`.
+        """Take pages for `tokens` tokens. Old data may lie on them; see `clear`.
 
         Returns:
             Page ids, int64 [pages], on the CPU.
 
         Raises:
-            PoolFullError: they do not fit beside what is pinned.
+            PoolFullError: they do not fit beside the pinned entries.
         """
         wanted = self.pages_for(tokens)
         if wanted > self.room:
             raise PoolFullError(
-                f"{tokens:,} tokens need {wanted * self.page_bytes / 1e6:,.1f} MB of KV memory; of "
-                f"{self.capacity_pages * self.page_bytes / 1e6:,.1f} MB running calls leave "
-                f"{self.room * self.page_bytes / 1e6:,.1f} MB. Try again when they have ended, or open the Braid with "
-                "a larger pool_bytes."
+                f"{tokens:,} tokens must fit into the {self.room * self.page_bytes / 1e6:,.1f} MB that running calls "
+                f"leave of {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB of KV memory; they need "
+                f"{wanted * self.page_bytes / 1e6:,.1f} MB. Try again when those calls have ended, or open the Braid "
+                "with a larger pool_bytes."
             )
         while len(self._free) < wanted:
             self._evict(self._entries)
         return torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64)
 
     def clear(self, pages: Tensor) -> None:
-        """Zero pages that will not be filled to the last slot, where attention needs that."""
+        """Set pages to zero that will not be filled to the last slot, if attention needs that."""
         if self.zero_padding:
             for start, stop in _runs(pages.tolist()):
                 self.kv[:, :, start:stop] = 0
@@ -204,8 +204,8 @@ class Pool:
         self._free += reversed(pages.tolist())
 
     def memory_of(self, pages: Tensor) -> list[list[memoryview]]:
-        """For each layer the bytes of these pages, all keys before all values, in few pieces. For a pool on the CPU."""
-        part = self.kv.stride(2) * self.kv.itemsize  # of one page: its keys, or its values, in one layer
+        """The bytes of these pages for each layer, all keys before all values, in few pieces. For a pool on the CPU."""
+        part = self.kv.stride(2) * self.kv.itemsize  # bytes of one page's keys, or of its values, in one layer
         memory = self.kv.view(-1).view(torch.uint8).numpy().data
         runs = [(start * part, stop * part) for start, stop in _runs(pages.tolist())]
         halves = [half * self.capacity_pages * part for half in range(2 * len(self.kv))]
@@ -213,7 +213,7 @@ class Pool:
         return [keys + values for keys, values in zip(pieces[::2], pieces[1::2], strict=True)]
 
     def add(self, entry: Resident) -> Resident:
-        """Make an entry resident, loading or ready. Of past turns only the latest `KEPT_TURNS` stay."""
+        """Make an entry resident, loading or ready. Only the latest `KEPT_TURNS` past turns stay."""
         digest = entry.key.digest
         self._entries[digest] = entry
         self._evictable += len(entry.pages)
@@ -224,7 +224,7 @@ class Pool:
         return entry
 
     def pin(self, entry: Resident) -> None:
-        """Keep an entry until it is unpinned as often; it is now the most recently used."""
+        """Keep an entry until it is unpinned as often as it was pinned. It is now the most recently used one."""
         for entries in (self._entries, self._turns):
             if entry.key.digest in entries:
                 entries.move_to_end(entry.key.digest)
@@ -243,7 +243,7 @@ class Pool:
                 self._evictable += len(entry.pages)
 
     def drop(self, entry: Resident) -> None:
-        """Forget an entry and free its pages, those that somebody pins with the last pin. Again is harmless."""
+        """Forget an entry and free its pages, or, if it is pinned, free them with the last pin. Safe to call twice."""
         if entry.state is State.DROPPED:
             return
         entry.state = State.DROPPED
@@ -254,20 +254,20 @@ class Pool:
             self.give_back(entry.pages)
 
     def drop_chunks(self, chunk_ids: Set[str]) -> list[Resident]:
-        """Drop every entry of these chunks, and every entry that was computed with sight of one; returns them."""
+        """Drop every entry of these chunks, and every entry that was computed after one of them. Returns them."""
         gone = [e for e in self._entries.values() if not chunk_ids.isdisjoint((e.key.chunk_id, *e.key.after))]
         for entry in gone:
             self.drop(entry)
         return gone
 
     def integrity(self, held: Iterable[Tensor] = ()) -> None:
-        """Check that each page is free, of one entry, or held by one request, and that pins and counts agree.
+        """Check that each page is free, or belongs to one entry or one request, and that pins and counts agree.
 
         Args:
             held: pages that requests hold beside entries.
 
         Raises:
-            RuntimeError: they do not; the message says what.
+            RuntimeError: a check failed; the message says which.
         """
         dropped = [entry for entry in self._pins if entry.state is State.DROPPED]
         owned = [*(entry.pages for entry in (*self._entries.values(), *dropped)), *held]
@@ -280,10 +280,10 @@ class Pool:
         if self._evictable != sum(len(e.pages) for e in self._entries.values() if e not in self._pins):
             raise RuntimeError("pool: the count of pages that can be evicted is wrong")
         if any(entry.state is State.LOADING and entry not in self._pins for entry in self._entries.values()):
-            raise RuntimeError("pool: an entry is loading and nobody pins it")
+            raise RuntimeError("pool: an entry is loading and has no pin")
 
     def _evict(self, entries: OrderedDict[str, Resident]) -> None:
-        """Drop the least recently used of these that nobody pins, if there is one."""
+        """Drop the least recently used of these entries that has no pin, if there is one."""
         entry = next((each for each in entries.values() if each not in self._pins), None)
         if entry:
             _log.debug("evicted an entry of %d tokens", entry.tokens)
@@ -291,7 +291,7 @@ class Pool:
 
 
 def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Consecutive page ids as the first and one past the last of each run."""
+    """Runs of consecutive page ids, each as its first id and the id after its last."""
     cuts = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1), len(ids)]
     return [(ids[start], ids[stop - 1] + 1) for start, stop in pairwise(cuts) if stop > start]
 

@@ -1,4 +1,4 @@
-"""How fast one model has been on one device: measured by what was done anyway, remembered for later processes.
+"""How fast one model has been on one device. Rates come from work that was done anyway, and later processes know them.
 
 Knows nothing about texts, modes or files.
 """
@@ -10,12 +10,13 @@ from threading import Lock
 from typing import Literal
 
 Kind = Literal["compute", "load"]
-"""Missing entries, computed and stored, in tokens; stored entries, read into the pool, in bytes."""
+"""What a rate is of: missing entries that are computed and stored, in tokens, or stored entries that are read into the
+pool, in bytes."""
 
 KINDS: tuple[Kind, ...] = ("compute", "load")
 
 KEPT = 16
-"""Measurements that a rate is made of; older ones are forgotten."""
+"""A rate is made of this many measurements; older ones are forgotten."""
 
 
 class Rates:
@@ -23,7 +24,7 @@ class Rates:
 
     def __init__(self, prefix: str, remembered: Mapping[str, str]) -> None:
         """Args:
-        prefix: what model and device these are rates of.
+        prefix: names the model and the device.
         remembered: what `changed` of an earlier process returned.
         """
         self._prefix = prefix
@@ -37,7 +38,7 @@ class Rates:
 
     @staticmethod
     def keys(prefix: str) -> Iterable[str]:
-        """What to ask a store for, before a `Rates` of this prefix is made."""
+        """The keys to ask a store for before a `Rates` with this prefix is made."""
         return [f"{prefix}:{kind}" for kind in KINDS]
 
     def add(self, kind: Kind, amount: float, seconds: float) -> None:
@@ -48,7 +49,7 @@ class Rates:
                 self._changed.add(kind)
 
     def amount(self, kind: Kind) -> float:
-        """How many tokens or bytes the rate was measured on: a few say little."""
+        """How many tokens or bytes the rate was measured on. A rate from few is not reliable."""
         with self._lock:
             return sum(amount for amount, _ in self._measured[kind])
 
@@ -59,7 +60,7 @@ class Rates:
             return sum(amount for amount, _ in measured) / sum(time for _, time in measured) if measured else None
 
     def seconds_for(self, kind: Kind, amount: float) -> float | None:
-        """Expected time for so many tokens or bytes; None before any was measured."""
+        """The expected time for this many tokens or bytes; None before any was measured."""
         rate = self.per_s(kind)
         return None if rate is None else amount / rate
 

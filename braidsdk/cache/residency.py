@@ -1,8 +1,9 @@
-"""What requests need in memory: found, loaded, computed by one of them, and written to the store.
+"""Gives requests the entries that they need in memory: finds them, loads them, or says which request computes them, and
+writes them to the store.
 
-An entry that several requests need is loaded or computed once. Who computes it is the one of them that was admitted
-first, so requests only ever wait for earlier ones. Reading, hashing and fsync run in I/O threads; they post what they
-found to the engine's thread, which alone changes the pool.
+An entry that several requests need is loaded or computed once. The request that was admitted first computes it, so
+requests only wait for earlier ones. Reading, hashing and fsync run in I/O threads. These post their results to the
+engine's thread, which alone changes the pool.
 """
 
 import logging
@@ -25,20 +26,20 @@ from braidsdk.models.base import Model
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
 
 READ_JOBS, WRITE_JOBS = 2, 1
-"""Reads and writes of requests that run at once; each takes threads of its own besides."""
+"""How many reads and writes run at the same time. Each uses threads of its own as well."""
 
 STAGING_BYTES = 32 * 2**20
-"""Of pinned memory, by way of which entries leave a GPU."""
+"""Size of the pinned memory through which entries leave a GPU."""
 
 _log = logging.getLogger(__name__)
 
 
 class Need(Protocol):
-    """What a request needs of memory. Compared by identity."""
+    """What a request needs in memory. Compared by identity."""
 
     @property
     def keys(self) -> Sequence[EntryKey]:
-        """Of its entries, one per segment."""
+        """The keys of its entries, one per segment."""
         ...
 
     @property
@@ -48,12 +49,12 @@ class Need(Protocol):
 
     @property
     def reserved(self) -> int:
-        """Tokens of its tail and its answer, at most."""
+        """The most tokens that its tail and its answer can have."""
         ...
 
     @property
     def computes(self) -> frozenset[str]:
-        """Digests of entries that the store is known to lack, and that are written even if they are resident."""
+        """Digests of entries that the store is known to lack. They are written even if they are resident."""
         ...
 
 
@@ -62,18 +63,18 @@ N_contra = TypeVar("N_contra", bound=Need, contravariant=True)
 
 
 class Owner(Protocol[N_contra]):
-    """Who is told what became of a request; the engine, in its own thread."""
+    """Hears what became of a request. It is the engine, in its own thread."""
 
     def post(self, work: Callable[[], None]) -> None:
-        """Run something in the engine's thread, soon. Any thread may call it."""
+        """Run something in the engine's thread soon. Any thread may call it."""
         ...
 
     def on_ready(self, request: N_contra) -> None:
-        """Every entry that a request needs is there, or its own to compute."""
+        """Every entry that a request needs is there, or the request computes it itself."""
         ...
 
     def on_written(self, request: N_contra) -> None:
-        """A write that a request waits for has ended well."""
+        """A write that a request waits for has succeeded."""
         ...
 
     def on_failed(self, request: N_contra, error: BaseException) -> None:
@@ -87,8 +88,8 @@ class Held(Generic[N]):
 
     Attributes:
         entries: one per segment, pinned.
-        pages: of its tail, int64 [pages], on the CPU.
-        absent: those of its entries that were not resident when it was admitted.
+        pages: pages of its tail, int64 [pages], on the CPU.
+        absent: its entries that were not resident when it was admitted.
         ready: whether the engine was told that it is ready.
         writes: writes that it waits for.
     """
@@ -102,10 +103,10 @@ class Held(Generic[N]):
 
 @dataclass(eq=False)
 class _Making(Generic[N]):
-    """An entry that is not whole yet.
+    """An entry that is not complete yet.
 
     Attributes:
-        holders: requests that need it, in the order of their admission; the first computes it.
+        holders: requests that need it, in the order of their admission. The first one computes it.
         reading: whether an I/O thread looks for it in the store.
     """
 
@@ -115,12 +116,12 @@ class _Making(Generic[N]):
 
 @dataclass(eq=False)
 class _Write(Generic[N]):
-    """Entries on their way to the store.
+    """Entries that are being written to the store.
 
     Attributes:
-        entries: which.
-        waiting: requests that wait for them.
-        computed_tokens: tokens that were computed for them, for the rate.
+        entries: the entries.
+        waiting: requests that wait for the write.
+        computed_tokens: tokens that were computed for them; they count for the rate.
         started: when computing them began, in seconds of `time.perf_counter`.
     """
 
@@ -131,7 +132,7 @@ class _Write(Generic[N]):
 
 
 class Residency(Generic[N]):
-    """Everything here but the I/O jobs runs in the engine's thread."""
+    """Which request holds which entries and pages. Everything here runs in the engine's thread, except the I/O jobs."""
 
     def __init__(
         self,
@@ -143,12 +144,12 @@ class Residency(Generic[N]):
         owner: Owner[N],
     ) -> None:
         """Args:
-        model: computes what the store lacks.
-        pool: where entries lie.
-        store: where they are kept.
-        identity: of the model, as in keys.
-        rates: takes what loading and computing took.
-        owner: is told what became of a request.
+        model: computes the entries that the store lacks.
+        pool: holds the entries in memory.
+        store: keeps them on disk.
+        identity: identifies the model in keys.
+        rates: hears how long loading and computing took.
+        owner: hears what became of a request.
         """
         self.pool = pool
         self.hits = self.misses = 0
@@ -172,7 +173,8 @@ class Residency(Generic[N]):
     # the scheduler's Memory
 
     def admit(self, request: N) -> bool:
-        """Pin the entries that a request needs, take pages for those that are missing and for its tail; or nothing."""
+        """Pin the entries that a request needs, and take pages for the missing ones and for its tail. Returns whether
+        there was room; if not, nothing is pinned or taken."""
         pool, unique = self.pool, {key.digest: key for key in request.keys}
         found = {digest: entry for digest in unique if (entry := pool.find(digest))}
         for entry in found.values():
@@ -199,7 +201,8 @@ class Residency(Generic[N]):
         return True
 
     def release(self, request: N) -> None:
-        """Give back all that a request holds; an entry that it was to compute goes over to the next that needs it."""
+        """Give back everything that a request holds. If it had to compute an entry, the next request that needs the
+        entry computes it."""
         held = self._held.pop(request)
         self.pool.give_back(held.pages)
         heirs = []
@@ -218,7 +221,8 @@ class Residency(Generic[N]):
     # from admission to ready
 
     def start(self, request: N) -> None:
-        """Begin to load what a request needs that was just admitted. The owner hears when it is ready, perhaps now."""
+        """Begin to load what a newly admitted request needs. The owner hears when it is ready, perhaps before this
+        returns."""
         held = self._held[request]
         for entry in held.entries:
             if entry.key.digest in request.computes and entry not in self._writing:
@@ -227,7 +231,7 @@ class Residency(Generic[N]):
         if to_read:
             for entry in to_read:
                 self._making[entry].reading = True
-                self.pool.pin(entry)  # until the job has ended: its thread writes to these pages
+                self.pool.pin(entry)  # until the job has ended, because its thread writes to these pages
             try:
                 self._readers.submit(self._read, to_read)
             except RuntimeError as error:
@@ -236,12 +240,12 @@ class Residency(Generic[N]):
         self._check_ready(request)
 
     def to_compute(self, request: N) -> list[Resident]:
-        """Entries that a ready request computes, in the order of its segments."""
+        """The entries that a ready request computes, in the order of its segments."""
         entries = dict.fromkeys(self._held[request].entries)
         return [entry for entry in entries if entry in self._making]
 
     def computed(self, entry: Resident) -> None:
-        """All of an entry's keys and values are there, or will be before anything that is launched from now on."""
+        """All keys and values of an entry are there, or will be there before anything that is launched from now on."""
         making = self._making.pop(entry)
         if entry.state is State.LOADING:
             entry.state = State.READY
@@ -257,12 +261,15 @@ class Residency(Generic[N]):
     # after computing
 
     def write(self, request: N, computed_tokens: int, started: float) -> bool:
-        """Begin to write what a request keeps and the store lacks; whether there is a write that it waits for.
+        """Begin to write the entries that a request keeps and the store lacks.
 
         Args:
-            request: all of its entries are computed.
-            computed_tokens: tokens of those that it computed.
+            request: a request whose entries are all computed.
+            computed_tokens: tokens of the entries that it computed itself.
             started: when computing them began, in seconds of `time.perf_counter`.
+
+        Returns:
+            Whether there is a write that the request waits for.
         """
         held = self._held[request]
         kept = dict.fromkeys(entry for entry, keep in zip(held.entries, request.keeps, strict=True) if keep)
@@ -287,15 +294,15 @@ class Residency(Generic[N]):
         return bool(held.writes)
 
     def adopt_turn(self, request: N, key: EntryKey) -> None:
-        """Leave the first tokens of a request's tail and answer resident, for the conversation's next turn.
+        """Keep the first tokens of a request's tail and answer resident, for the conversation's next turn.
 
         Args:
-            request: running; all of these tokens are computed.
+            request: a running request; all of these tokens are computed.
             key: names exactly those tokens.
         """
         held = self._held[request]
         if self.pool.find(key.digest) or any(entry.state is State.DROPPED for entry in held.entries):
-            return  # the same turn was taken before; or a chunk was deleted, and nothing that has seen it stays
+            return  # the same turn is resident already; or a chunk was deleted, and nothing computed after it may stay
         pages = self.pool.pages_for(len(key.token_ids))
         if self.pool.zero_padding:  # also where tokens were cut off
             filled = len(key.token_ids) - (pages - 1) * self.pool.page_size
@@ -304,7 +311,7 @@ class Residency(Generic[N]):
         held.pages = held.pages[pages:]
 
     def close(self) -> None:
-        """Wait for all writes, and for reads that have begun. No request holds anything any more."""
+        """Wait for all writes, and for reads that have begun. By then no request may hold anything."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
 
@@ -317,11 +324,11 @@ class Residency(Generic[N]):
         self.pool.integrity(held.pages for held in self._held.values())
         for entry, making in self._making.items():
             if not making.holders and not making.reading:
-                raise RuntimeError("residency: nobody makes an entry that is not whole")
+                raise RuntimeError("residency: an entry is not complete, and no request or read completes it")
             if any(holder not in self._held for holder in making.holders):
-                raise RuntimeError("residency: a request that has ended is to compute an entry")
+                raise RuntimeError("residency: a request that has ended still has to compute an entry")
             if entry.state is State.READY:
-                raise RuntimeError("residency: an entry is ready and not whole")
+                raise RuntimeError("residency: an entry is ready, but not complete")
 
     def _check_ready(self, request: N) -> None:
         held = self._held[request]
@@ -331,7 +338,7 @@ class Residency(Generic[N]):
             self._owner.on_ready(request)
 
     def _pass_on(self, entry: Resident, making: _Making[N]) -> list[N]:
-        """Who computes an entry now; without anybody it is dropped."""
+        """The request that computes an entry now. If there is none, the entry is dropped."""
         if making.holders:
             return making.holders[:1]
         del self._making[entry]
@@ -341,7 +348,7 @@ class Residency(Generic[N]):
     # I/O jobs, and what they post
 
     def _read(self, entries: list[Resident]) -> None:
-        """In an I/O thread: load what the store holds of these."""
+        """Load the entries that the store holds. Runs in an I/O thread."""
         started, loaded, count = perf_counter(), 0, 0
         by_digest = {entry.key.digest: entry for entry in entries}
         place = (lambda key: self._place(by_digest[key.digest])) if self._model.device.type == "cpu" else None
@@ -370,7 +377,7 @@ class Residency(Generic[N]):
         self.pool.unpin(entry)
 
     def _not_loaded(self, entry: Resident, error: BaseException | None) -> None:
-        """The store lacks it, or could not be read: then those that need it fail."""
+        """The store lacks the entry, or, with an error, could not be read: then the requests that need it fail."""
         making = self._making[entry]
         if error is not None:
             for holder in list(making.holders):
@@ -386,7 +393,7 @@ class Residency(Generic[N]):
         return Place(self._identity.dtype, shape, self.pool.memory_of(entry.pages))
 
     def _publish(self, write: _Write[N], copies: Sequence[tuple[EntryKey, Callable[[], list[Slab]]]]) -> None:
-        """In an I/O thread: write entries durably."""
+        """Write entries durably. Runs in an I/O thread."""
         error: BaseException | None = None
         try:
             provenance = self._provenance()
@@ -428,8 +435,11 @@ class Residency(Generic[N]):
     # bytes of entries
 
     def _copy_out(self, entry: Resident) -> Callable[[], list[Slab]]:
-        """Begin to copy an entry out of the pool; what is returned waits for it, in an I/O thread, and gives its slabs,
-        a layer each, padding zero."""
+        """Begin to copy an entry out of the pool.
+
+        Returns:
+            A function for an I/O thread. It waits for the copy and returns one slab per layer, with zero padding.
+        """
         if self._copies is None:
             return lambda: self._slabs(entry, self.pool.kv[:, :, entry.pages])
         computed = torch.cuda.Event()
@@ -437,10 +447,10 @@ class Residency(Generic[N]):
         return partial(self._copied_from_gpu, entry, computed)
 
     def _copied_from_gpu(self, entry: Resident, computed: torch.cuda.Event) -> list[Slab]:
-        """In the one writing thread: by way of pinned memory, a few layers at a time. Copied straight into ordinary
-        memory an entry would hold the driver, and no step could be launched meanwhile."""
+        """Copy an entry through pinned memory, a few layers at a time. Runs in the only writing thread. A copy straight
+        into ordinary memory would block the driver, and no step could be launched meanwhile."""
         if self._copies is None or self._staging is None:
-            raise RuntimeError("expected a pool on a GPU")
+            raise RuntimeError("the pool must be on a GPU; it is on a CPU")
         kv = self.pool.kv
         tiles = torch.empty(len(kv), 2, len(entry.pages), *kv.shape[3:], dtype=kv.dtype)
         layers = max(1, self._staging.numel() // tiles[0].numel())
@@ -471,14 +481,14 @@ class Residency(Generic[N]):
         size = self.pool.page_size
         for memory, slab in zip(self.pool.kv, slabs, strict=True):
             tiles = torch.frombuffer(slab.data, dtype=self._model.dtype).view(slab.shape)
-            if found.page_size != size:  # written with other pages: lay its tokens out for these
+            if found.page_size != size:  # it was written with other pages; lay its tokens out for these
                 tokens = tiles.transpose(1, 2).flatten(2, 3)[:, :, : len(found.key.token_ids)]
                 padded = torch.nn.functional.pad(tokens, (0, 0, 0, len(pages) * size - tokens.shape[2]))
                 tiles = padded.view(2, self.pool.kv.shape[3], len(pages), size, -1).transpose(1, 2)
             memory[:, pages] = tiles.to(memory.device)
 
     def _provenance(self) -> dict[str, str]:
-        """What may change an entry's rounding, for the record; never compared."""
+        """What may change an entry's rounding. It is recorded and never compared."""
         return {
             "device": str(self._model.device),
             "machine": platform.machine(),
@@ -489,7 +499,7 @@ class Residency(Generic[N]):
 
 
 def _exiting(error: RuntimeError) -> ClosedError:
-    """Why no I/O thread takes a job any more."""
-    closed = ClosedError("The store is not read or written any more: the interpreter exits.")
+    """The error for a job that no I/O thread takes any more."""
+    closed = ClosedError("The store can't be read or written any more, because the interpreter exits.")
     closed.__cause__ = error
     return closed

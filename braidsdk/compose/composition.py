@@ -1,6 +1,6 @@
 """A composition: segments at their places, and the key of the KV entry of each.
 
-It touches no tensor and runs no model; models, kernels and the store never see a mode.
+This module touches no tensor and runs no model. Models, kernels and the store never see a mode.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ class Segment:
     Attributes:
         chunk: the chunk that owns it, None for the bare header and for a turn of the history.
         token_ids: its tokens.
-        origin: absolute position of its token 0: key j of the entry sits at `origin + j`.
+        origin: absolute position of its token 0. Key j of the entry is at `origin + j`.
         after: indices of the segments of the same composition that its entry is computed after, in order.
-            They stand contiguously from position 0 while it is computed, whatever their place here.
+            While it is computed they stand contiguously from position 0, whatever their place here.
         keep: whether the entry goes to the store once computed.
         is_turn: whether it is a past turn of the conversation.
     """
@@ -52,7 +52,7 @@ class Composition:
         mode: the rule that made it.
         segments: in the order of the prompt.
         notes: what the rule did that its name does not say.
-        tail: token ids after the last segment; computed anew by every request.
+        tail: token ids after the last segment; every request computes them again.
     """
 
     mode: Mode
@@ -79,9 +79,9 @@ class Composition:
         return replace(self, tail=tuple(token_ids))
 
     def with_turn(self, token_ids: Sequence[int]) -> "Composition":
-        """This composition, and a past turn behind its segments.
+        """This composition with a past turn after its segments.
 
-        In every mode a turn is computed after all that precedes it, as its question and answer were. It is not stored.
+        In every mode a turn is computed after everything before it, as its question and answer were. It is not stored.
         """
         everything = tuple(range(len(self.segments)))
         turn = Segment(None, tuple(token_ids), self.tail_origin, everything, keep=False, is_turn=True)
@@ -98,7 +98,7 @@ class Composition:
 
         Args:
             model, namespace: part of every key.
-            known: keys of the first segments, where the caller has them.
+            known: keys of the first segments, if the caller has them.
             recent: keys of chunks made lately for this model and namespace, each with its hashes; kept up to date.
         """
         keys = list(known)
@@ -121,7 +121,7 @@ class Composition:
 
 
 class _Before:
-    """Hashes what segments are computed after; what it shares with the segment before is hashed once."""
+    """Hashes what segments are computed after. What a segment shares with the one before it is hashed once."""
 
     def __init__(self, content: Callable[[EntryKey], bytes]) -> None:
         self._content = content

@@ -32,7 +32,7 @@ class Layout(Protocol):
 
 
 def parse_mode(mode: str | None) -> Mode:
-    """The mode of that name; None is the default.
+    """The mode of that name; None means the default.
 
     Raises:
         UnknownModeError: there is no such mode.
@@ -55,10 +55,10 @@ def compose(
     Args:
         chunks: in the order of the prompt; the same chunk may stand in it twice.
         layout: the open model's prompt layout.
-        mode: "exact" computes each chunk after all that precede it; "anchored" after the anchor alone; "isolated"
-            alone. None is "anchored".
-        keep: whether computed entries go to the store. None keeps all but the chains of `exact`, which only this
-            very order of chunks can use again.
+        mode: "exact" computes each chunk after all chunks before it, "anchored" after the anchor only, "isolated" on
+            its own. None means "anchored".
+        keep: whether computed entries go to the store. None keeps all but the chains of `exact`, which only the same
+            order of chunks can use again.
 
     Raises:
         UnknownModeError: there is no such mode.

@@ -1,4 +1,4 @@
-"""How near the model is to the truth.
+"""Measures how close the model is to the truth.
 
-layers.py  each layer judged from the same input, against transformers and float64
+layers.py  compares each layer, from the same input, with transformers and with float64
 """

@@ -1,6 +1,6 @@
-"""Our forward pass against transformers', layer by layer from the same inputs: which layer goes wrong, and how far.
+"""Compares our forward pass with transformers', layer by layer from the same inputs, to find a layer that is wrong.
 
-The truth is transformers' own layer in float64. Its input is what transformers' layers before it gave, so that no layer
+The truth is transformers' own layer in float64. Its input is the output of transformers' layers before it, so no layer
 is blamed for another.
 """
 
@@ -20,14 +20,14 @@ from braidsdk.models.base import Model
 
 @dataclass(frozen=True)
 class LayerOutputs:
-    """What one layer makes of one input, three ways; each [tokens, hidden].
+    """One layer's outputs for one input, computed in three ways; each [tokens, hidden].
 
     Attributes:
-        index: which layer.
+        index: the layer's index.
         given: the input, in the model's dtype.
-        truth: by transformers in float64.
-        theirs: by transformers in the model's dtype.
-        ours: by our model, on its own kernels.
+        truth: the output by transformers in float64.
+        theirs: the output by transformers in the model's dtype.
+        ours: the output by our model, on its own kernels.
     """
 
     index: int
@@ -37,8 +37,11 @@ class LayerOutputs:
     ours: Tensor
 
     def relative_errors(self, got: Tensor) -> Tensor:
-        """Of each token, the norm of what `got`, one of the outputs, is off, over the norm of what the layer adds to
-        its input: float64 [tokens]. By token, because a few of them can be thousands of times as large as the rest."""
+        """The error of `got`, one of the outputs, for each token: float64 [tokens].
+
+        It is the norm of the difference from the truth over the norm of what the layer adds to its input. It is
+        measured by token, because a few tokens can be thousands of times as large as the rest.
+        """
         errors: Tensor = (got.double() - self.truth).norm(dim=-1) / (self.truth - self.given.double()).norm(dim=-1)
         return errors
 
@@ -52,10 +55,10 @@ def compare_layers(
     Args:
         ours: a model.
         theirs: the same checkpoint by transformers, on the same device and in the same dtype.
-        pieces: token ids of the text; ours computes each piece in pages and a frame of its own, as chunks are.
-        answer_tokens: how many tokens at the end ours computes one by one, as in an answer. What the last piece holds
-            before them is then a pass by itself, as a question is, and so are all other pieces together. None is one
-            pass for everything.
+        pieces: token ids of the text. Ours computes each piece in pages and a frame of its own, as it does chunks.
+        answer_tokens: how many tokens at the end ours computes one by one, as in an answer. The tokens of the last
+            piece before them are then one pass, as in a question, and all other pieces together are another. None
+            computes everything in one pass.
     """
     decoder: Any = theirs.model
     page_size = PAGE_SIZE[ours.device.type]
@@ -88,7 +91,7 @@ def compare_layers(
 
 
 def runs_in_frames(pool: Pool, pieces: Sequence[Sequence[int]]) -> list[Run]:
-    """Each piece in pages and a frame of its own, with sight of all before it."""
+    """Put each piece in pages and a frame of its own. Each sees all pieces before it."""
     runs: list[Run] = []
     context: tuple[PagedSegment, ...] = ()
     origin = 0
@@ -109,7 +112,7 @@ def _passes(runs: list[Run], answer_tokens: int) -> list[list[Run]]:
 
 
 class _Norm(nn.Module):
-    """transformers' RMSNorm without its float32 inside."""
+    """transformers' RMSNorm, without the conversion to float32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
@@ -120,7 +123,7 @@ class _Norm(nn.Module):
 
 
 class _Angles(nn.Module):
-    """transformers' rotary embedding without its float32 inside."""
+    """transformers' rotary embedding, without the conversion to float32."""
 
     def __init__(self, inv_freq: Tensor, scaling: float) -> None:
         super().__init__()
@@ -133,7 +136,7 @@ class _Angles(nn.Module):
 
 
 def in_float64(module: nn.Module) -> nn.Module:
-    """A copy of one of transformers' modules that computes in float64 throughout; `.double()` alone leaves norms and
+    """A copy of one of transformers' modules that computes everything in float64. `.double()` alone leaves norms and
     angles in float32."""
     lifted = copy.deepcopy(module).double()
     if replaced := _in_float64(lifted):
@@ -145,7 +148,7 @@ def in_float64(module: nn.Module) -> nn.Module:
 
 
 def _in_float64(module: Any) -> nn.Module | None:
-    """What stands for a module that computes in float32 whatever it is given; None for others."""
+    """The float64 replacement of a module that always computes in float32; None for other modules."""
     if hasattr(module, "variance_epsilon"):
         return _Norm(module.weight, module.variance_epsilon)
     if hasattr(module, "inv_freq"):

@@ -1,6 +1,6 @@
-"""Registering texts, in stages; each result is a value that the next stage takes.
+"""Registering texts in stages. Each stage returns a value that the next one takes.
 
-check.py     what can be registered, and what can't
-plan.py      what the store lacks of it, and what computing that takes
-register.py  store the texts, compute what is missing
+check.py     finds out which texts can be registered
+plan.py      finds out which entries the store lacks, and what computing them takes
+register.py  stores the texts and computes the missing entries
 """

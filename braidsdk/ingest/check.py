@@ -16,7 +16,7 @@ class Candidate:
     """A text that passed its checks.
 
     Attributes:
-        index: its place among the texts given.
+        index: its place among the given texts.
         new: what the store registers.
         chunk: the chunk that it will be.
     """
@@ -30,7 +30,7 @@ def text_of(given: object) -> tuple[object, Mapping[str, Any] | None]:
     """The text and the metadata of what a caller registers: a str, or an object of LangChain or LlamaIndex.
 
     Raises:
-        InputError: it is none of these.
+        InputError: it is neither.
     """
     if isinstance(given, str):
         return given, None
@@ -44,15 +44,17 @@ def text_of(given: object) -> tuple[object, Mapping[str, Any] | None]:
 
 
 def check_anchor(anchor: Chunk | None, level: int) -> None:
-    """Raises:
-    InputError: there is no such level, or it does not go with the anchor.
+    """Check that a level exists and goes with the anchor.
+
+    Raises:
+        InputError: it does not.
     """
     if type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
         raise InputError(f"level must be 0 (system prompt) or 1 (context); got {level!r}.")
     if anchor and (anchor.level != LEVEL_SYSTEM or level == LEVEL_SYSTEM):
         raise InputError(
-            f"A context chunk is anchored to a level-0 chunk; got a chunk of level {level} anchored to one of level "
-            f"{anchor.level}. Register the anchor with register_system, and system prompts without an anchor."
+            f"anchor must be a level-0 chunk, for a chunk of level 1; got a chunk of level {anchor.level} for one of "
+            f"level {level}. Register the anchor with register_system, and system prompts without an anchor."
         )
 
 
@@ -66,7 +68,7 @@ def check_texts(
     *,
     skip: bool,
 ) -> tuple[list[Candidate], list[Skipped]]:
-    """Check texts one by one; with `skip` one that can't be registered is left out instead of raised.
+    """Check texts one by one. With `skip`, a text that can't be registered is left out, and no error is raised.
 
     Raises:
         InputError, PoolFullError: as `Braid.register`.

@@ -1,4 +1,4 @@
-"""What a registration has to compute, and what that takes: tokens, bytes, time."""
+"""What a registration has to compute, and what that takes in tokens, bytes and time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,16 +15,16 @@ from braidsdk.store import EntryKey
 from braidsdk.types import LEVEL_SYSTEM, MARGIN_BYTES, Chunk, RegistrationEstimate, size
 
 WORTH_MEASURING_TOKENS = 4096
-"""From so many tokens on an unknown rate is measured before their expected time is given."""
+"""If the rate is unknown and there are at least this many tokens, the rate is measured before a time is expected."""
 
 PROBE_TOKENS = 512
-"""Computed, and thrown away, to measure an unknown rate; a rate of fewer tokens is not trusted with many."""
+"""Tokens that are computed and thrown away to measure an unknown rate. A rate measured on fewer is not trusted."""
 
 FILE_BYTES = 8192
 """What an entry's file holds besides keys and values: its header, and the rest of the last block on the disk."""
 
 TOKEN_BYTES = 8
-"""Per token, its id and its text."""
+"""What an entry's file holds per token besides keys and values: its id and its text."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Plan:
 
     Attributes:
         anchor: what the chunks stand after, or None.
-        deferred: whether nothing is computed now.
-        before: keys of what the chunks are computed after.
-        missing: each chunk whose entry the store lacks and the entry's key, by the chunk's id.
+        deferred: whether everything is computed later, by the first question.
+        before: keys of the entries that the chunks are computed after.
+        missing: the chunks that have no entry in the store, each with the entry's key, by the chunk's id.
         lacks_before: whether the store lacks the entries of `before` too.
     """
 
@@ -47,13 +47,13 @@ class Plan:
 
     @property
     def keys(self) -> list[EntryKey]:
-        """Of all entries that are computed and written."""
+        """The keys of all entries that are computed and written."""
         before = self.before if self.missing and self.lacks_before else ()
         return [*(key for _, key in self.missing.values()), *before]
 
 
 def plan(engine: Engine, candidates: Sequence[Candidate], anchor: Chunk | None, level: int) -> Plan:
-    """What the store lacks of the entries that default compositions of these chunks need."""
+    """Find out which entries the store lacks, of those that default compositions of these chunks need."""
     chunks = list({each.chunk.id: each.chunk for each in candidates}.values())
     if anchor is None and level != LEVEL_SYSTEM:
         return Plan(None, True, (), {}, False)
@@ -73,7 +73,7 @@ def plan(engine: Engine, candidates: Sequence[Candidate], anchor: Chunk | None, 
 
 
 def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> RegistrationEstimate:
-    """What the plan will take. Measures the model's rate if that is unknown and the texts are long."""
+    """Estimate what the plan will take. Measures the model's rate if it is unknown and the texts are long."""
     chunks = {each.chunk.id: each.chunk for each in candidates}.values()
     tokens = sum(len(chunk.token_ids) for chunk in chunks)
     to_write = sum(
@@ -100,21 +100,21 @@ def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> 
 
 
 def check_disk(engine: Engine, expected: RegistrationEstimate) -> None:
-    """Refuse what the disk has no room for, before anything is computed or written.
+    """Refuse a registration that does not fit on the disk, before anything is computed or written.
 
     Raises:
-        StoreFullError: it has none.
+        StoreFullError: it does not fit.
     """
     if not expected.fits:
         raise StoreFullError(
-            f"Expected room for {size(expected.bytes_to_write)}, and {size(MARGIN_BYTES)} to spare, on the disk of the "
-            f"store at {engine.store.path}; {size(expected.free_disk_bytes)} is free. Free some space, register fewer "
-            "texts, or open a store on another disk. Nothing was computed or written."
+            f"The disk of the store at {engine.store.path} must have room for {size(expected.bytes_to_write)} and "
+            f"{size(MARGIN_BYTES)} to spare; got {size(expected.free_disk_bytes)} free. Free some space, register "
+            "fewer texts, or open a store on another disk. Nothing was computed or written."
         )
 
 
 def _measure(engine: Engine, token_ids: Sequence[int]) -> None:
-    """Compute some tokens and throw them away, to learn how fast that is; nothing if the pool has no room now."""
+    """Compute some tokens and throw them away, to learn how fast that is. Does nothing if the pool has no room now."""
     ids = tuple(token_ids[: min(PROBE_TOKENS, engine.config.window)])
     model, pool = engine.model, engine.pool
 

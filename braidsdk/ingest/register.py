@@ -16,13 +16,13 @@ from braidsdk.store import ChunkRow, EntryKey
 from braidsdk.types import Chunk, Progress, Skipped
 
 GROUP_TOKENS = {"cpu": 2048, "cuda": 4096}
-"""Tokens that are computed and written as one request, by device: what an interruption loses at most."""
+"""Tokens that are computed and written as one request, by device. An interruption loses at most this many."""
 
 
 def store_chunks(
     engine: Engine, candidates: Sequence[Candidate], *, replace_names: bool, skip: bool
 ) -> tuple[list[ChunkRow], list[Skipped]]:
-    """Register the texts in one transaction; with `skip` one that can't be is left out instead of raised."""
+    """Register the texts in one transaction. With `skip`, one that can't be registered is left out without an error."""
     new = [each.new for each in candidates]
     if not skip:
         return engine.store.add_chunks(new, replace=replace_names), []
@@ -38,8 +38,8 @@ def store_chunks(
 def compute_missing(
     engine: Engine, planned: Plan, registered: Sequence[Chunk], on_progress: Callable[[Progress], None] | None
 ) -> None:
-    """Compute and store the plan's missing entries of the chunks that were registered, group by group: what is stored
-    stays so. The next groups are computed while one is written."""
+    """Compute and store the plan's missing entries of the registered chunks, group by group. Groups that are stored
+    stay stored if a later one fails. While one group is written, the next ones are computed."""
     ids = dict.fromkeys(chunk.id for chunk in registered)
     lacking = [planned.missing[each] for each in ids if each in planned.missing]
     total, done, done_chunks = sum(len(key.token_ids) for _, key in lacking), 0, 0
@@ -72,7 +72,7 @@ def compute_missing(
 
 
 def _request(engine: Engine, planned: Plan, group: Sequence[tuple[Chunk, EntryKey]]) -> Request:
-    """The registration of some chunks."""
+    """The request that computes and stores some chunks."""
     chunks = [chunk for chunk, _ in group]
     composition = compose([planned.anchor, *chunks] if planned.anchor else chunks, layout=engine.layout)
     before = planned.before if planned.lacks_before else ()
@@ -90,7 +90,7 @@ def _request(engine: Engine, planned: Plan, group: Sequence[tuple[Chunk, EntryKe
 def _groups(
     lacking: Sequence[tuple[Chunk, EntryKey]], pool: Pool, most_tokens: int
 ) -> Iterator[list[tuple[Chunk, EntryKey]]]:
-    """Consecutive ones of at most `most_tokens` together, or one alone, that fit in a quarter of the pool."""
+    """Cut the list into groups of at most `most_tokens`, or of one entry, that fit into a quarter of the pool."""
     room = min(pool.capacity_pages // 4, 2 * pool.pages_for(most_tokens))
     group: list[tuple[Chunk, EntryKey]] = []
     tokens = pages = 0

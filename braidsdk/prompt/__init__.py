@@ -1,9 +1,9 @@
-"""Between text and token ids, with no tensor.
+"""From text to token ids and back. No module here uses a tensor.
 
-text.py          what users give: checked, normalised
-layout.py        texts to ids, by the model's own chat template
+text.py          checks and normalises what users give
+layout.py        turns texts into ids, by the model's own chat template
 history.py       past turns of a conversation, with the ids that they had
-answer_text.py   ids to text as they arrive
-stop_strings.py  where an answer stops
-lru.py           texts and ids that are remembered, bounded by bytes
+answer_text.py   turns ids into text as they arrive
+stop_strings.py  ends an answer before a stop string
+lru.py           remembers texts and ids, bounded by bytes
 """

@@ -1,4 +1,4 @@
-"""The text of an answer while its ids arrive: characters are never split, stop strings never shown."""
+"""The text of an answer while its ids arrive. Characters are never split, and stop strings are never shown."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
@@ -10,11 +10,11 @@ class Detokenizer(Protocol):
     """Turns ids into text one by one."""
 
     def feed(self, token_id: int) -> str:
-        """The text that can be shown since the id before; "" if there is none."""
+        """Take the next id. Returns the text that can be shown since the id before it, "" if there is none."""
         ...
 
     def flush(self) -> str:
-        """What was held back, once there are no more ids."""
+        """There are no more ids. Returns the text that was held back."""
         ...
 
 
@@ -30,12 +30,12 @@ class AnswerText:
 
     Attributes:
         text: what may be shown so far.
-        stopped: whether a stop string is complete; no id after that counts.
+        stopped: whether a stop string is complete. No id after that counts.
     """
 
     def __init__(self, layout: Layout, stop: Sequence[str], stop_ids: Collection[int]) -> None:
         """Args:
-        layout: whose ids they are.
+        layout: the layout of the model that generates the ids.
         stop: strings that end the text.
         stop_ids: ids that end the answer; they have no text.
         """
@@ -52,7 +52,7 @@ class AnswerText:
         return self._stop.found
 
     def feed(self, token_id: int) -> str:
-        """Take the next id; the text that can be shown since the one before."""
+        """Take the next id. Returns the text that can be shown since the one before it."""
         if token_id in self._stop_ids:
             return ""
         self._ids.append(token_id)
@@ -60,15 +60,15 @@ class AnswerText:
         return self._show(self._stop.feed(piece) if self._stops else piece)
 
     def end(self) -> str:
-        """There are no more ids: the rest of the text."""
+        """There are no more ids. Returns the rest of the text."""
         if self.stopped:
             return ""
         shown = self._show(self._stop.feed(self._detokenizer.flush()))
         return shown + self._show(self._stop.flush())
 
     def ids(self) -> tuple[int, ...]:
-        """The ids that the text is made of: without the one that closes the answer, and without those of a stop string
-        and what follows it."""
+        """The ids that make up the text. The id that closes the answer is left out, and so are those of a stop string
+        and everything after it."""
         ids = self._ids
         if self.stopped:
             while ids and len(self._layout.decode(ids)) > len(self.text):

@@ -1,4 +1,4 @@
-"""A conversation's past turns: what the caller gives, and the ids that the conversation had.
+"""A conversation's past turns: the texts that the caller gives, and the ids that the conversation had.
 
 Knows nothing about tensors, models or caches.
 """
@@ -27,7 +27,7 @@ class Spoken:
 
     Attributes:
         token_ids: the ids.
-        computed: how many of them have keys and values; of an answer that was cut off the last has none.
+        computed: how many of them have keys and values. The last id of an answer that was cut off has none.
     """
 
     token_ids: tuple[int, ...]
@@ -48,7 +48,8 @@ class Conversation:
 
     Attributes:
         turns: one segment each.
-        opening: ids that the new tail begins with: what the last turn's segment leaves out, its end, the user header.
+        opening: ids that the new tail begins with: those that the last turn's segment leaves out, then the turn's end
+            and the user header.
     """
 
     turns: tuple[tuple[int, ...], ...] = ()
@@ -56,16 +57,16 @@ class Conversation:
 
 
 class SpokenTurns:
-    """The ids of recent answers, so that a conversation goes on with the very ids that it had.
+    """The ids of recent answers, so that a conversation goes on with the same ids that it had.
 
-    Encoding an answer's text again may give others. Safe to use from several threads.
+    Encoding an answer's text again may give other ids. Safe to use from several threads.
     """
 
     def __init__(self) -> None:
         self._known: LRU[tuple[tuple[int, ...], str], Spoken] = LRU()
 
     def remember(self, tail: tuple[int, ...], text: str, spoken: Spoken) -> None:
-        """Keep the ids of an answer to a tail; one that a history can't hold, such as an empty one, is left out."""
+        """Keep the ids of an answer to a tail. Skip an answer that a history can't hold, such as an empty one."""
         try:
             clean = normalise(text)
         except InputError:
@@ -73,7 +74,7 @@ class SpokenTurns:
         self._known.put((tail, clean), spoken, nbytes_of(clean, tail, spoken.token_ids))
 
     def recall(self, tail: tuple[int, ...], text: str) -> Spoken | None:
-        """The ids of that normalised answer to that tail, the latest if there were several."""
+        """The ids of a normalised answer to a tail, the latest if there were several. None if they are not known."""
         return self._known.get((tail, text))
 
 
@@ -81,14 +82,18 @@ def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
     """Check a history.
 
     Args:
-        history: messages with "role" and "content": "user" and "assistant" by turns, from a user's first question to an
-            answer. None of them holds the chunks: those stand before the first question anyway.
+        history: messages with "role" and "content". The roles alternate between "user" and "assistant", from the user's
+            first question to an answer. No message holds the chunks, because they always stand before the first
+            question.
 
     Raises:
-        InputError: roles, keys or contents are not like that.
+        InputError: a role, a key or a content is wrong.
         EmptyTextError: a question holds nothing but white space.
     """
-    wanted = "history must be messages {'role': ..., 'content': ...} of user and assistant by turns, the user's first"
+    wanted = (
+        "history must be messages {'role': ..., 'content': ...} that alternate between user and assistant, the user's "
+        "first"
+    )
     if isinstance(history, str | Mapping) or not isinstance(history, Sequence):
         raise InputError(f"{wanted}; got a {type(history).__name__}.")
     for index, message in enumerate(history):
@@ -96,33 +101,38 @@ def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
             raise InputError(f"{wanted}; message {index} is not of that form.")
         if message["role"] != role:
-            raise InputError(f"{wanted}; message {index} has role {str(message['role'])[:40]!r}, expected {role!r}.")
+            raise InputError(
+                f"The role of message {index} of history must be {role!r}; got {str(message['role'])[:40]!r}."
+            )
         if not isinstance(message["content"], str):
-            raise InputError(f"{wanted}; the content of message {index} is a {type(message['content']).__name__}.")
+            raise InputError(
+                f"The content of message {index} of history must be text; got a {type(message['content']).__name__}."
+            )
     if len(history) % 2:
-        raise InputError(f"{wanted}; it ends with a user's message. Give that as the question instead.")
+        raise InputError("history must end with an answer; it ends with a user's message. Pass that as the question.")
     texts = [
         normalise(message["content"], f"Message {index} of history")
         if message["role"] == "user" or message["content"].strip()
-        else ""  # the model may have ended at once
+        else ""  # the model may have ended its answer at once
         for index, message in enumerate(history)
     ]
     return tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2], strict=True))
 
 
 def conversation(turns: Sequence[Turn], layout: Layout, spoken: SpokenTurns) -> Conversation:
-    """The ids of past turns: an answer's own where they are known, otherwise those of its text.
+    """The ids of past turns. An answer has the ids that it was generated with if they are known, else its text's.
 
-    A turn's segment ends where the keys and values of the call that answered it end, so that they serve as they are.
+    A turn's segment ends where the keys and values of the call that answered it end, so that they can be used as they
+    are.
     """
     pieces: list[tuple[int, ...]] = []
     opening: tuple[int, ...] = ()
     for turn in turns:
         tail = opening + layout.question_ids(turn.question)
-        said = spoken.recall(tail, turn.answer)
-        if said is None:
+        answer = spoken.recall(tail, turn.answer)
+        if answer is None:
             ids = layout.answer_ids(turn.answer)
-            said = Spoken(ids, len(ids))
-        pieces.append(tail + said.token_ids[: said.computed])
-        opening = said.token_ids[said.computed :] + layout.turn_ids
+            answer = Spoken(ids, len(ids))
+        pieces.append(tail + answer.token_ids[: answer.computed])
+        opening = answer.token_ids[answer.computed :] + layout.turn_ids
     return Conversation(tuple(pieces), opening)

@@ -2,8 +2,8 @@
 
 Text never becomes control. Documents and questions are encoded by a copy of the tokenizer that has no added tokens, so
 `<|im_end|>` or `<think>` in a text are plain characters; only the template's own parts hold control tokens. Pieces are
-encoded one by one and their ids joined; ids are never decoded and encoded again. Each piece is NFC-normalised, stripped
-and (but for those that a control token follows) closed with a newline, so that the joined ids are what the tokenizer
+encoded one by one and their ids are joined; ids are never decoded and encoded again. Each piece is NFC-normalised and
+stripped. A piece that no control token follows is closed with a newline. So the joined ids are those that the tokenizer
 gives for the joined text.
 
 Knows nothing about models, caches or chunks.
@@ -84,11 +84,11 @@ class PromptLayout:
             written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         except Exception as error:  # of several libraries: JSON, tokenizers, transformers
             raise UnsupportedModelError(
-                f"The tokenizer in {folder} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it anew."
+                f"The tokenizer in {folder} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it again."
             ) from error
         if not self._hf.chat_template:
             raise UnsupportedModelError(
-                f"{folder} has no chat template; save the tokenizer of an instruct model there."
+                f"{folder} must hold a chat template; it holds none. Save the tokenizer of an instruct model there."
             )
         spec = json.loads(self._hf.backend_tokenizer.to_str())
         self._with_control = Tokenizer.from_str(json.dumps(spec))
@@ -107,33 +107,33 @@ class PromptLayout:
         self._check_seams()
         if thinking and "enable_thinking" not in str(self._hf.chat_template):
             warnings.warn(
-                "thinking=True changes nothing: this model's chat template has no enable_thinking. Leave it out; the "
-                "model thinks, or does not, as its template has it.",
+                "thinking=True changes nothing: this model's chat template has no enable_thinking. Leave it out. The "
+                "template decides whether the model thinks.",
                 LayoutWarning,
                 stacklevel=3,
             )
 
     def chunk_ids(self, level: int, text: str) -> tuple[int, ...]:
-        """Ids of a normalised text as a chunk of that level owns them (see `compose`)."""
+        """The ids that a chunk of this level owns, for a normalised text (see `compose`)."""
         if level == LEVEL_SYSTEM:
             return self._system_open + self._encode(text) + self._system_close
         return self.plain_ids(text)
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a normalised text closed with a newline, without any control token."""
+        """Ids of a normalised text and a newline, without any control token."""
         return self._encode(text + "\n")
 
     def question_ids(self, question: str) -> tuple[int, ...]:
-        """Ids of the tail: a question, the end of the user's turn, the assistant's header."""
+        """Ids of the tail: the question, the end of the user's turn, and the assistant's header."""
         return self._encode(normalise(question, "The question")) + self._closing
 
     def answer_ids(self, text: str) -> tuple[int, ...]:
-        """Ids of a normalised answer of the past, without what closes it. Its own generated ids may differ."""
+        """Ids of a past answer's normalised text, without what closes it. The ids that were generated may differ."""
         return self._encode(text)
 
     @cached_property
     def turn_ids(self) -> tuple[int, ...]:
-        """Ids between an answer and the next question: the end of the assistant's turn, the user header.
+        """Ids between an answer and the next question: the end of the assistant's turn and the user header.
 
         Raises:
             UnsupportedModelError: the chat template does not show past turns as they are given.
@@ -151,11 +151,11 @@ class PromptLayout:
         return self._control_ids(between)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of generated ids, special tokens left out."""
+        """The text of generated ids, without special tokens."""
         return str(self._with_control.decode(list(token_ids), skip_special_tokens=True))
 
     def detokenizer(self) -> Detokenizer:
-        """For the text of one answer; what it gives, joined, equals `decode` of all ids."""
+        """A detokenizer for one answer. Its pieces joined equal `decode` of all ids."""
         return _Detokenizer(self._with_control, self.decode)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
@@ -183,8 +183,8 @@ class PromptLayout:
             ) from error
 
     def _parts(self, *, with_system: bool) -> tuple[str, str, str]:
-        """What the template puts before the system text, between it and the user's, and after (no system: first is
-        what stands before the user's text, second is empty)."""
+        """What the template puts before the system text, between it and the user's text, and after that. Without a
+        system text, the first part is what stands before the user's text, and the second is empty."""
         system, user = _MARKS
         text = self._render(system if with_system else None, user)
         before, found, after = text.partition(user)

@@ -1,4 +1,4 @@
-"""Values of recent keys, bounded by their bytes. Knows nothing of what they are."""
+"""Values of recent keys, bounded by their bytes. Knows nothing about what the values are."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -7,17 +7,17 @@ from threading import Lock
 from typing import Generic, TypeVar
 
 BOUND_BYTES = 32 * 2**20
-"""What one `LRU` of texts or token ids may hold: some 700,000 token ids."""
+"""Bytes that one `LRU` of texts or token ids may hold: about 700,000 token ids."""
 
 ID_BYTES = 40
-"""Of one token id: an int, and its place in a tuple."""
+"""What one token id takes: an int, and its place in a tuple."""
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 
 class LRU(Generic[K, V]):
-    """Keeps the values that were used last, as many as fit in its bound. Safe to use from several threads."""
+    """Keeps the most recently used values, as many as fit in its bound. Safe to use from several threads."""
 
     def __init__(self, bound_bytes: int = BOUND_BYTES) -> None:
         self._bound_bytes = bound_bytes
@@ -26,7 +26,7 @@ class LRU(Generic[K, V]):
         self._lock = Lock()
 
     def get(self, key: K) -> V | None:
-        """The value of a key, None if it is not kept (any more)."""
+        """The value of a key. None if it is not kept, or not any more."""
         with self._lock:
             found = self._known.get(key)
             if found is None:
@@ -35,12 +35,12 @@ class LRU(Generic[K, V]):
             return found[0]
 
     def put(self, key: K, value: V, nbytes: int) -> None:
-        """Keep a value, in place of what the key had; one larger than the bound is not kept.
+        """Keep a value, in place of what the key had. A value larger than the bound is not kept.
 
         Args:
             key: its key.
             value: the value.
-            nbytes: what key and value take.
+            nbytes: bytes that key and value take.
         """
         with self._lock:
             _, freed = self._known.pop(key, (None, 0))
@@ -60,7 +60,7 @@ def nbytes_of(text: str, *token_ids: Sequence[int]) -> int:
 
 
 def remembering(encode: Callable[[str], tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
-    """`encode`, which does not encode a recent text again."""
+    """`encode` with a memory: it does not encode a recent text again."""
     known: LRU[str, tuple[int, ...]] = LRU()
 
     def remembered(text: str) -> tuple[int, ...]:

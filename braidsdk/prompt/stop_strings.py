@@ -1,4 +1,4 @@
-"""Ending a text before a stop string, as it arrives in pieces."""
+"""Ends a text before a stop string while the text arrives in pieces."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 class StopStrings:
     """Lets text through up to the first stop string.
 
-    The end of the text so far that may be the start of a stop string is held back until it is known whether it is one,
-    so no part of a stop string is ever let through. Of several stop strings the one counts that is complete first; of
-    those that end together, the longest.
+    If the text so far ends in what may be the start of a stop string, that end is held back until it is known whether
+    it is one. So no part of a stop string is ever let through. If there are several stop strings, the one that is
+    complete first counts; among those that end together, the longest.
 
     Attributes:
-        found: whether one is complete; nothing is let through afterwards.
+        found: whether a stop string is complete. Nothing is let through after that.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -20,7 +20,7 @@ class StopStrings:
         self._held = ""
 
     def feed(self, piece: str) -> str:
-        """Take the next piece of text; give what of the text so far may be shown now."""
+        """Take the next piece of text. Returns the part of the text so far that may be shown now."""
         if self.found or not self._stop:
             return "" if self.found else piece
         text = self._held + piece
@@ -35,6 +35,6 @@ class StopStrings:
         return text[:open_from]
 
     def flush(self) -> str:
-        """The text has ended: give what was held back."""
+        """The text has ended. Returns what was held back."""
         rest, self._held = self._held, ""
         return rest
