@@ -1,6 +1,6 @@
 """BraidSDK: composable context caching for Qwen3.
 
-Register documents once, compose their KV caches in any order, answer without prefilling them again::
+Register documents once, compose their KV caches in any order, and answer without prefilling them again::
 
     from braidsdk import Braid
 

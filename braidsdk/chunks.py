@@ -13,7 +13,7 @@ from braidsdk.store import ChunkRow, chunk_id
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, PageDocument, TextNode
 
 PAGE = 1_000
-"""Chunks that iterating holds in memory at a time."""
+"""How many chunks iterating holds in memory at a time."""
 
 
 class Chunks:
@@ -30,7 +30,7 @@ class Chunks:
         """
         self._engine.check_open()
         if not isinstance(name_or_id, str):
-            raise InputError(f"a chunk's name or id is a str; got a {type(name_or_id).__name__}.")
+            raise InputError(f"A chunk's name or id must be a str; got a {type(name_or_id).__name__}.")
         row = self._engine.store.find_chunk(self._engine.namespace, name_or_id)
         if row is None:
             raise self._unknown(name_or_id)
@@ -45,21 +45,21 @@ class Chunks:
         limit: int | None = None,
         after: Chunk | str | None = None,
     ) -> builtins.list[Chunk]:
-        """Chunks in the order of their registration; all of them, without an argument.
+        """Chunks in the order of their registration. Without an argument it lists all of them.
 
-        A page at a time: `list(limit=100)`, then `list(limit=100, after=page[-1])` until a page is empty.
+        To read a page at a time, call `list(limit=100)`, then `list(limit=100, after=page[-1])` until a page is empty.
 
         Args:
-            name: pattern that one of the chunk's names fits: `*`, `?` and `[...]` as in the shell, upper and lower case
-                told apart. The chunk then carries that name.
-            metadata: keys and values that its metadata has; text, numbers, bools and None.
+            name: a pattern that one of the chunk's names must fit: `*`, `?` and `[...]` as in the shell, and the case
+                matters. The chunk then carries the name that fits.
+            metadata: keys and values that its metadata must have: text, numbers, bools and None.
             level: 0 for system prompts, 1 for context.
-            limit: at most so many.
-            after: a chunk, its name or its id; only those registered after it.
+            limit: the most chunks to list.
+            after: a chunk, its name or its id. Only chunks that were registered after it are listed.
 
         Raises:
             InputError: an argument can't be used.
-            UnknownChunkError: `after` is not there (any more).
+            UnknownChunkError: `after` is not there, or not any more.
         """
         self._check(name, metadata, level)
         if limit is not None and (type(limit) is not int or limit < 0):
@@ -77,7 +77,7 @@ class Chunks:
     def count(
         self, *, name: str | None = None, metadata: Mapping[str, Any] | None = None, level: int | None = None
     ) -> int:
-        """How many chunks `list` would give; takes and raises what it does, and reads no text."""
+        """How many chunks `list` would give. It takes the same arguments, raises the same errors, and reads no text."""
         self._check(name, metadata, level)
         return self._engine.store.count_chunks(self._engine.namespace, name=name, metadata=metadata, level=level)
 
@@ -85,11 +85,11 @@ class Chunks:
         return self.count()
 
     def __bool__(self) -> bool:
-        return True  # it is there, with or without chunks
+        return True  # even without chunks
 
     def __iter__(self) -> Iterator[Chunk]:
-        """The chunks that are there now, in the order of their registration, some in memory at a time. They may be
-        deleted meanwhile: then they are left out."""
+        """The chunks that are there now, in the order of their registration. Only `PAGE` of them are in memory at a
+        time. A chunk that is deleted before its turn is left out."""
         self._engine.check_open()
         ids = self._engine.store.chunk_ids(self._engine.namespace)
         for start in range(0, len(ids), PAGE):
@@ -105,13 +105,14 @@ class Chunks:
         name: str | None = None,
         replace: bool = False,
     ) -> Chunk:
-        """Give a chunk other metadata, or one more name. Text, id and KV entries stay: another text is another chunk.
+        """Give a chunk other metadata, or one more name. Its text, id and KV entries stay as they are, because another
+        text is another chunk.
 
         Args:
             chunk: a chunk, its name or its id.
-            metadata: JSON types; replaces what the chunk has. None leaves it.
+            metadata: JSON types that replace what the chunk has. None changes nothing.
             name: one more name. None adds none.
-            replace: let `name` move here from another text.
+            replace: lets `name` move here from another text.
 
         Returns:
             The chunk as it is now.
@@ -128,10 +129,10 @@ class Chunks:
         return self.from_row(row)
 
     def delete(self, chunk: Chunk | str) -> int:
-        """Delete a chunk, its names, its KV entries and every entry that was computed with sight of it.
+        """Delete a chunk, its names, its KV entries and every entry that was computed after it.
 
         Returns:
-            How many stored KV entries went.
+            How many stored KV entries were deleted.
 
         Raises:
             UnknownChunkError: there is no such chunk in this namespace.
@@ -139,7 +140,7 @@ class Chunks:
         return self.delete_many([chunk])
 
     def delete_many(self, chunks: Iterable[Chunk | str]) -> int:
-        """`delete` for many, in one transaction: all of them, or none if one is not there.
+        """Delete many chunks in one transaction: all of them, or none if one is not there.
 
         `braid.chunks.delete_many(braid.chunks.list(name="guide*"))` deletes by pattern.
         """
@@ -149,15 +150,16 @@ class Chunks:
         return len(gone.digests)
 
     def resolve(self, chunks: Sequence[Chunk | str | PageDocument | TextNode]) -> tuple[Chunk, ...]:
-        """Chunks for chunks, names, ids and a retriever's objects, in order; all are checked against the store.
+        """The chunks that are meant by chunks, names, ids and a retriever's objects, in order. All are checked against
+        the store.
 
         Raises:
-            InputError: these are no such things.
+            InputError: an argument is none of these.
             UnknownChunkError: one is not in this namespace.
         """
         self._engine.check_open()
         if isinstance(chunks, str | Chunk):
-            raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it in a list.")
+            raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it into a list.")
         store, namespace, encode = self._engine.store, self._engine.namespace, self._engine.layout.chunk_ids
         wanted = [chunk if isinstance(chunk, str) else self._id_of(chunk) for chunk in chunks]
         read = [each for chunk, each in zip(chunks, wanted, strict=True) if not isinstance(chunk, Chunk)]
@@ -168,7 +170,7 @@ class Chunks:
             if isinstance(chunk, Chunk):
                 if name_or_id not in known:
                     raise self._not_there(chunk)
-                # The caller's may come from a Braid with another tokenizer.
+                # The caller's chunk may come from a Braid with another tokenizer.
                 found.append(chunk if chunk._encode == encode else replace(chunk, _encode=encode))
             else:
                 if name_or_id not in rows:
@@ -177,7 +179,7 @@ class Chunks:
         return tuple(found)
 
     def _id_of(self, given: Chunk | PageDocument | TextNode) -> str:
-        """The id of a chunk, or of the context chunk of a retriever's object: its text names it."""
+        """The id of a chunk, or of the context chunk that has the text of a retriever's object."""
         if isinstance(given, Chunk):
             return given.id
         try:
@@ -213,8 +215,8 @@ class Chunks:
         if isinstance(wanted, str | Chunk):
             return self._unknown(wanted if isinstance(wanted, str) else wanted.label)
         return UnknownChunkError(
-            f"The text of this {type(wanted).__name__} is not registered in namespace "
-            f"{shown(self._engine.namespace)}. Pass it to register or register_many first."
+            f"The text of this {type(wanted).__name__} must be registered in namespace "
+            f"{shown(self._engine.namespace)}; it is not. Pass it to register or register_many first."
         )
 
     def _unknown(self, name_or_id: str) -> UnknownChunkError:

@@ -1,33 +1,33 @@
 """Every error that BraidSDK raises.
 
-Each message gives what was expected, what came, and what to do. None holds tensor contents or long stretches of a
-user's text, and none is longer than a screen.
+Each message says what must be, what was given, and what to do: "<what> must be <expected>; got <value>. <remedy>". No
+message holds tensor contents or long parts of a user's text, and none is longer than a screen.
 
     BraidError
     ├── InputError (ValueError)            an argument can't be used
-    │   ├── EmptyTextError                 nothing is left of a text once it is stripped
-    │   ├── WindowExceededError            more tokens than the model's window holds
+    │   ├── EmptyTextError                 a text is empty once it is stripped
+    │   ├── WindowExceededError            there are more tokens than the model's window holds
     │   ├── NameTakenError                 the name stands for another text
-    │   ├── UnknownChunkError (LookupError) no chunk of that name or id in this namespace
-    │   └── UnknownModeError               no such composition mode
+    │   ├── UnknownChunkError (LookupError) this namespace has no chunk of that name or id
+    │   └── UnknownModeError               there is no such composition mode
     ├── ModelError                         a checkpoint can't be used
-    │   ├── ModelNotFoundError             no checkpoint there
-    │   │   └── HubError                   the hub did not give it: offline, no such name, no permission
-    │   ├── UnsupportedModelError          its config asks for what we do not compute
+    │   ├── ModelNotFoundError             there is no checkpoint
+    │   │   └── HubError                   the hub did not give it: offline, no such name, or no permission
+    │   ├── UnsupportedModelError          its config asks for something that BraidSDK does not compute
     │   └── WeightsError                   weights are missing, unexpected, misshapen or not finite
     ├── StoreError                         the chunk store can't be used
     │   ├── StorePathError                 the path is a file, or can't be written
-    │   ├── StoreVersionError              written by a newer BraidSDK
+    │   ├── StoreVersionError              a newer BraidSDK wrote it
     │   ├── StoreCorruptError              the index is damaged
-    │   ├── StoreFullError                 what is to be written does not fit on the disk
+    │   ├── StoreFullError                 the disk has no room for what must be written
     │   └── HashCollisionError             two different contents share a hash
     ├── NumericsError (ArithmeticError)    the model gave NaN or infinite logits
-    ├── PoolFullError (MemoryError)        more KV memory than the device's pool holds
+    ├── PoolFullError (MemoryError)        a call needs more KV memory than the device's pool has
     ├── QueueFullError                     more requests wait than max_queue allows
-    ├── DeadlineError (TimeoutError)       timeout_s is over before the answer is complete
-    ├── EngineError                        the engine's thread failed, and ended every request
-    └── ClosedError                        used after close()
-        └── ForkedError                    used in a fork of the process that opened it
+    ├── DeadlineError (TimeoutError)       the answer was not complete within timeout_s
+    ├── EngineError                        the engine's thread failed, and every request with it
+    └── ClosedError                        something was used after close()
+        └── ForkedError                    something was used in a fork of the process that opened it
 """
 
 import difflib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LONGEST_MESSAGE = 1_600
-"""Characters of an error's message at most: a screen of 24 lines of 80 holds it."""
+"""The most characters of an error's message. A screen of 24 lines of 80 characters holds it."""
 
 __all__ = [
     "BraidError",
@@ -69,13 +69,13 @@ __all__ = [
 
 
 def did_you_mean(given: object, known: "Iterable[str]") -> str:
-    """The end of a message about a misspelt word: " Did you mean 'x'?", or nothing if no known word resembles it."""
+    """The end of a message about a misspelt word: " Did you mean 'x'?", or "" if no known word resembles it."""
     close = difflib.get_close_matches(str(given)[:200].lower(), list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def shown(given: object, limit: int = 80) -> str:
-    """What was given as ASCII, for a message: its repr, cut to so many characters."""
+    """A given value for a message: its repr as ASCII, cut to `limit` characters."""
     text = ascii(given)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -84,10 +84,11 @@ class BraidError(Exception):
     """Base of every error that BraidSDK raises."""
 
     def __init__(self, message: str = "") -> None:
-        """Keep the message; of one longer than a screen the middle is left out, so that it ends with what to do.
+        """Keep the message. If it is longer than a screen, its middle is left out, so that it still ends with what to
+        do.
 
         Args:
-            message: for people.
+            message: a message for people.
         """
         if len(message) > LONGEST_MESSAGE:
             half = LONGEST_MESSAGE // 2 - 4
@@ -100,11 +101,11 @@ class InputError(BraidError, ValueError):
 
 
 class EmptyTextError(InputError):
-    """Nothing is left of a text once it is stripped."""
+    """A text is empty once it is stripped."""
 
 
 class WindowExceededError(InputError):
-    """More tokens than the model's window holds."""
+    """There are more tokens than the model's window holds."""
 
 
 class NameTakenError(InputError):
@@ -112,11 +113,11 @@ class NameTakenError(InputError):
 
 
 class UnknownChunkError(InputError, LookupError):
-    """No chunk of that name or id in this namespace."""
+    """This namespace has no chunk of that name or id."""
 
 
 class UnknownModeError(InputError):
-    """No such composition mode."""
+    """There is no such composition mode."""
 
 
 class ModelError(BraidError):
@@ -128,7 +129,7 @@ class ModelNotFoundError(ModelError):
 
 
 class HubError(ModelNotFoundError):
-    """The hub did not give a checkpoint: it can't be reached, has no such one, or asks for permission."""
+    """The hub did not give a checkpoint: it can't be reached, does not have it, or asks for permission."""
 
 
 class UnsupportedModelError(ModelError):
@@ -148,7 +149,7 @@ class StorePathError(StoreError):
 
 
 class StoreVersionError(StoreError):
-    """The store was written by a newer BraidSDK."""
+    """A newer BraidSDK wrote the store."""
 
 
 class StoreCorruptError(StoreError):
@@ -156,7 +157,7 @@ class StoreCorruptError(StoreError):
 
 
 class StoreFullError(StoreError):
-    """What is to be written does not fit on the store's disk."""
+    """The store's disk has no room for what must be written."""
 
 
 class HashCollisionError(StoreError):
@@ -168,7 +169,7 @@ class NumericsError(BraidError, ArithmeticError):
 
 
 class PoolFullError(BraidError, MemoryError):
-    """A call needs more KV memory than the device's pool holds beside other running calls."""
+    """A call needs more KV memory than the device's pool has, or than other running calls leave of it."""
 
 
 class QueueFullError(BraidError):
@@ -176,11 +177,11 @@ class QueueFullError(BraidError):
 
 
 class DeadlineError(BraidError, TimeoutError):
-    """A call's `timeout_s` is over before its answer is complete; the work was stopped."""
+    """A call was not complete within its `timeout_s`. Its work was stopped."""
 
 
 class EngineError(BraidError):
-    """The engine's thread failed, and every request with it."""
+    """The engine's thread failed, and every request with it. The Braid can't be used any more."""
 
 
 class ClosedError(BraidError):

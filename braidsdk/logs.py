@@ -1,7 +1,7 @@
-"""Logs through `logging`: logger "braidsdk", silent until someone listens.
+"""Logs through `logging`, with the logger "braidsdk". It is silent until a handler is added.
 
-`BRAID_LOG=info` (or debug, warning, error) sends them to stderr. Lines count tokens, bytes and milliseconds; none holds
-a user's text or names.
+`BRAID_LOG=info` (or debug, warning, error) sends the logs to stderr. Lines count tokens, bytes and milliseconds. No
+line holds a user's text or names.
 """
 
 import logging
@@ -16,8 +16,8 @@ logger = logging.getLogger("braidsdk")
 
 
 def configure() -> None:
-    """Keep the logger silent, or let it speak as `BRAID_LOG` says. Called when the package is imported; again is
-    harmless."""
+    """Keep the logger silent, or send its logs to stderr as `BRAID_LOG` says. Called when the package is imported. Safe
+    to call twice."""
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
     wanted = os.environ.get("BRAID_LOG", "").strip().lower()

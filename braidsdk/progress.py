@@ -1,4 +1,4 @@
-"""Progress bars on stderr: one driven by `Progress`, one by steps."""
+"""Progress bars on stderr: one shows a `Progress`, the other counts steps."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,8 +13,8 @@ from braidsdk.types import Progress, duration
 
 
 class ProgressBar:
-    """Shows tokens done, tokens per second and the time left, where stderr is a terminal. A context manager and an
-    `on_progress` callback; gone when it is left."""
+    """Shows tokens done, tokens per second and the time left, if stderr is a terminal. It is a context manager and an
+    `on_progress` callback. The bar disappears when the context is left."""
 
     def __init__(self, *, console: Console | None = None) -> None:
         self._bar = Bar(
@@ -50,10 +50,11 @@ class ProgressBar:
 
 @contextmanager
 def steps_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work of few steps, where stderr is a terminal, from the first step on; gone when it is left.
+    """A bar for work of few steps, if stderr is a terminal. It appears with the first step, and disappears when the
+    context is left.
 
     Yields:
-        What is to be called with the steps done and those to be done.
+        A function to call with the number of steps done and of all steps.
     """
     console = Console(stderr=True)
     bar = Bar(TextColumn(label), BarColumn(), MofNCompleteColumn(), console=console, transient=True)

@@ -7,11 +7,11 @@ import platformdirs
 
 
 def store_folder(store: str | Path | None) -> Path:
-    """The store's folder; None is `BRAID_STORE`, or the user's data folder."""
+    """The store's folder. None means `BRAID_STORE`, or the user's data folder."""
     chosen = store or os.environ.get("BRAID_STORE") or platformdirs.user_data_path("braidsdk") / "store"
     return Path(chosen).expanduser()
 
 
 def checks_itself() -> bool:
-    """Whether the engine checks pages, slots and pins whenever it is idle: `BRAID_CHECK=1`, for debugging."""
+    """Whether the engine checks pages, slots and pins when it is idle. `BRAID_CHECK=1` turns this on, for debugging."""
     return os.environ.get("BRAID_CHECK", "") not in ("", "0")

@@ -8,9 +8,9 @@
             terms = braid.register("Refunds are made within 30 days.", anchor=rules)
             assert braid.ask("What is the refund period?", chunks=[rules, terms]).text == "30 days."
 
-All but model and tokenizer is the real thing: registering, names, composition, paged memory, the store, usage, streams,
-errors. A token is a byte of UTF-8. The fake keeps token ids in its KV memory and reads the prompt back from there, so
-it only answers what was really composed. The store is a temporary folder that goes with `close`.
+Only the model and the tokenizer are fake. Registering, names, composition, paged memory, the store, usage, streams and
+errors are real. A token is a byte of UTF-8. The fake keeps token ids in its KV memory and reads the prompt back from
+there, so it only answers what was really composed. The store is a temporary folder that `close` removes.
 
 Answers are the same in every run. Nothing is downloaded.
 """
@@ -40,8 +40,8 @@ from braidsdk.store import ChunkStore
 __all__ = ["ANSWER", "Answers", "FakeBraid", "FakeModel"]
 
 Answers = Mapping[str, str] | Callable[[str, tuple[str, ...]], str]
-"""Questions and their answers; or a function of the question and the texts of the composed chunks, in order, the system
-prompt's first."""
+"""Questions and their answers, or a function that gets the question and the texts of the composed chunks. The texts are
+in order, with the system prompt's first."""
 
 ANSWER = "A fake answer."
 
@@ -52,7 +52,7 @@ _POOL_BYTES = 64 * 2**20
 
 
 class FakeModel:
-    """A model of one layer that computes nothing: it remembers ids as keys, and looks up what to say.
+    """A model of one layer that computes nothing. It keeps ids as keys, and looks up its answers.
 
     It takes the place of a `Model`. Use it through `FakeBraid`.
     """
@@ -61,7 +61,7 @@ class FakeModel:
         """Prepare the answers.
 
         Args:
-            answers: what it says.
+            answers: what it answers.
             window: how many tokens, that is bytes, a prompt and its answer may have.
         """
         self.config = ModelConfig(
@@ -86,7 +86,7 @@ class FakeModel:
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
-        """Keep the ids, and put all weight on the next token of the answer; see `models.base.Model.forward`."""
+        """Keep the ids, and give the next token of the answer all the weight. See `models.base.Model.forward`."""
         keys = batch.token_ids.to(kv.dtype)[:, None, None].expand(-1, 1, kv.shape[-1])
         append(kv[0], batch.slots, keys, keys)
         if logit_rows is None:
@@ -99,23 +99,23 @@ class FakeModel:
         return logits
 
     def _next(self, context: Sequence[list[int]], tail: list[int]) -> int:
-        """The id after a tail: the question and what was said of the answer."""
+        """The id after a tail, which holds the question and the answer so far."""
         opening = len(tail) - tail[::-1].index(_USER) if _USER in tail else 0
         closing = tail.index(_CLOSE, opening)
-        question, said = _text(tail[opening:closing]), tail[closing + 2 :]
+        question, generated = _text(tail[opening:closing]), tail[closing + 2 :]
         documents = tuple(text for ids in context if _CLOSE not in ids and (text := _text(ids)))
-        if not said:
+        if not generated:
             self._given[question, documents] = self._look_up(question, documents)
         answer = [*self._given[question, documents].encode(), _END]
-        return answer[len(said)] if len(said) < len(answer) else _END
+        return answer[len(generated)] if len(generated) < len(answer) else _END
 
     def _look_up(self, question: str, documents: tuple[str, ...]) -> str:
         if callable(self._answers):
             return self._answers(question, documents)
         if question not in self._answers:
             raise InputError(
-                f"The fake model was given no answer to {shown(question)}. Give it one, or a function that answers any."
-                f"{did_you_mean(question, self._answers)}"
+                f"answers must hold an answer to {shown(question)}; it holds none. Add one, or pass a function that "
+                f"answers any question.{did_you_mean(question, self._answers)}"
             )
         return self._answers[question]
 
@@ -132,11 +132,11 @@ class FakeLayout(PromptLayout):
         self._encode = remembering(_encode)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of ids, control tokens left out."""
+        """The text of ids, without control tokens."""
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
     def detokenizer(self) -> Detokenizer:
-        """For the text of one answer."""
+        """A detokenizer for one answer."""
         return _Bytes()
 
 
@@ -169,9 +169,9 @@ class FakeBraid(Braid):
         """Open it.
 
         Args:
-            answers: to questions; a question without one raises InputError. A function is called once per answer. None
-                answers every question with `ANSWER`.
-            store: a folder, for tests of what a second process finds. None is a temporary one.
+            answers: answers to questions. A question without one raises InputError. A function is called once per
+                answer. None answers every question with `ANSWER`.
+            store: a folder, for tests of what a second process finds. None makes a temporary one.
             namespace: as for `Braid`.
             pool_bytes, max_queue: as for `Braid`.
             window: how many tokens, that is bytes, a prompt and its answer may have.
@@ -181,19 +181,19 @@ class FakeBraid(Braid):
         """
         self._temporary = tempfile.TemporaryDirectory(prefix="braid-fake-") if store is None else None
         opened = ChunkStore(store if store is not None else str(self._temporary and self._temporary.name))
-        # `load` is what it lacks of a Model, and nobody loads it.
+        # It lacks only `load` of a Model, and `load` is never called.
         model = cast("Model", FakeModel(_any_answer if answers is None else answers, window=window))
         pool = Pool.for_model(model, pool_bytes)
         self._adopt(Engine(model, FakeLayout(), opened, pool, namespace, max_queue=max_queue), "fake", is_tiny=False)
 
     def close(self) -> None:
-        """As `Braid.close`; a temporary store is removed. Safe to call twice."""
+        """Close it as `Braid.close` does, and remove a temporary store. Safe to call twice."""
         super().close()
         if self._temporary is not None:
             self._temporary.cleanup()
 
 
-def _any_answer(question: str, documents: tuple[str, ...]) -> str:  # noqa: ARG001 - the same to all
+def _any_answer(question: str, documents: tuple[str, ...]) -> str:  # noqa: ARG001 - the same for all
     return ANSWER
 
 

@@ -1,4 +1,4 @@
-"""What passes between the stages and out to the user: frozen data, no behaviour beyond reading it.
+"""Data that passes between the stages and out to the user. It is frozen, and has no behaviour beyond reading it.
 
 Knows nothing about tensors, models or files.
 """
@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 from braidsdk.errors import BraidError
 
 LEVEL_SYSTEM, LEVEL_CONTEXT, LEVEL_QUERY = 0, 1, 2
-"""Levels of an entry: the system prompt, a context document, a turn of one conversation (never a registered chunk)."""
+"""The levels of an entry: a system prompt, a context document, or a turn of a conversation, which is never a registered
+chunk."""
 
 Mode = Literal["exact", "isolated", "anchored"]
 
@@ -22,11 +23,11 @@ class Chunk:
 
     Attributes:
         id: 32 hex digits.
-        namespace: the namespace it lives in.
+        namespace: the namespace that it belongs to.
         level: 0 for a system prompt, 1 for context.
         text: the text, NFC-normalised and stripped of outer white space.
-        name: the name it was asked for by, or its first name, or None.
-        metadata: whatever the application attached; JSON types.
+        name: the name that it was asked for by, else its first name, else None.
+        metadata: what the application attached, as JSON types.
     """
 
     id: str
@@ -39,16 +40,16 @@ class Chunk:
 
     @cached_property
     def token_ids(self) -> tuple[int, ...]:
-        """Its token ids under the open model, with the control tokens that it owns (see docs/concepts.md)."""
+        """Its token ids under the open model, including the control tokens that it owns (see docs/concepts.md)."""
         return self._encode(self.level, self.text)
 
     @property
     def label(self) -> str:
-        """Its name, or the start of its id: for people to read."""
+        """Its name, or the start of its id, for people to read."""
         return self.name or self.id[:8]
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the tokenizer: a copy in another process keeps the token ids that it has here."""
+        """Everything except the tokenizer. A copy in another process keeps the token ids that it has here."""
         state = {**self.__dict__, "token_ids": self.token_ids}
         del state["_encode"]
         return state
@@ -59,7 +60,7 @@ class Chunk:
 
 
 class PageDocument(Protocol):
-    """A text as LangChain's retrievers give it: its `Document`."""
+    """A text from one of LangChain's retrievers: its `Document`."""
 
     @property
     def page_content(self) -> str: ...
@@ -68,7 +69,7 @@ class PageDocument(Protocol):
 
 
 class TextNode(Protocol):
-    """A text as LlamaIndex's retrievers give it: its `TextNode`, `Document` and `NodeWithScore`."""
+    """A text from one of LlamaIndex's retrievers: its `TextNode`, `Document` or `NodeWithScore`."""
 
     @property
     def text(self) -> str: ...
@@ -85,9 +86,9 @@ class Skipped:
     """A text that `register_many(on_error="skip")` left out.
 
     Attributes:
-        index: its place among the texts given.
-        name: the name it was given, or None.
-        error: what `on_error="raise"` would have raised.
+        index: its place among the given texts.
+        name: the name that it was given, or None.
+        error: the error that `on_error="raise"` would have raised.
     """
 
     index: int
@@ -102,7 +103,7 @@ class Registered(list[Chunk]):
     """What `register_many` returns: the chunks, in the order of their texts.
 
     Attributes:
-        skipped: the texts that were left out; always empty without `on_error="skip"`.
+        skipped: the texts that were left out. Always empty without `on_error="skip"`.
     """
 
     def __init__(self, chunks: Iterable[Chunk] = (), skipped: Iterable[Skipped] = ()) -> None:
@@ -118,8 +119,8 @@ class Progress:
         done_tokens: tokens computed and stored so far.
         total_tokens: tokens that were missing at the start.
         done_chunks, total_chunks: the same in chunks.
-        tokens_per_s: rate since the start; None before the first batch.
-        seconds_left: at that rate; None before the first batch.
+        tokens_per_s: the rate since the start; None before the first batch.
+        seconds_left: the time left at that rate; None before the first batch.
     """
 
     done_tokens: int
@@ -135,13 +136,13 @@ class RegistrationEstimate:
     """What registering texts would take, before any of it is done. `str()` gives one short paragraph.
 
     Attributes:
-        chunks: texts that can be registered, the same text counted once.
-        tokens: their tokens.
-        tokens_to_compute: tokens whose KV entries are not there yet, a missing anchor's included.
-        bytes_to_write: size of the files that these make in the store.
-        free_disk_bytes: free space where the store lies.
-        seconds: expected time, at the rate that this model had on this device so far; None if that is not known.
-        deferred_tokens: tokens that wait for the first question, because no anchor was given.
+        chunks: how many texts can be registered. The same text counts once.
+        tokens: how many tokens they have.
+        tokens_to_compute: tokens that have no KV entry yet, including those of a missing anchor.
+        bytes_to_write: size of the files that are written for these.
+        free_disk_bytes: free space on the store's disk.
+        seconds: expected time, at the rate that this model had on this device so far; None if the rate is not known.
+        deferred_tokens: tokens that the first question computes, because no anchor was given.
     """
 
     chunks: int
@@ -171,7 +172,7 @@ class RegistrationEstimate:
 
 
 MARGIN_BYTES = 64 * 2**20
-"""What a registration leaves free on the store's disk."""
+"""Bytes that a registration leaves free on the store's disk."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,11 @@ class Usage:
     """Where the tokens of one call came from. `prompt_tokens` = cached + computed + repaired.
 
     Attributes:
-        prompt_tokens: tokens in the whole prompt: context and question.
-        cached_tokens: taken from KV entries that were there before the call.
-        computed_tokens: computed in this call: the question, and chunks whose entries were missing.
-        repaired_tokens: context tokens computed again by the mode (none, in the modes of this version).
-        completion_tokens: tokens generated, the closing control token included.
+        prompt_tokens: tokens of the whole prompt, context and question.
+        cached_tokens: tokens taken from KV entries that were there before the call.
+        computed_tokens: tokens computed in this call: the question, and chunks that had no entry.
+        repaired_tokens: context tokens that the mode computed again. The modes of this version repair none.
+        completion_tokens: tokens generated, including the closing control token.
     """
 
     prompt_tokens: int
@@ -198,11 +199,11 @@ class Timings:
     """How long one call took.
 
     Attributes:
-        load_ms: from its admission until every entry that it needs was read from the store, or was its own to compute.
-        prefill_ms: computing missing entries and the question, to the first logits.
-        first_token_ms: from the start of the call to the first token's id, time in the queue included.
+        load_ms: from its admission until every entry was in memory, except those that it computes itself.
+        prefill_ms: computing missing entries and the question, up to the first logits.
+        first_token_ms: TTFT, from the start of the call to the first token's id. It includes the time in the queue.
         decode_tokens_per_s: rate after the first token; None with fewer than two tokens.
-        compute_ms: the part of `prefill_ms` that went into computing missing entries. They are written meanwhile.
+        compute_ms: the part of `prefill_ms` that computed missing entries. They are written at the same time.
     """
 
     load_ms: float
@@ -217,9 +218,9 @@ class Answer:
     """The answer to one question.
 
     Attributes:
-        text: the generated text, control tokens removed; it ends before a stop string or stop id.
-        token_ids: the generated ids, the closing control token included when there is one.
-        prompt_ids: the ids of the whole prompt: what a full prefill would have been given.
+        text: the generated text without control tokens. It ends before a stop string or stop id.
+        token_ids: the generated ids, including the closing control token if there is one.
+        prompt_ids: the ids of the whole prompt, as a full prefill would compute them.
         finish_reason: "stop" if the model, a stop string or a stop id ended it, "length" if it ran out of tokens.
         usage: where the prompt's tokens came from.
         timings: how long it took.
@@ -242,16 +243,16 @@ class ExplainedChunk:
 
     Attributes:
         label: the chunk's name or the start of its id; "(header)" for the control tokens that no chunk owns.
-        chunk_id: its id, None for the header.
+        chunk_id: its id; None for the header.
         position: absolute position of its first token.
-        tokens: how many tokens it holds.
+        tokens: how many tokens it has.
         after: labels of the chunks that its entry is computed after.
         hit: whether its KV entry is there.
-        where: "memory" or "store" on a hit, "nowhere" on a miss.
-        reason: why it is a miss, or where the hit lies, in words.
-        kv_bytes: size of its KV entry, padding to whole pages included.
-        expected_ms: how long having it ready should take: nothing in memory, else reading or computing it at the rates
-            measured so far; None where no rate is known.
+        where: "memory" or "store" for a hit, "nowhere" for a miss.
+        reason: why it is a miss, or where the hit is, in words.
+        kv_bytes: size of its KV entry, including the padding to whole pages.
+        expected_ms: how long it should take until it is in memory, by reading or computing it at the rates measured so
+            far; 0 if it is there, None if no rate is known.
     """
 
     label: str
@@ -273,7 +274,7 @@ class Explanation:
     Attributes:
         mode: the composition rule.
         chunks: one entry per chunk, in order.
-        notes: what the mode did that its name does not say.
+        notes: special cases that the mode met.
     """
 
     mode: str
@@ -282,12 +283,12 @@ class Explanation:
 
     @property
     def hits(self) -> int:
-        """Chunks whose KV entry is there."""
+        """How many chunks have a KV entry."""
         return sum(chunk.hit for chunk in self.chunks)
 
     @property
     def misses(self) -> int:
-        """Chunks whose KV entry has to be computed."""
+        """How many chunks need a KV entry that must be computed."""
         return len(self.chunks) - self.hits
 
     @property
@@ -307,17 +308,17 @@ class Explanation:
 
     @property
     def expected_load_ms(self) -> float | None:
-        """Reading what lies in the store; None where no rate is known."""
+        """Expected time to read entries from the store; None if no rate is known."""
         return self._expected("store")
 
     @property
     def expected_compute_ms(self) -> float | None:
-        """Computing what is missing; None where no rate is known."""
+        """Expected time to compute missing entries; None if no rate is known."""
         return self._expected("nowhere")
 
     @property
     def expected_ms(self) -> float | None:
-        """Having the whole context ready, before the question itself is computed; None where no rate is known."""
+        """Expected time until the whole context is in memory; None if no rate is known."""
         load, compute = self.expected_load_ms, self.expected_compute_ms
         return None if load is None or compute is None else load + compute
 
@@ -326,10 +327,10 @@ class Explanation:
         return None if None in times else sum(time for time in times if time is not None)
 
     def beside(self, answer: "Answer") -> str:
-        """A table of what was expected and what the call then took, for people.
+        """A table for people, of what was expected and what the call then took.
 
         Args:
-            answer: of a call on the same context, right after it was explained.
+            answer: the answer of a call on the same context, right after it was explained.
         """
         usage, timings = answer.usage, answer.timings
         question = usage.prompt_tokens - self.cached_tokens - self.missing_tokens
@@ -361,11 +362,11 @@ class EntryGroup:
     """The stored KV entries of one model, dtype and level.
 
     Attributes:
-        model: the name that the model was opened by last, or the start of its weights' fingerprint.
-        dtype: what they were computed in.
-        level: 0 system, 1 context.
-        entries: how many.
-        bytes: their KV on disk, padding included.
+        model: the name that the model was last opened by, or the start of its weights' fingerprint.
+        dtype: the dtype that they were computed in.
+        level: 0 for system prompts, 1 for context.
+        entries: how many entries there are.
+        bytes: size of their KV on disk, including padding.
     """
 
     model: str
@@ -377,26 +378,26 @@ class EntryGroup:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a store holds and how it served. `str()` gives a few lines.
+    """What a store holds, how often it had what was needed, and how busy the engine is. `str()` gives a few lines.
 
-    A hit is an entry that a call found, in memory or store; a miss is one that it had to compute. Registering counts
-    as neither.
+    A hit is an entry that a call found in memory or in the store. A miss is an entry that it had to compute.
+    Registering counts as neither.
 
     Attributes:
-        chunks: registered chunks, of all namespaces.
+        chunks: registered chunks of all namespaces.
         entries: stored KV entries.
-        bytes: their KV on disk.
+        bytes: size of their KV on disk.
         damaged: files set aside so far.
         groups: entries by model, dtype and level.
-        hits, misses: since this Braid was opened.
-        all_hits, all_misses: of every process that used this store and closed it, and of this one.
+        hits, misses: counts since this Braid was opened.
+        all_hits, all_misses: counts of this process, and of every process that used this store and closed it.
         pool_used_bytes: KV memory of resident entries and running calls.
         pool_capacity_bytes: KV memory that the pool has.
-        running: requests that are admitted and have not ended: loading, computing, decoding, or writing.
+        running: requests that are admitted and have not ended: they load, compute, decode or write.
         waiting: requests that wait for memory or a place.
-        steps: passes of the engine since this Braid was opened.
-        step_tokens: tokens that all of them computed, prefilled or decoded.
-        last_step_rows: answers that got a token in the last one.
+        steps: the engine's steps since this Braid was opened.
+        step_tokens: tokens that all steps computed, in prefill or decoding.
+        last_step_rows: answers that got a token in the last step.
     """
 
     chunks: int
@@ -418,7 +419,7 @@ class Stats:
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens that a step computed, on average."""
+        """Average number of tokens that a step computed."""
         return self.step_tokens / self.steps if self.steps else 0.0
 
     def __str__(self) -> str:
@@ -439,7 +440,7 @@ class Stats:
 
 
 def size(count: int) -> str:
-    """Bytes for people: "1.2 GB", decimal units."""
+    """A number of bytes for people, in decimal units: "1.2 GB"."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 999.5:
@@ -449,7 +450,7 @@ def size(count: int) -> str:
 
 
 def milliseconds(time: float | None) -> str:
-    """A time for people: "3.2 ms"; "-" for one that is not known."""
+    """A time for people: "3.2 ms", or "-" if it is not known."""
     if time is None:
         return "-"
     return f"{time:.1f} ms" if time < 100 else f"{time:,.0f} ms"

@@ -257,7 +257,7 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (full_queue, errors.QueueFullError, "queue must hold fewer than 1 .* larger max_queue"),
     (too_late, errors.DeadlineError, "within timeout_s=1e-06; .* Ask with a larger timeout_s"),
     (failing_engine, errors.EngineError, "ZeroDivisionError: .* Open another Braid"),
-    (forked, errors.ForkedError, "in the process that opened it; .* Open another one here"),
+    (forked, errors.ForkedError, "in the process that opened it; .* Open another Braid here"),
     (closed, errors.ClosedError, "This Braid is closed. Open a new one"),
 ]
 

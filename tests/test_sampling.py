@@ -166,7 +166,7 @@ def test_greedy_with_a_repetition_penalty_equals_generate(context: Context, peer
         ({"temperature": -0.1}, "temperature must be at least 0; got -0.1"),
         ({"temperature": math.nan}, "temperature"),
         ({"temperature": "hot"}, "temperature must be a number at least 0; got a str"),
-        ({"top_p": 0.5}, "top_p does nothing without a temperature"),
+        ({"top_p": 0.5}, "temperature must be above 0 if top_p is given"),
         ({"temperature": 1, "top_p": 0}, "top_p must be above 0 and at most 1"),
         ({"temperature": 1, "top_p": 1.01}, "top_p"),
         ({"temperature": 1, "top_k": -1}, "top_k must be at least 0"),

@@ -1,4 +1,4 @@
-"""Runs of new tokens as a batch for the model.
+"""Makes a batch for the model from runs of new tokens.
 
 Knows nothing about files, text or composition modes.
 """
@@ -20,9 +20,9 @@ class Run:
 
     Attributes:
         token_ids: the tokens.
-        context: what they see beside the entry they belong to.
-        pages: where that entry lies, int64 [pages], on the CPU.
-        start: index of the first of them in that entry.
+        context: the segments that they see besides the entry that they belong to.
+        pages: pages of that entry, int64 [pages], on the CPU.
+        start: index of the first token in that entry.
         origin: absolute position of the entry's token 0.
     """
 
@@ -33,7 +33,7 @@ class Run:
     origin: int
 
     def cut(self, tokens: int) -> "tuple[Run, Run | None]":
-        """The first `tokens` of it, and the rest, None if there is none."""
+        """Split it into the first `tokens` tokens and the rest. The rest is None if nothing is left."""
         if tokens >= len(self.token_ids):
             return self, None
         rest = replace(self, token_ids=self.token_ids[tokens:], start=self.start + tokens)
@@ -44,10 +44,10 @@ def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[bool
     """One pass of the model over runs. A run may see an earlier one.
 
     Args:
-        model: which.
-        pool: where their keys and values go.
+        model: the model.
+        pool: takes the keys and values.
         runs: at least one.
-        wanted: for each run, whether the logits after its last token are wanted; none, if left out.
+        wanted: for each run, whether the logits after its last token are wanted. If left out, none are.
 
     Returns:
         Logits [wanted runs, vocab_size]; None if none are wanted.

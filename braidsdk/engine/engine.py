@@ -29,10 +29,10 @@ from braidsdk.store import ChunkStore, EntryKey, Hit, ModelIdentity
 NO_CODEC = "none"
 
 MAX_QUEUE = 1024
-"""Requests that may wait, unless the Braid says otherwise."""
+"""How many requests may wait, unless the Braid says otherwise."""
 
 PREPARING_THREADS = 2
-"""Threads that check and tokenize what event loops ask."""
+"""Threads that check and tokenize what event loops ask for."""
 
 T = TypeVar("T")
 
@@ -45,8 +45,8 @@ class Load:
         running: requests that are admitted and have not ended.
         waiting: requests that wait for admission.
         steps: steps so far.
-        step_tokens: tokens that all of them computed, prefilled or decoded.
-        last_step_rows: rows that decoded in the last one.
+        step_tokens: tokens that all steps computed, in prefill or decoding.
+        last_step_rows: rows that decoded in the last step.
     """
 
     running: int
@@ -57,12 +57,12 @@ class Load:
 
 
 class Engine:
-    """What one open Braid holds; the way to its thread. Any thread may use it.
+    """The handle that an open Braid holds, and the way to its thread. Any thread may use it.
 
-    When nobody holds it any more, its thread ends.
+    The thread ends when there is no reference to the handle any more.
 
     Attributes:
-        turns: the ids of answers given, for conversations that go on.
+        turns: the ids of past answers, for conversations that go on.
         rates: how fast this model was on this device.
     """
 
@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def model(self) -> Model:
-        """For its numbers; only the engine's thread computes with it.
+        """The model, to read its numbers. Only the engine's thread computes with it.
 
         Raises:
             ClosedError: `close` was called.
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def pool(self) -> Pool:
-        """For its numbers; only the engine's thread changes it.
+        """The pool, to read its numbers. Only the engine's thread changes it.
 
         Raises:
             ClosedError: `close` was called.
@@ -130,18 +130,20 @@ class Engine:
         return self._loop.residency.misses
 
     def check_process(self) -> None:
-        """Takes no lock: in a fork somebody who is not there may hold it.
+        """Check that this is the process that opened it. Takes no lock: in a fork, a thread that does not exist there
+        may hold it.
 
         Raises:
             ForkedError: this is a fork of the process that opened it.
         """
         if os.getpid() != self._process:
             raise ForkedError(
-                "A Braid must be used in the process that opened it; this is a fork of it. Open another one here."
+                "A Braid must be used in the process that opened it; got a fork of that process. Open another Braid "
+                "here."
             )
 
     def check_open(self) -> None:
-        """`check_process`, and that it is open. Takes no lock either.
+        """Check that this is the process that opened it, and that it is open. Takes no lock.
 
         Raises:
             ForkedError: this is a fork of the process that opened it.
@@ -152,13 +154,13 @@ class Engine:
             raise closed()
 
     def close(self) -> None:
-        """End every request with ClosedError, free memory, close the store. Safe to call twice, and in a fork, where it
-        does nothing."""
+        """End every request with ClosedError, free memory and close the store. Safe to call twice. In a fork it does
+        nothing."""
         self._stop()
         self._loop.join()
 
     def submit(self, request: Request) -> Request:
-        """Give a request to the engine; read its events.
+        """Give a request to the engine, and return it; its events can then be read.
 
         Raises:
             ClosedError: `close` was called.
@@ -170,13 +172,13 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request that nobody wants any more, after the step that runs. Never blocks, so the garbage collector
-        may call it at any point of any thread."""
+        """End a request that is not wanted any more, after the current step. Never blocks, so the garbage collector may
+        call it at any point in any thread."""
         if not request.ended and os.getpid() == self._process:
             self._loop.post(partial(self._loop.cancel, request))
 
     def run(self, request: Request) -> object:
-        """Submit a request and wait for its result; an interrupt cancels it."""
+        """Submit a request and wait for its result. An interrupt cancels the request."""
         try:
             self.submit(request)
             return request.result()
@@ -196,8 +198,8 @@ class Engine:
         return call.result()
 
     async def beside_the_loop(self, work: Callable[[], T]) -> T:
-        """Run what a call does before it is submitted (texts, keys, a look into the store) in a thread, so that the
-        caller's event loop is not blocked. Few threads: more would only contend for the interpreter and the index.
+        """Prepare a call (its texts and keys, and a look into the store) in a thread, so that the caller's event loop
+        is not blocked. There are few threads, because more would only contend for the interpreter and the index.
 
         Raises:
             ClosedError: `close` was called.
@@ -206,25 +208,25 @@ class Engine:
         return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
 
     def load(self) -> Load:
-        """How busy it is."""
+        """How busy the engine is."""
         loop = self._loop
         running, waiting = loop.scheduler.admitted, loop.scheduler.waiting
         return Load(running, waiting, loop.steps, loop.step_tokens, loop.last_step_rows)
 
     def keys(self, composition: Composition, known: Sequence[EntryKey] = ()) -> tuple[EntryKey, ...]:
-        """The key of each segment's entry; `known`: those of the first segments, where the caller has them."""
+        """The key of each segment's entry. `known` are the keys of the first segments, if the caller has them."""
         return composition.keys(self.identity, self.namespace, known, self._recent_keys)
 
     def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | None]:
-        """Where each entry is, without loading or computing any; None is nowhere."""
+        """Where each entry is, without loading or computing any. None means nowhere."""
         found = dict(zip(keys, self.store.look_up(keys), strict=True))
         return [self.pool.find(key.digest) or found[key] for key in keys]
 
     def check_chunks(self, composition: Composition) -> None:
-        """Refuse a composition with a deleted chunk, and forget what was computed with sight of it.
+        """Refuse a composition with a deleted chunk, and forget what was computed after it.
 
         Raises:
-            UnknownChunkError: a chunk was deleted meanwhile, by this or another process.
+            UnknownChunkError: this or another process has deleted a chunk.
         """
         labels = {segment.chunk.id: segment.label for segment in composition.segments if segment.chunk}
         gone = labels.keys() - self.store.known_chunks(self.namespace, labels)
@@ -233,16 +235,16 @@ class Engine:
             raise deleted([labels[chunk_id] for chunk_id in sorted(gone)])
 
     def forget(self, chunk_ids: Set[str]) -> None:
-        """Drop the entries of deleted chunks, and refuse requests that still wait with one."""
+        """Drop the entries of deleted chunks, and refuse waiting requests that need one."""
         self.call(partial(self._loop.forget, chunk_ids))
 
     def warm_up(self, requests: int) -> "list[Callable[[], object]]":
-        """What to `call`, one by one, so that no question has to wait for a compiler or a capture; see `Graphs`."""
+        """Functions to `call` one by one. After them no question waits for a compiler or a capture; see `Graphs`."""
         runner = self._owned("runner")
         return list(runner.graphs.warm_up(requests)) if isinstance(runner, GraphRunner) else []
 
     def launches(self) -> dict[str, int]:
-        """Kernels that each pass launches which was captured so far; empty where the model does not run on graphs."""
+        """How many kernels each captured pass launches. Empty if the model does not run on CUDA graphs."""
         runner = self._owned("runner")
         return self.call(runner.graphs.launches) if isinstance(runner, GraphRunner) else {}
 
@@ -255,7 +257,7 @@ class Engine:
 
 
 class _Call(Generic[T]):
-    """Something to run in the engine's thread, and what came of it."""
+    """A function to run in the engine's thread, and its result."""
 
     def __init__(self, work: Callable[[], T]) -> None:
         self._work = work

@@ -1,4 +1,4 @@
-"""Which kernels a model runs on: what was asked for, and what this machine can do."""
+"""Decides which kernels a model runs on, from what was asked for and what this machine can do."""
 
 import importlib.metadata
 import json
@@ -38,17 +38,19 @@ class KernelsWarning(UserWarning):
 
 
 def parse_kernels(kernels: str | None) -> dict[str, str]:
-    """What is asked for, by operation: "auto", "triton", "amx" or "torch".
+    """The path that is asked for, by operation: "auto", "triton", "amx" or "torch".
 
     Args:
-        kernels: one of them for all operations, then perhaps exceptions, as in "auto,attention=torch"; None is
+        kernels: one of them for all operations. Exceptions may follow, as in "auto,attention=torch". None means
             `BRAID_KERNELS`, or "auto".
 
     Raises:
         InputError: it is not of that form.
     """
     text = os.environ.get("BRAID_KERNELS") or "auto" if kernels is None else kernels
-    form = f"'auto', 'triton', 'amx' or 'torch', then perhaps exceptions such as 'attention=torch' ({', '.join(OPS)})"
+    form = (
+        f"'auto', 'triton', 'amx' or 'torch', with or without exceptions such as ',attention=torch' ({', '.join(OPS)})"
+    )
     if not isinstance(text, str):
         raise InputError(f"kernels must be {form}; got a {type(text).__name__}.")
     first, *exceptions = (part.strip() for part in text.split(","))
@@ -73,37 +75,37 @@ def obstacle(model: Model) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere, compute capability 8.0"
     if model.dtype not in (torch.float32, torch.bfloat16):
-        return f"{model.dtype} is not computed by them; use bfloat16 or float32"
+        return f"the model is in {model.dtype}; Triton kernels need bfloat16 or float32"
     if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"the model's head_dim is {head_dim}; they need a power of two, at least 16"
+        return f"the model's head_dim is {head_dim}; Triton kernels need a power of two, at least 16"
     return None
 
 
 def _not_for_amx(model: Model) -> str | None:
     """Why the C kernels would not run this model on any machine."""
     if model.device.type != "cpu":
-        return f"the model is on {model.device}; they run on the CPU"
+        return f"the model is on {model.device}; the C kernels need the CPU"
     if model.dtype != torch.bfloat16:
-        return f"the model is in {model.dtype}; they take bfloat16"
+        return f"the model is in {model.dtype}; the C kernels need bfloat16"
     if model.config.head_dim not in HEAD_DIMS:
-        return f"the model's head_dim is {model.config.head_dim}; they take {', '.join(map(str, HEAD_DIMS))}"
+        return f"the model's head_dim is {model.config.head_dim}; the C kernels need {', '.join(map(str, HEAD_DIMS))}"
     return None
 
 
 def amx_obstacle(model: Model) -> str | None:
-    """Why the C kernels can't run this model here; None if they can. The first time it compiles them."""
+    """Why the C kernels can't run this model here; None if they can. The first call compiles them."""
     return _not_for_amx(model) or native.obstacle()
 
 
 def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
     """The path of each operation.
 
-    "auto" takes Triton's kernels on a CUDA device, where they can run this model, the C kernels on a CPU with AMX,
-    likewise, and torch's elsewhere. The first time on a device each of Triton's is tried on this model's shapes, in
-    processes of their own; one that fails is left to torch, with one warning. What was found is remembered.
+    "auto" takes Triton's kernels on a CUDA device and the C kernels on a CPU with AMX, if they can run this model, and
+    torch's otherwise. The first time on a device, separate processes try each Triton kernel on this model's shapes.
+    torch replaces a kernel that fails, with one warning. The results are remembered.
 
     Raises:
-        InputError: "triton" or "amx" was asked for where it can't run.
+        InputError: "triton" or "amx" was asked for and can't run here.
     """
     asked = {"auto", "amx"} & set(wanted.values())
     reasons = {"triton": obstacle(model), "amx": amx_obstacle(model) if asked else "torch was asked for"}
@@ -132,7 +134,7 @@ def choose_paths(wanted: dict[str, str], model: Model) -> Paths:
 
 
 def _cpu_paths(wanted: dict[str, str], model: Model, reason: str | None) -> Paths:
-    """Where Triton's kernels can't run: the C kernels, unless there is a reason against them."""
+    """The paths if Triton's kernels can't run: the C kernels, unless there is a reason against them."""
     could = _not_for_amx(model) is None and native.cpu_obstacle() is None
     if reason and could and "auto" in wanted.values():
         warnings.warn(f"Running on torch's kernels, which are slower: {reason}.", KernelsWarning, stacklevel=5)
@@ -143,7 +145,7 @@ def _cpu_paths(wanted: dict[str, str], model: Model, reason: str | None) -> Path
 
 
 def _troubles(model: Model) -> dict[str, str]:
-    """What is wrong with which operation's kernels, remembered from the first time on."""
+    """What is wrong with each operation's kernels. It is found out once and then remembered."""
     memory = FilePath(user_cache_dir("braidsdk")) / "kernels.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
@@ -160,7 +162,7 @@ def _troubles(model: Model) -> dict[str, str]:
         if any("out of memory" in trouble or trouble.startswith(ENDED) for trouble in found.values()):
             return found  # true now, perhaps not the next time
         known[key] = found
-        with suppress(OSError):  # only costs the next process the same test
+        with suppress(OSError):  # if this fails, the next process repeats the test
             memory.parent.mkdir(parents=True, exist_ok=True)
             scratch = memory.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
@@ -169,7 +171,7 @@ def _troubles(model: Model) -> dict[str, str]:
 
 
 def _setting(model: Model) -> str:
-    """All that decides whether the kernels work: device, versions, their source, the model's shapes."""
+    """Everything that decides whether the kernels work: device, versions, their source, and the model's shapes."""
     config = model.config
     shapes = (config.hidden_size, config.intermediate_size, config.q_heads, config.kv_heads, config.head_dim)
     source = xxhash.xxh3_64()

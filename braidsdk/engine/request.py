@@ -1,6 +1,6 @@
 """One unit of work for the engine: a question, a registration, or a look at resident entries.
 
-The engine's thread writes to a request, its reader's thread reads from it. Between them stand two things that are safe
+The engine's thread writes to a request, and its reader's thread reads from it. They share two things that are safe
 without a lock: a list that only grows, and a wake-up that says that something has changed.
 """
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from braidsdk.engine.sampling import SamplingParams
 
 Then = Callable[[Sequence["Resident"], "Tensor | None"], object]
-"""What the engine's thread does with a request's resident entries, one per segment, and with the logits after its tail,
-[vocab_size], None without a tail."""
+"""What the engine's thread does with a request's resident entries, one per segment, and with the logits after its tail:
+[vocab_size], or None without a tail."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished question knows of itself."""
+    """The results of a finished question, besides its text."""
 
     usage: Usage
     timings: Timings
@@ -37,14 +37,14 @@ class Outcome:
 
 @dataclass
 class Clock:
-    """When a request passed its stages, in seconds of `time.perf_counter`; 0.0 is not yet, or never.
+    """When a request passed its stages, in seconds of `time.perf_counter`. 0.0 means not yet, or never.
 
     Attributes:
-        admitted: it got its memory.
-        ready: what the store holds of its entries was loaded.
-        entries: the last of its missing entries was computed.
-        computed: its prefill was.
-        first_token, last_token: these were chosen.
+        admitted: when it got its memory.
+        ready: when the entries that the store holds were loaded.
+        entries: when the last of its missing entries was computed.
+        computed: when its prefill was computed.
+        first_token, last_token: when these tokens were chosen.
     """
 
     admitted: float = 0.0
@@ -56,29 +56,29 @@ class Clock:
 
     @property
     def compute_ms(self) -> float:
-        """What computing missing entries took."""
+        """How long computing missing entries took."""
         return (self.entries - self.ready) * 1e3 if self.entries else 0.0
 
 
 @dataclass(eq=False, kw_only=True)
 class Request(Job):
-    """See the module.
+    """One unit of work; see the module.
 
     Attributes:
         composition: its segments, and its tail.
-        keys: of its segments' entries.
+        keys: the keys of its segments' entries.
         params: how tokens are chosen; None generates none.
-        then: what is done once its prefill is done, instead of generating tokens.
-        computes: digests of entries that the store is known to lack, and that are written even if they are resident.
+        then: what to do after its prefill, instead of generating tokens.
+        computes: digests of entries that the store is known to lack. They are written even if they are resident.
         counted: whether its entries count as hits and misses.
         streamed: whether its reader is woken for each token, or only at the end.
-        text: follows the answer's text, where stop strings can end it.
-        wake: called by the engine's thread when there is something to read; must not block. What it returns is called
-            after those of all requests that were woken in the same step, once where several return the same.
+        text: follows the answer's text, if stop strings can end it.
+        wake: the engine's thread calls it when there is something to read; it must not block. What it returns is called
+            after all requests of the same step were woken, once if several return the same.
         tokens: ids generated so far.
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
-        outcome: of a finished question.
+        outcome: the results of a finished question.
         value: what `then` returned.
         error: why it failed.
     """
@@ -112,7 +112,7 @@ class Request(Job):
 
     @property
     def reserved(self) -> int:
-        """Tokens of its tail and its answer, at most."""
+        """The most tokens that its tail and its answer can have."""
         return len(self.composition.tail) + (self.params.max_new_tokens if self.params else 0)
 
     def ring(self) -> Callable[[], None] | None:
@@ -123,15 +123,15 @@ class Request(Job):
         return None
 
     def wait(self, seen: int | None = None) -> None:
-        """Block until it has ended, or has more tokens than the `seen` ones. Ctrl-C interrupts it."""
+        """Block until it has ended or has more than `seen` tokens. Ctrl-C interrupts the wait."""
         while not self.ended and (seen is None or len(self.tokens) <= seen):
             self._bell.get()
 
     def result(self) -> object:
-        """What `then` returned, once it has ended.
+        """Wait until it has ended, and return what `then` returned.
 
         Raises:
-            BaseException: why it failed.
+            BaseException: the error with which it failed.
         """
         self.wait()
         if self.error is not None:

@@ -1,6 +1,6 @@
 """A step of the model for many requests: pieces of prefill, and a token for each row that decodes.
 
-Knows nothing of requests' states, of text or of files. For the engine's thread, which is in inference mode.
+Knows nothing about requests' states, text or files. For the engine's thread, which is in inference mode.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class Row:
     Attributes:
         slot: its place in the running batch.
         sampler: chooses its tokens.
-        context: what it sees beside its tail.
-        pages: where its tail lies, int64 [pages], on the CPU.
+        context: the segments that it sees besides its tail.
+        pages: pages of its tail, int64 [pages], on the CPU.
         origin: absolute position of the tail's token 0.
-        reserved: tokens that its pages are meant for.
-        done: tokens of the tail whose keys and values are computed.
-        last: the id chosen last; not computed yet. Only where tokens come to the host one by one.
+        reserved: how many tokens its pages are meant for.
+        done: how many tokens of the tail have their keys and values computed.
+        last: the id that was chosen last and is not computed yet. Only used if tokens come to the host one by one.
     """
 
     slot: int
@@ -42,7 +42,7 @@ class Row:
     last: int = 0
 
     def run(self, token_ids: Sequence[int]) -> Run:
-        """The next tokens of its tail, to be computed."""
+        """A run of the next tokens of its tail."""
         return Run(tuple(token_ids), self.context, self.pages, self.done, self.origin)
 
 
@@ -52,8 +52,8 @@ class Piece:
 
     Attributes:
         run: the tokens to compute.
-        row: where they end a tail, the row whose first token is chosen then.
-        logits: whether the logits after them are wanted themselves.
+        row: if they end a tail, the row that gets its first token then.
+        logits: whether the logits after them are wanted.
     """
 
     run: Run
@@ -63,7 +63,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A row's next token, and whether its logits were finite; if not the token means nothing."""
+    """A row's next token, and whether its logits were finite. If they were not, the token means nothing."""
 
     row: Row
     token: int
@@ -71,15 +71,15 @@ class Chosen:
 
 
 class Results(Protocol):
-    """What a step gives, perhaps not there yet."""
+    """The results of a step, which may not be there yet."""
 
     def take(self) -> list[Chosen]:
-        """The tokens, once they are there."""
+        """Wait for the tokens and return them."""
         ...
 
     @property
     def logits(self) -> Sequence[Tensor]:
-        """[vocab_size] for each piece that wanted them, in order."""
+        """Logits [vocab_size] for each piece that wanted them, in order."""
         ...
 
 
@@ -87,11 +87,11 @@ class Runner(Protocol):
     """How steps are computed on one device."""
 
     ahead: bool
-    """Whether a step can be launched before the one before was taken."""
+    """Whether a step can be launched before the results of the previous one were taken."""
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> Results:
-        """Compute pieces, and the next token of rows; or start to. Rows that were there before and are not given now
-        have left. Launched again after an error it gives what it would have given."""
+        """Compute pieces and the next token of rows, or start to. Rows that were given before and are not given now
+        have left. If it is launched again after an error, it gives the same results as without the error."""
         ...
 
 
@@ -107,7 +107,7 @@ class Done:
 
 
 class EagerRunner:
-    """One pass of the model for a whole step, on any device."""
+    """Computes a whole step as one pass of the model, on any device."""
 
     ahead = False
 
@@ -135,7 +135,7 @@ class EagerRunner:
 
 
 def choose(logits: Tensor, rows: Sequence[Row | None]) -> list[Chosen]:
-    """A token for each row from its logits, [rows, vocab_size]; none for those that are None."""
+    """Choose a token for each row from its logits, [rows, vocab_size]. Rows that are None get none."""
     finite = torch.isfinite(logits).all(-1).tolist()
     likeliest = logits.argmax(-1).tolist()
     return [

@@ -1,11 +1,12 @@
-"""How the next token is chosen: arguments, what they do to the logits, and the draw.
+"""How the next token is chosen: the arguments, what they do to the logits, and the sampling itself.
 
-Order and meaning of each step are those of transformers' logits processors: repetition penalty over prompt and answer,
-temperature, top_k, top_p, min_p. Random state belongs to one request; the global generators are neither read nor
-changed.
+Each step means the same as in transformers' logits processors, and the order is the same: repetition penalty over
+prompt and answer, temperature, top_k, top_p, min_p. Random state belongs to one request; the global generators are
+neither read nor changed.
 
-This is the CPU's path. Where a model runs on CUDA graphs, `braidsdk.kernels.sample` does the same on the device, with
-random numbers of its own: one seed gives one answer on either, and not the same on both.
+This is the CPU's path. If a model runs on CUDA graphs, `braidsdk.kernels.sample` does the same on the device, with
+other random numbers. So a seed always gives the same answer on a CPU, and always the same one on a GPU, but these two
+differ.
 
 Knows nothing about models, caches or text.
 """
@@ -25,27 +26,31 @@ from braidsdk.models.base import GenerationDefaults, ModelConfig
 DEFAULT_NEW_TOKENS = 256
 
 LEAST_TEMPERATURE = 1e-6
-"""Below it an answer is greedy: logits divided by less would leave float32's range, and only the likeliest is drawn."""
+"""Below this temperature an answer is greedy. Logits divided by less would leave float32's range, and only the
+likeliest token would be sampled anyway."""
 
 
 class SamplingOptions(TypedDict, total=False):
-    """Keywords of `ask` and `stream` that say how tokens are chosen and when the answer ends. None is "not given".
+    """Keywords of `ask` and `stream` that say how tokens are chosen and when the answer ends. None means "not given".
 
-    Without a temperature, or at temperature 0, the answer is greedy: the most likely token, ties to the lowest id. A
-    temperature above 0 draws; what is not given beside it then comes from the model's generation_config.json.
+    Without a temperature, or at temperature 0, the answer is greedy: the most likely token is chosen, on a tie the one
+    with the lowest id. With a temperature above 0, tokens are sampled. Options that are not given then come from the
+    model's generation_config.json.
 
     Attributes:
-        max_new_tokens: at most so many tokens are generated. None is 256, or what the window leaves.
+        max_new_tokens: the most tokens that are generated. None means 256, or what the window leaves.
         temperature: divides the logits; 0 is greedy.
-        top_p: keep the fewest most likely tokens whose probabilities reach this sum; above 0, at most 1 (keeps all).
-        top_k: keep that many most likely tokens (more on a tie); 0 keeps all.
-        min_p: keep tokens at least this share as likely as the likeliest; 0 to 1.
-        repetition_penalty: above 1 makes ids of prompt and answer less likely, in greedy answers too. None is the
-            model's default, as in transformers.
-        seed: the same seed gives the same answer, whatever else runs, on the same device: CPU and GPU draw other
-            random numbers. None is another one each time.
-        stop: the answer ends before the first of these strings that its text contains; no part of it is shown.
-        stop_ids: token ids that end the answer as the model's own end token does: counted, and left out of the text.
+        top_p: keeps the fewest most likely tokens that have this probability together; above 0 and at most 1, which
+            keeps all.
+        top_k: keeps this many of the most likely tokens, more on a tie; 0 keeps all.
+        min_p: keeps tokens with at least this share of the likeliest token's probability; from 0 to 1.
+        repetition_penalty: a value above 1 makes ids of prompt and answer less likely, in greedy answers too. None
+            means the model's default, as in transformers.
+        seed: the same seed gives the same answer on the same device, whatever else runs. A CPU and a GPU sample with
+            different random numbers. None means a new seed each time.
+        stop: the answer ends before the first of these strings that its text contains. No part of it is shown.
+        stop_ids: token ids that end the answer, as the model's own end token does. They are counted, and left out of
+            the text.
     """
 
     max_new_tokens: int | None
@@ -61,15 +66,15 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """`SamplingOptions` once checked and completed; nothing is left open but the seed.
+    """`SamplingOptions` that are checked and complete. Only the seed may still be open.
 
     Attributes:
         max_new_tokens: at least 1, and within the window.
-        temperature: 0.0 is greedy; top_p, top_k, min_p and seed do nothing then.
+        temperature: 0.0 is greedy; then top_p, top_k, min_p and seed do nothing.
         top_p, top_k, min_p, repetition_penalty: 1.0, 0, 0.0 and 1.0 change nothing.
-        seed: of this request's random numbers; None takes one from the system.
+        seed: the seed of this request's random numbers; None takes one from the system.
         stop: strings that end the text.
-        stop_ids: ids that end the answer, the model's own included.
+        stop_ids: ids that end the answer, including the model's own.
     """
 
     max_new_tokens: int
@@ -84,17 +89,17 @@ class SamplingParams:
 
 
 def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) -> SamplingParams:
-    """Check what the caller asked for and complete it from the model's defaults.
+    """Check what the caller asked for, and complete it with the model's defaults.
 
     Args:
         options: keywords of the call.
-        model: window, end tokens and generation defaults.
-        prompt_tokens: length of the prompt; it leaves room for at least one more.
+        model: gives the window, the end tokens and the generation defaults.
+        prompt_tokens: length of the prompt. The window has room for at least one more token.
 
     Raises:
         InputError: a value can't be used.
         WindowExceededError: prompt and `max_new_tokens` exceed the window.
-        TypeError: there is no such keyword.
+        TypeError: a keyword does not exist.
     """
     if unknown := options.keys() - SamplingOptions.__annotations__:
         known = SamplingOptions.__annotations__
@@ -109,19 +114,19 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
     }
     if temperature is None and (given := [name for name, value in shape.items() if value is not None]):
         raise InputError(
-            f"{' and '.join(given)} does nothing without a temperature: the answer is greedy. Give temperature=0.6, "
-            "say, to sample."
+            f"temperature must be above 0 if {' and '.join(given)} is given; got none, so the answer would be greedy. "
+            "Pass temperature=0.6, for example, to sample."
         )
     if temperature is None or temperature < LEAST_TEMPERATURE:
         temperature = 0.0
-    drawing: GenerationDefaults = model.generation if temperature else GenerationDefaults(top_k=0)
+    defaults: GenerationDefaults = model.generation if temperature else GenerationDefaults(top_k=0)
     penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.0, math.inf, open_below=True)
     return SamplingParams(
         max_new_tokens=_new_tokens(options.get("max_new_tokens"), model.window, prompt_tokens),
         temperature=temperature,
-        top_p=drawing.top_p if shape["top_p"] is None else shape["top_p"],
-        top_k=drawing.top_k if shape["top_k"] is None else int(shape["top_k"]),
-        min_p=drawing.min_p if shape["min_p"] is None else shape["min_p"],
+        top_p=defaults.top_p if shape["top_p"] is None else shape["top_p"],
+        top_k=defaults.top_k if shape["top_k"] is None else int(shape["top_k"]),
+        min_p=defaults.min_p if shape["min_p"] is None else shape["min_p"],
         repetition_penalty=model.generation.repetition_penalty if penalty is None else penalty,
         seed=_integer("seed", options.get("seed"), 0, 2**32),
         stop=_stop_strings(options.get("stop")),
@@ -135,10 +140,10 @@ class Sampler:
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         """Args:
         params: how to choose.
-        prompt_ids: the whole prompt; what the repetition penalty counts as said before the answer.
+        prompt_ids: the whole prompt, which the repetition penalty counts too.
         """
         self.params = params
-        self._said = torch.tensor(prompt_ids, dtype=torch.int64)
+        self._prompt = torch.tensor(prompt_ids, dtype=torch.int64)
         self._seen: Tensor | None = None
         self._chosen: list[int] = []
         self._random = torch.Generator("cpu")
@@ -149,12 +154,12 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the next token is the likeliest one, whatever came before."""
+        """Whether the next token is always the likeliest one, whatever came before."""
         return not self.params.temperature and self.params.repetition_penalty == 1.0
 
     @property
     def seed(self) -> int:
-        """Of the request's random numbers, 64 bits: the one that was given, or the system's."""
+        """The seed of the request's random numbers, 64 bits: the given one, or one from the system."""
         return self._random.initial_seed()
 
     @property
@@ -164,11 +169,11 @@ class Sampler:
 
     @property
     def said(self) -> Tensor:
-        """What the repetition penalty counts: ids of the prompt and of the answer so far, int64."""
-        return torch.cat((self._said, torch.tensor(self._chosen, dtype=torch.int64)))
+        """The ids that the repetition penalty counts: those of the prompt and of the answer so far, int64."""
+        return torch.cat((self._prompt, torch.tensor(self._chosen, dtype=torch.int64)))
 
     def pick(self, logits: Tensor) -> int:
-        """The next token's id; `take` notes it.
+        """Choose the next token's id. `take` then records it.
 
         Args:
             logits: finite, [vocab_size], on any device.
@@ -178,14 +183,14 @@ class Sampler:
             logits = penalise(logits, self._mask(logits), params.repetition_penalty)
         if not params.temperature:
             return int(logits.argmax())
-        return _draw(*candidates(logits, params), self._random)
+        return _sample(*candidates(logits, params), self._random)
 
     def take(self, token: int, finite: bool) -> None:
-        """Take note of a token that was chosen, here or on the device.
+        """Record a token that was chosen here or on the device.
 
         Args:
             token: its id.
-            finite: whether its logits were.
+            finite: whether its logits were finite.
 
         Raises:
             NumericsError: they were not.
@@ -193,17 +198,17 @@ class Sampler:
         self._chosen.append(token)
         if not finite:
             raise NumericsError(
-                f"Logits must be finite; some for token {self.chosen} of the answer are NaN or infinite. Check the "
+                f"Logits must be finite; got NaN or infinity for token {self.chosen} of the answer. Check the "
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
         if self._seen is not None:
-            with torch.inference_mode():  # where `pick` made it
+            with torch.inference_mode():  # `pick` made it in this mode
                 self._seen[token] = True
 
     def _mask(self, logits: Tensor) -> Tensor:
         if self._seen is None:
             self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[self._said.to(logits.device)] = True
+            self._seen[self._prompt.to(logits.device)] = True
         return self._seen
 
 
@@ -212,21 +217,22 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
     Args:
         logits: [vocab_size].
-        seen: which ids, bool [vocab_size].
-        penalty: divides their logits where positive, multiplies them where negative.
+        seen: which ids were seen, bool [vocab_size].
+        penalty: divides their positive logits and multiplies their negative ones.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """What can be drawn: temperature, top_k, top_p, min_p, in this order.
+    """The tokens that can be sampled. Applies temperature, top_k, top_p and min_p, in this order.
 
     Args:
         logits: finite, [vocab_size], on any device.
-        params: of the request; the temperature is above 0.
+        params: the request's parameters, with a temperature above 0.
 
     Returns:
-        ids, int64 [candidates], ascending, at least one; and their scaled logits, float32 [candidates]; on the CPU.
+        Ids, int64 [candidates], ascending, at least one; and their scaled logits, float32 [candidates]. Both are on the
+        CPU.
     """
     scores = logits.float() / params.temperature
     ids = torch.arange(len(scores), device=logits.device)
@@ -247,8 +253,8 @@ def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
     return ids, scores
 
 
-def _draw(ids: Tensor, scores: Tensor, random: torch.Generator) -> int:
-    """One of `ids` with probability softmax(scores), by the inverse of the cumulative distribution in float64."""
+def _sample(ids: Tensor, scores: Tensor, random: torch.Generator) -> int:
+    """Sample one of `ids` with probability softmax(scores), by inverting the cumulative distribution in float64."""
     cumulative = torch.softmax(scores.double(), 0).cumsum(0)
     point = torch.rand(1, dtype=torch.float64, generator=random) * cumulative[-1]
     return int(ids[torch.searchsorted(cumulative, point, right=True).clamp(max=len(ids) - 1)])
@@ -283,8 +289,8 @@ def _new_tokens(value: int | None, window: int, prompt_tokens: int) -> int:
     wanted = _integer("max_new_tokens", value, 1)
     if wanted is not None and wanted > room:
         raise WindowExceededError(
-            f"The prompt takes {prompt_tokens:,} tokens and leaves room for {room:,}; max_new_tokens is {wanted:,}. "
-            "Ask for fewer, or compose fewer chunks."
+            f"max_new_tokens must be at most {room:,}, what a prompt of {prompt_tokens:,} tokens leaves of the model's "
+            f"window; got {wanted:,}. Ask for fewer, or compose fewer chunks."
         )
     return wanted or min(DEFAULT_NEW_TOKENS, room)
 

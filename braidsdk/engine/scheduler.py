@@ -1,23 +1,23 @@
-"""Which request is admitted, and what the next step computes.
+"""Decides which request is admitted, and what the next step computes.
 
-States of a request, and their only transitions:
+These are the states of a request and all transitions:
 
     from     to         when
     -        waiting    it is submitted
     waiting  loading    it is admitted: it has its pages, its pins and its row slot
-    loading  ready      every entry that it needs is there, or is its own to compute
+    loading  ready      every entry that it needs is there, or it computes the entry itself
     ready    running    its prefill is done; its row decodes, or what it computed is being written
     running  finished   its answer is complete, and what it computed is written
-    any of these  failed     an error, its deadline, or the engine's end
+    any of these  failed     there was an error, its deadline passed, or the engine ended
     any of these  cancelled  its reader does not want it any more
 
-A request that needs no row and writes nothing passes through `running` at once. What it holds is given back when it
-ends, and nowhere else.
+A request that needs no row and writes nothing passes through `running` at once. A request gives back what it holds when
+it ends, and nowhere else.
 
-Order: by priority, then by arrival. A request that waits rises by one priority every `AGEING_S` seconds, so that none
-waits for ever. The first in the order is admitted first: nothing overtakes it because it is smaller.
+Requests are ordered by priority, then by arrival. A waiting request rises by one priority every `AGEING_S` seconds, so
+that none waits forever. The first request in the order is admitted first: a smaller one does not overtake it.
 
-Knows no torch and no thread, and nothing of what a request computes.
+Knows no torch and no thread, and nothing about what a request computes.
 """
 
 from collections import deque
@@ -30,17 +30,17 @@ from typing import Generic, Protocol, TypeVar
 from braidsdk.errors import DeadlineError, QueueFullError
 
 ROW_SLOTS = 64
-"""Requests that decode at once."""
+"""How many requests decode at the same time."""
 
 REGISTRATIONS = 3
-"""Registrations admitted at once: one is computed while others are loaded and written."""
+"""How many registrations are admitted at the same time: one is computed while others are loaded and written."""
 
 AGEING_S = 5.0
-"""After so long in the queue a request counts as one priority higher, after twice as long as two."""
+"""A request rises by one priority each time it has waited this long."""
 
 
 class Priority(IntEnum):
-    """What goes first; a smaller number before a larger one."""
+    """What goes first: a smaller number goes before a larger one."""
 
     QUESTION = 0
     REPAIR = 1
@@ -48,7 +48,7 @@ class Priority(IntEnum):
 
 
 class State(StrEnum):
-    """Of a request; see the module."""
+    """The state of a request; see the module."""
 
     WAITING = "waiting"
     LOADING = "loading"
@@ -74,16 +74,16 @@ TRANSITIONS: dict[State, set[State]] = {
 
 @dataclass(eq=False, kw_only=True)
 class Job:
-    """What the scheduler knows of a request.
+    """What the scheduler knows about a request.
 
     Attributes:
-        priority: where it stands in the order.
-        submitted: when, in seconds of the engine's clock.
-        deadline: when it fails, in seconds of the engine's clock; None is never.
+        priority: its place in the order.
+        submitted: when it was submitted, in seconds of the engine's clock.
+        deadline: when it fails, in seconds of the engine's clock; None means never.
         decodes: whether it generates tokens, in a row slot.
         state: see the module.
         slot: its row slot, while it has one.
-        to_prefill: tokens that its prefill has still to compute; set when it becomes ready.
+        to_prefill: tokens that its prefill still has to compute; set when it becomes ready.
         number: its place in the order of arrival.
     """
 
@@ -102,14 +102,14 @@ J_contra = TypeVar("J_contra", bound=Job, contravariant=True)
 
 
 class Memory(Protocol[J_contra]):
-    """Who has the pages."""
+    """Gives pages and pins to requests."""
 
     def admit(self, request: J_contra, /) -> bool:
-        """Take all that a request needs, pages and pins, or nothing: whether it fits now."""
+        """Take all pages and pins that a request needs, or none. Returns whether it fits now."""
         ...
 
     def release(self, request: J_contra, /) -> None:
-        """Give back all that `admit` took."""
+        """Give back everything that `admit` took."""
         ...
 
 
@@ -143,12 +143,12 @@ class Scheduler(Generic[J]):
         slots: int = ROW_SLOTS,
     ) -> None:
         """Args:
-        memory: who has the pages.
-        max_queue: requests that may wait.
-        step_tokens: tokens that one step prefills at most.
+        memory: gives pages and pins to requests.
+        max_queue: how many requests may wait.
+        step_tokens: the most tokens that one step prefills.
         piece_tokens: the same while rows decode, so that they keep their pace.
-        joins: requests whose prefill ends in one step, and that decode from the next on, at most while rows decode.
-        slots: row slots.
+        joins: while rows decode, at most so many requests end their prefill in one step and decode from the next on.
+        slots: number of row slots.
         """
         self._memory = memory
         self._max_queue = max_queue
@@ -167,7 +167,7 @@ class Scheduler(Generic[J]):
 
     @property
     def full(self) -> bool:
-        """Whether as many wait as may."""
+        """Whether `max_queue` requests wait."""
         return self.waiting >= self._max_queue
 
     @property
@@ -180,15 +180,15 @@ class Scheduler(Generic[J]):
         yield from [*self._admitted, *(job for queue in self._queues.values() for job in queue)]
 
     def submit(self, job: J) -> None:
-        """Take a request into the queue.
+        """Put a request into the queue.
 
         Raises:
-            QueueFullError: as many wait as may.
+            QueueFullError: `max_queue` requests wait already.
         """
         if self.full:
             raise QueueFullError(
-                f"The queue must hold fewer than {self._max_queue:,} waiting requests; it is full. Ask again later, or "
-                "open the Braid with a larger max_queue."
+                f"The queue must hold fewer than {self._max_queue:,} waiting requests; got {self.waiting:,}, so it is "
+                "full. Ask again later, or open the Braid with a larger max_queue."
             )
         job.number = next(self._numbers)
         self._queues[job.priority].append(job)
@@ -196,7 +196,7 @@ class Scheduler(Generic[J]):
             self._timed[job] = None
 
     def admit(self, now: float) -> list[J]:
-        """Admit requests in their order, as many as fit; they are loading now."""
+        """Admit requests in their order, as many as fit. Their state is then "loading"."""
         admitted = []
         while (job := self._first(now)) and self._memory.admit(job):
             self._queues[job.priority].popleft()
@@ -208,16 +208,16 @@ class Scheduler(Generic[J]):
         return admitted
 
     def ready(self, job: J, to_prefill: int) -> None:
-        """Its entries are there; `to_prefill` tokens are left to compute."""
+        """A request's entries are there; it has `to_prefill` tokens left to compute."""
         self._move(job, State.READY)
         job.to_prefill = to_prefill
 
     def running(self, job: J) -> None:
-        """Its prefill is done."""
+        """A request's prefill is done."""
         self._move(job, State.RUNNING)
 
     def end(self, job: J, state: State) -> bool:
-        """End a request; False if it has ended before."""
+        """End a request. Returns False if it had ended before."""
         if job.state in ENDED:
             return False
         self._check(job, state)
@@ -228,7 +228,7 @@ class Scheduler(Generic[J]):
             else:
                 self._give_back(job)
         finally:
-            job.state = state  # last: whoever sees it finds all given back
+            job.state = state  # last, so that whoever sees it finds everything given back
         return True
 
     def next(self, now: float, decoding: tuple[J, ...]) -> Work[J]:
@@ -253,12 +253,12 @@ class Scheduler(Generic[J]):
         return Work(tuple(pieces), decoding)
 
     def prefilled(self, job: J, tokens: int) -> bool:
-        """A step computed so many tokens of a request's prefill; whether that was all."""
+        """A step computed `tokens` tokens of a request's prefill. Returns whether the prefill is complete."""
         job.to_prefill -= tokens
         return not job.to_prefill
 
     def expired(self, now: float) -> list[tuple[J, DeadlineError]]:
-        """Requests whose deadline is over, and what to tell their readers."""
+        """Requests that are past their deadline, each with an error for its reader."""
         return [
             (job, DeadlineError(f"The answer must be complete within timeout_s={job.deadline - job.submitted:g}; the "
             f"request was still {job.state}. Ask with a larger timeout_s, or when fewer requests are running."))
@@ -271,10 +271,10 @@ class Scheduler(Generic[J]):
         return min((job.deadline for job in self._timed if job.deadline is not None), default=None)
 
     def integrity(self) -> None:
-        """Check that every slot is free or of one admitted request, and that queues and states agree.
+        """Check that every slot is free or belongs to one admitted request, and that queues and states agree.
 
         Raises:
-            RuntimeError: they do not; the message says what.
+            RuntimeError: a check failed; the message says which.
         """
         held = [job.slot for job in self._admitted if job.slot is not None]
         if sorted([*held, *self._free_slots]) != list(range(self._slots)):
@@ -299,13 +299,13 @@ class Scheduler(Generic[J]):
         return max(0, job.priority - risen), job.number
 
     def _may(self, job: J) -> bool:
-        """Whether there is a place for it, memory apart."""
+        """Whether there is a place for it, apart from memory."""
         if job.priority is Priority.REGISTRATION:
             return sum(each.priority is Priority.REGISTRATION for each in self._admitted) < REGISTRATIONS
         return bool(self._free_slots) if job.decodes else len(self._admitted) < self._slots
 
     def _take_slot(self) -> int:
-        """The lowest free slot: few rows then need no large pass."""
+        """Take the lowest free slot, so that few rows need no large pass."""
         slot = min(self._free_slots)
         self._free_slots.remove(slot)
         return slot

@@ -1,4 +1,4 @@
-"""`BRAID_VERBOSE_KERNELS=1`: when the process ends, a table on stderr of the model's operations."""
+"""`BRAID_VERBOSE_KERNELS=1` shows a table of the model's operations on stderr when the process ends."""
 
 import atexit
 import os
@@ -11,12 +11,12 @@ from braidsdk.kernels.measure import Total
 VARIABLE = "BRAID_VERBOSE_KERNELS"
 
 _NOTE = """\
-time: of a call by itself; on a GPU without CUDA graphs, weights and memory from beyond the L2 cache.
-bytes: weights, activations, results and pages of KV memory, by their shapes."""
+time: each call is measured alone; on a GPU without CUDA graphs, and with none of its data in the L2 cache.
+bytes: weights, activations, results and pages of KV memory, counted from their shapes."""
 
 
 def begin() -> None:
-    """Measure from now on, and show the table at the end, if the variable says so. Again is harmless."""
+    """If the variable says so, measure from now on, and show the table at the end. Safe to call twice."""
     if os.environ.get(VARIABLE, "").lower() in ("", "0", "false", "no", "off") or measure.measuring():
         return
     measure.start()
@@ -24,7 +24,7 @@ def begin() -> None:
 
 
 def table(totals: Mapping[tuple[str, str], Total]) -> str:
-    """Lines of text, a row per operation and path."""
+    """The table as text, with a row for each operation and path."""
     rows = [("operation", "path", "calls", "ms in all", "us a call", "MB a call", "GB/s")]
     rows += [(*key, f"{total.calls:,}", *_rates(total)) for key, total in totals.items()]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
