@@ -1,18 +1,18 @@
 """Chunks and their computed KV entries on disk.
 
-    keys.py     what names a chunk and an entry: pure data
-    blobs.py    one entry as one verified safetensors file
-    files.py    where files lie, and moving them durably
-    schema.py   the index's tables, append-only migrations
-    index.py    the open index: lock and transactions
+    keys.py     the data that names a chunk and an entry
+    blobs.py    reads and writes one entry as one verified safetensors file
+    files.py    knows where files lie, and moves them durably
+    schema.py   the index's tables, with append-only migrations
+    index.py    the open index, with its lock and transactions
     chunks.py   registered chunks and names, as rows
     entries.py  KV entries, as rows
-    memory.py   what processes leave for later ones to know
-    reasons.py  why a look-up missed
-    rebuild.py  the index from the files
+    memory.py   what processes remember for later ones
+    reasons.py  says why a look-up missed
+    rebuild.py  rebuilds the index from the files
     store.py    ChunkStore, which puts these together
 
-It keeps bytes with a dtype and a shape: no torch, no model, no mode is known here.
+The store keeps bytes with a dtype and a shape. It knows no torch, no model and no mode.
 """
 
 from braidsdk.store.blobs import Place, Slab

@@ -1,11 +1,12 @@
-"""One KV entry as one immutable, self-describing safetensors file.
+"""Reads, writes and verifies one KV entry as one immutable, self-describing safetensors file.
 
-Knows the file's content and how to write, read and verify it; knows nothing of the index or of where files lie.
+Knows nothing about the index or where files lie.
 
-Tensors: `layer.000`, `layer.001`, ... each [2 (K, V), pages, kv_heads, page_size, head_dim], and `token_ids` int32
-[tokens]. Metadata: `key` (the key record), `chunk` (id, namespace, level, text; or null), `page_size`, `tokens`,
-`provenance`, `created`, and `digest`: xxh3_128 over all of these, over every tensor's name, dtype and shape, and over
-every tensor's bytes. safetensors itself has no checksum, so without the digest most flipped bits would go unnoticed.
+The tensors are `layer.000`, `layer.001`, ..., each [2 (K, V), pages, kv_heads, page_size, head_dim], and `token_ids`,
+int32 [tokens]. The metadata are `key` (the key record), `chunk` (id, namespace, level, text; or null), `page_size`,
+`tokens`, `provenance`, `created`, and `digest`. The digest is xxh3_128 over all other metadata, over every tensor's
+name, dtype and shape, and over every tensor's bytes. safetensors itself has no checksum, so without the digest most
+flipped bits would go unnoticed.
 """
 
 import contextlib
@@ -49,17 +50,18 @@ ITEM_BYTES = dict(_CODES.values())
 
 
 class DamagedFile(Exception):  # noqa: N818 - internal, and it names a state of the file
-    """A file that is not what was written. The message says why, for people."""
+    """A file does not hold what was written. The message tells people why."""
 
 
 @dataclass(frozen=True)
 class Slab:
-    """KV of one layer.
+    """The keys and values of one layer.
 
     Attributes:
         dtype: torch name, such as "bfloat16".
         shape: [2 (K, V), pages, kv_heads, page_size, head_dim].
-        data: the elements, C-contiguous; when read from the store, a writable view of one buffer for the whole file.
+        data: the elements, C-contiguous. If they were read from the store, this is a writable view of one buffer for
+            the whole file.
     """
 
     dtype: str
@@ -74,12 +76,13 @@ class Slab:
 
 @dataclass(frozen=True)
 class Place:
-    """Memory of the caller's that an entry can be read into at once, without a buffer between.
+    """The caller's memory, into which an entry can be read directly, without a buffer in between.
 
     Attributes:
         dtype: torch name of the elements.
-        shape: of each layer's slab.
-        buffers: for each layer the memory that its slab's bytes fill in order: writable, contiguous, in all as long.
+        shape: shape of each layer's slab.
+        buffers: for each layer, writable and contiguous memory that its slab's bytes fill in order. Together the
+            buffers are as long as the slab.
     """
 
     dtype: str
@@ -89,7 +92,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a file but the tensors' bytes; `key` is the key record, `chunk` the chunk record or None."""
+    """Everything in a file except the tensors' bytes. `key` is the key record, `chunk` the chunk record or None."""
 
     key: dict[str, Any]
     chunk: dict[str, Any] | None
@@ -103,13 +106,13 @@ class Header:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of KV: all tensors but the token ids."""
+        """Bytes of KV: all tensors except the token ids."""
         return sum(end - begin for name, (_, _, begin, end) in self.tensors.items() if name != TOKEN_IDS)
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A verified file; `slabs` is None where its slabs were read into the caller's memory."""
+    """A verified file. `slabs` is None if they were read into the caller's memory."""
 
     header: Header
     slabs: tuple[Slab, ...] | None
@@ -126,7 +129,7 @@ def write(
     created: str,
     mode: int,
 ) -> str:
-    """Write an entry to a new file, durably, and return its digest. On any error nothing is left at `path`.
+    """Write an entry durably to a new file, and return its digest. After an error nothing is left at `path`.
 
     Raises:
         InputError: the slabs are not those of the key's model, or the provenance is not JSON.
@@ -177,18 +180,23 @@ def check_slabs(key: EntryKey, slabs: Sequence[Slab]) -> None:
     """Refuse slabs that can't be an entry of this key.
 
     Raises:
-        InputError: a wrong number of layers, a wrong shape, dtype or size.
+        InputError: the number of layers, a shape, a dtype or a size is wrong.
     """
     model = key.model
     if len(slabs) != model.layers:
-        raise InputError(f"Expected {model.layers} slabs, one per layer, got {len(slabs)}. Pass every layer's slab.")
+        raise InputError(
+            f"slabs must hold {model.layers} slabs, one per layer; got {len(slabs)}. Pass every layer's slab."
+        )
     for layer, slab in enumerate(slabs):
         if slab.dtype not in ITEM_BYTES:
-            raise InputError(f"Expected a dtype of {sorted(ITEM_BYTES)}, got {slab.dtype!r} in layer {layer}.")
+            raise InputError(
+                f"The dtype of layer {layer} must be one of {', '.join(sorted(ITEM_BYTES))}; got {slab.dtype!r}. "
+                "Convert the tensor first."
+            )
         if not slab.data.c_contiguous or slab.data.nbytes != math.prod(slab.shape) * ITEM_BYTES[slab.dtype]:
             raise InputError(
-                f"Expected contiguous data for {list(slab.shape)} {slab.dtype} in layer {layer}, "
-                f"got {slab.data.nbytes} bytes. Make the tensor contiguous first."
+                f"The data of layer {layer} must be contiguous and fill {list(slab.shape)} {slab.dtype}; got "
+                f"{slab.data.nbytes} bytes. Make the tensor contiguous first."
             )
         ok = len(slab.shape) == 5 and (slab.shape[0], slab.shape[2], slab.shape[4]) == (
             2,
@@ -197,23 +205,23 @@ def check_slabs(key: EntryKey, slabs: Sequence[Slab]) -> None:
         )
         if not ok or slab.shape != slabs[0].shape or slab.shape[1] * slab.shape[3] < len(key.token_ids):
             raise InputError(
-                f"Expected [2, pages, {model.kv_heads}, page_size, {model.head_dim}] with room for "
-                f"{len(key.token_ids)} tokens, alike in every layer, got {list(slab.shape)} in layer {layer}."
+                f"The shape of layer {layer} must be [2, pages, {model.kv_heads}, page_size, {model.head_dim}] with "
+                f"room for {len(key.token_ids)} tokens, the same in every layer; got {list(slab.shape)}."
             )
 
 
 def read(path: Path, place: Place | None = None) -> Blob:
     """Read a file and verify every byte of it.
 
-    Nothing is memory-mapped: a mapped file that is truncated kills the process.
+    Nothing is memory-mapped, because a mapped file that is truncated kills the process.
 
     Args:
         path: the file.
-        place: where its slabs go, if they are of that dtype and shape; otherwise, and with None, into one new buffer.
-            What lies there afterwards is the entry only if this returns.
+        place: where its slabs go if they have that dtype and shape. Otherwise, and with None, they go into one new
+            buffer. The memory holds the entry only if this function returns.
 
     Raises:
-        DamagedFile: it is not what was written.
+        DamagedFile: it does not hold what was written.
         OSError: it is missing or can't be read.
     """
     with path.open("rb", buffering=0) as file:
@@ -235,7 +243,7 @@ def read(path: Path, place: Place | None = None) -> Blob:
             file.seek(begin)
             for buffer in buffers[name]:
                 _fill(file, buffer)
-                state.update(buffer)  # while it is in the processor's cache
+                state.update(buffer)  # now, while it is in the processor's cache
     if state.hexdigest() != header.digest:
         raise DamagedFile("its content does not match its digest")
     token_bytes = bytes(buffers[TOKEN_IDS][0])
@@ -246,7 +254,7 @@ def read(path: Path, place: Place | None = None) -> Blob:
 
 
 def _fits(header: Header, layers: Sequence[str], place: Place) -> bool:
-    """Whether the slabs are what the caller's memory was laid out for."""
+    """Whether the slabs have the dtype and shape that the caller's memory was made for."""
     wanted = (_CODE_OF_DTYPE[place.dtype], place.shape)
     return len(layers) == len(place.buffers) and all(header.tensors[name][:2] == wanted for name in layers)
 
@@ -267,10 +275,10 @@ def _fill(file: FileIO, buffer: memoryview) -> None:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check a file's header alone; the tensors' bytes and the digest stay unread.
+    """Read and check only a file's header. The tensors' bytes are not read, and the digest is not checked.
 
     Raises:
-        DamagedFile: the header is not one.
+        DamagedFile: the header is damaged.
         OSError: the file is missing or can't be read.
     """
     with path.open("rb") as file:
@@ -281,7 +289,7 @@ def read_header(path: Path) -> Header:
 
 
 def is_of_another_format(path: Path) -> bool:
-    """Whether another version of the store may make sense of a file that this one does not."""
+    """Whether a file has another format, so that another version of the store may be able to read it."""
     try:
         return read_header(path).metadata.get("format") != str(FORMAT_VERSION)
     except (DamagedFile, FileNotFoundError):
@@ -289,7 +297,7 @@ def is_of_another_format(path: Path) -> bool:
 
 
 def read_token_bytes(path: Path, header: Header) -> bytes:
-    """Read a file's token ids alone, little-endian int32, unverified."""
+    """Read only a file's token ids, little-endian int32, without verifying them."""
     _, _, begin, end = header.tensors[TOKEN_IDS]
     with path.open("rb") as file:
         file.seek(begin)
@@ -300,12 +308,12 @@ def _provenance_json(provenance: Mapping[str, Any]) -> str:
     try:
         return canonical_json(dict(provenance))
     except (TypeError, ValueError) as error:
-        raise InputError(f"Expected provenance of plain JSON values, got one that isn't: {error}.") from None
+        raise InputError(f"provenance must hold plain JSON values; got another: {error}.") from None
 
 
 def _described(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> xxhash.xxh3_128:
-    """The digest's beginning: xxh3_128 over the description of the file, length-prefixed. What follows are the tensors'
-    bytes in the order of names."""
+    """The start of the digest: xxh3_128 over the length-prefixed description of the file. The tensors' bytes follow, in
+    the order of their names."""
     shapes = [[name, code, list(shape)] for name, (code, shape) in sorted(tensors.items())]
     described = {name: text for name, text in metadata.items() if name != "digest"}
     head = canonical_json([described, shapes]).encode()
@@ -314,7 +322,7 @@ def _described(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tup
 
 def _header_end(start: bytes | memoryview, size: int) -> int:
     if len(start) < 8:
-        raise DamagedFile(f"expected at least 8 bytes, found {len(start)}")
+        raise DamagedFile(f"it must have at least 8 bytes; it has {len(start)}")
     length = int(struct.unpack("<Q", start)[0])
     if length > min(HEADER_LIMIT_BYTES, size - 8):
         raise DamagedFile(f"its header claims {length} bytes of a file of {size}")
@@ -322,7 +330,7 @@ def _header_end(start: bytes | memoryview, size: int) -> int:
 
 
 def _parse(head: memoryview, size: int) -> Header:
-    """Turn the first bytes of a file of `size` bytes into a header, trusting none of them."""
+    """Turn the first bytes of a file of `size` bytes into a header, without trusting any of them."""
     if len(head) < 8 or len(head) != _header_end(head[:8], size):
         raise DamagedFile("its header is cut short")
     try:
@@ -354,7 +362,8 @@ def _parse(head: memoryview, size: int) -> Header:
 def _placed(
     tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], start: int, size: int
 ) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Check that the tensors tile the file without a gap, each aligned to its items; offsets become the file's."""
+    """Check that the tensors fill the file without a gap, each aligned to its items. Returns their offsets in the
+    file."""
     placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
     end = 0
     for name, (code, shape, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][2]):
@@ -362,9 +371,9 @@ def _placed(
         if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, stop)):
             raise DamagedFile(f"tensor {name[:20]!r} has a shape or an offset that is not a natural number")
         if begin != end or stop - begin != math.prod(shape) * item or (start + begin) % item:
-            raise DamagedFile(f"tensor {name[:20]!r} is not where its neighbours and its shape put it")
+            raise DamagedFile(f"tensor {name[:20]!r} is not where its neighbours and its shape say")
         placed[name] = (code, shape, start + begin, start + stop)
         end = stop
     if start + end != size:
-        raise DamagedFile(f"expected {start + end} bytes, found {size}")
+        raise DamagedFile(f"it must have {start + end} bytes; it has {size}")
     return placed

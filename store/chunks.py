@@ -1,6 +1,6 @@
 """Registered chunks and their names, as rows of the index.
 
-Each function takes the open index and runs inside the caller's transaction. Knows nothing of KV entries.
+Each function takes the open index and runs inside the caller's transaction. Knows nothing about KV entries.
 """
 
 import difflib
@@ -27,15 +27,15 @@ NAME_LIMIT = 500
 """Longest name, in characters."""
 
 SUGGEST_AMONG = 5_000
-"""Names that `close_names` compares at most: the comparison is slow."""
+"""The most names that `close_names` compares, because the comparison is slow."""
 
 PARAMETERS = 900
-"""Parameters per query; the smallest limit of any SQLite in use is 999."""
+"""Parameters per query. The smallest limit of any SQLite in use is 999."""
 
 
 @dataclass(frozen=True)
 class NewChunk:
-    """A chunk to register: normalised text, its name and metadata if it has any."""
+    """A chunk to register: its normalised text, and its name and metadata if it has any."""
 
     namespace: str
     level: int
@@ -50,12 +50,12 @@ class ChunkRow:
 
     Attributes:
         id: 32 hex digits, a hash of namespace, level and text.
-        namespace: where its names are unique.
-        level: 0 system, 1 context, 2 query.
-        text: normalised text.
-        name: the name that it was asked for by, or its first one; None without any.
+        namespace: the namespace in which its names are unique.
+        level: 0 for a system prompt, 1 for context, 2 for a query.
+        text: its normalised text.
+        name: the name that it was asked for by, else its first name, else None.
         names: all its names, in the order of registration.
-        metadata: the application's own, as JSON gives it back.
+        metadata: the application's own values, as JSON gives them back.
     """
 
     id: str
@@ -69,12 +69,12 @@ class ChunkRow:
 
 @dataclass(frozen=True)
 class ChunkFilter:
-    """Which chunks of a namespace are wanted; what is None does not matter.
+    """Which chunks of a namespace are wanted. A None excludes nothing.
 
     Attributes:
-        name: pattern that one of the chunk's names fits: `*`, `?` and `[...]` as in the shell, upper and lower case
-            told apart.
-        metadata: keys and values that its metadata has; text, numbers, bools and None.
+        name: a pattern that one of the chunk's names must fit: `*`, `?` and `[...]` as in the shell, and the case
+            matters.
+        metadata: keys and values that its metadata must have: text, numbers, bools and None.
         level: its level.
     """
 
@@ -94,7 +94,7 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
         db.table("chunks").insert({**row, "metadata": metadata or "{}", "created": now()})
     elif found[0] != {"namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}:
         raise HashCollisionError(
-            f"Expected the id {new_id} to be free or to stand for this text, but another text in namespace "
+            f"The id {new_id} must be free or stand for this text; another text in namespace "
             f"{shown(found[0]['namespace'])} has it. Change the text by a character, for example add a space inside."
         )
     elif metadata is not None:
@@ -110,8 +110,8 @@ def find(db: Database, namespace: str, name_or_id: str) -> ChunkRow | None:
 
 
 def find_named(db: Database, namespace: str, names_or_ids: Iterable[str]) -> dict[str, ChunkRow]:
-    """Return the chunks of these names, else ids, in the namespace, by what they were asked for; unknown ones are left
-    out. A chunk asked for by a name carries that name."""
+    """Return the namespace's chunks of these names, else ids, by the name or id. Unknown ones are left out. A chunk
+    that is asked for by a name carries that name."""
     wanted = list(dict.fromkeys(map(_bindable, names_or_ids)))
     named: dict[str, str] = {}
     for part in parts(wanted):
@@ -126,10 +126,11 @@ def find_named(db: Database, namespace: str, names_or_ids: Iterable[str]) -> dic
 
 
 def find_many(db: Database, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:
-    """Return the chunks of these ids in the namespace, by id; unknown ids are left out."""
+    """Return the namespace's chunks of these ids, by id. Unknown ids are left out."""
     found: dict[str, ChunkRow] = {}
     for part in parts(list(dict.fromkeys(ids))):
-        rows = _rows(db, f"id in ({placeholders(part)})", [*part])  # with the namespace in it, SQLite scans that
+        # With the namespace in the condition, SQLite would scan the namespace.
+        rows = _rows(db, f"id in ({placeholders(part)})", [*part])
         found.update((row.id, row) for row in rows if row.namespace == namespace)
     return found
 
@@ -150,10 +151,10 @@ def select(
 
     Args:
         db: the open index.
-        namespace: where they live.
-        which: the filter. Chunks that a name was asked for carry the first of their names that fits it.
-        limit: at most so many; None is all.
-        after: id of a chunk; only those registered after it.
+        namespace: the namespace of the chunks.
+        which: the filter. If it has a name, each chunk carries the first of its names that fits.
+        limit: the most chunks to return; None means all.
+        after: id of a chunk. Only chunks that were registered after it are returned.
     """
     where, arguments = _condition(namespace, which)
     if after is not None:
@@ -163,7 +164,7 @@ def select(
 
 
 def count(db: Database, namespace: str, which: ChunkFilter) -> int:
-    """Return how many chunks of the namespace pass the filter; reads no text."""
+    """Return how many chunks of the namespace pass the filter. Reads no text."""
     where, arguments = _condition(namespace, which)
     return int(next(db.query(f"select count(*) as n from chunks where {where}", arguments))["n"])
 
@@ -171,7 +172,7 @@ def count(db: Database, namespace: str, which: ChunkFilter) -> int:
 def update(
     db: Database, row: ChunkRow, *, name: str | None, metadata: Mapping[str, Any] | None, replace: bool
 ) -> ChunkRow:
-    """Give a chunk metadata in place of what it has, and one more name; see `ChunkStore.update_chunk`."""
+    """Give a chunk metadata in place of what it has, and one more name. See `ChunkStore.update_chunk`."""
     _check_name(name)
     if metadata is not None:
         db.execute("update chunks set metadata = ? where id = ?", [_metadata_json(metadata), row.id])
@@ -190,7 +191,7 @@ def close_names(db: Database, namespace: str, name: str) -> list[str]:
 
 
 def owners(db: Database, ids: Iterable[str]) -> dict[str, str | None]:
-    """Return the namespace of each of the ids' chunks, None for one that is not registered."""
+    """Return the namespace of the chunk with each id, or None if it is not registered."""
     found: dict[str, str | None] = dict.fromkeys(map(_bindable, ids))
     for part in parts(list(found)):
         rows = db.table("chunks").rows_where(f"id in ({placeholders(part)})", [*part], select="id, namespace")
@@ -199,13 +200,13 @@ def owners(db: Database, ids: Iterable[str]) -> dict[str, str | None]:
 
 
 def delete(db: Database, ids: Sequence[str]) -> None:
-    """Delete chunks' rows and their names; their entries must be gone."""
+    """Delete the rows and names of chunks. Their entries must be deleted before."""
     for part in parts(ids):
         db.table("chunks").delete_where(f"id in ({placeholders(part)})", [*part])
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601."""
+    """The current time in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat()
 
 
@@ -221,11 +222,11 @@ def placeholders(items: Sequence[str]) -> str:
 
 def _check(chunk: NewChunk) -> None:
     if not chunk.text:
-        raise EmptyTextError("Expected a chunk's text, got an empty one. Register text with at least one character.")
+        raise EmptyTextError("A chunk's text must not be empty; got none. Register text with at least one character.")
     if not chunk.namespace:
-        raise InputError('Expected a namespace, got an empty one. Leave it out for the namespace "default".')
+        raise InputError('namespace must not be empty; got "". Leave it out for the namespace "default".')
     if not isinstance(chunk.level, int) or not 0 <= chunk.level <= 2:
-        raise InputError(f"Expected a level of 0 (system), 1 (context) or 2 (query), got {chunk.level!r}.")
+        raise InputError(f"level must be 0 (system), 1 (context) or 2 (query); got {chunk.level!r}.")
     _check_name(chunk.name)
 
 
@@ -233,23 +234,22 @@ def _check_name(name: str | None) -> None:
     if name is None:
         return
     if not isinstance(name, str):
-        raise InputError(f"Expected a name that is text, got a {type(name).__name__}. Pass a str, or leave it out.")
+        raise InputError(f"name must be text; got a {type(name).__name__}. Pass a str, or leave it out.")
     _bindable(name)
     if not name.strip() or len(name) > NAME_LIMIT:
         raise InputError(
-            f"Expected a name of 1 to {NAME_LIMIT} characters, got {len(name)}{'' if name.strip() else ' blank ones'}."
-            " Choose another name, or leave it out."
+            f"name must have 1 to {NAME_LIMIT} characters; got {len(name)}{'' if name.strip() else ' blank ones'}. "
+            "Choose another name, or leave it out."
         )
     if looks_like_chunk_id(name):
         raise InputError(
-            f"Expected a name that can't be taken for a chunk's id, got 32 hex digits ({name}). "
-            "Put a letter beyond f before it."
+            f"name must not look like a chunk's id; got 32 hex digits ({name}). Put a letter from g to z before it."
         )
 
 
 def _condition(namespace: str, which: ChunkFilter) -> tuple[str, list[Any]]:
-    """The filter as SQL, written so that SQLite answers it from indexes and reads no text."""
-    # A plus keeps SQLite from walking the namespace where the names that fit lead to the few chunks wanted.
+    """The filter as SQL. SQLite answers it from indexes and reads no text."""
+    # A plus keeps SQLite from scanning the namespace if the names that fit lead to the few chunks that are wanted.
     plus = "+" if which.name is not None else ""
     where = f"{plus}namespace = ?"
     arguments: list[Any] = [namespace]
@@ -273,14 +273,16 @@ def _condition(namespace: str, which: ChunkFilter) -> tuple[str, list[Any]]:
 
 def _glob(pattern: str) -> str:
     if not isinstance(pattern, str):
-        raise InputError(f"Expected name to be text such as 'guide*', got a {type(pattern).__name__}.")
-    return _bindable(pattern.replace("[!", "[^"))  # the shell's way to say "none of these", and SQLite's
+        raise InputError(f"name must be text such as 'guide*'; got a {type(pattern).__name__}. Pass a str.")
+    return _bindable(pattern.replace("[!", "[^"))  # "none of these" as the shell writes it, and as SQLite does
 
 
 def _json_types(key: object, value: object) -> tuple[str, ...]:
-    """What JSON calls a value's type, as far as it can be looked for."""
+    """JSON's names for a value's type, if values of the type can be looked for."""
     if not isinstance(key, str):
-        raise InputError(f"Expected metadata to look for by keys that are text, got a {type(key).__name__}.")
+        raise InputError(
+            f"Keys of metadata to look for must be text; got a {type(key).__name__}. Pass the keys as they were stored."
+        )
     match value:
         case None:
             return ("null",)
@@ -289,14 +291,15 @@ def _json_types(key: object, value: object) -> tuple[str, ...]:
         case int() | float():
             if value != value or abs(value) >= 2**63:
                 raise InputError(
-                    f"Expected a number of 64 bits to look for in metadata, got another under {key[:80]!r}."
+                    f"A number to look for in metadata must fit into 64 bits; got another under {key[:80]!r}. Store "
+                    "it as text, and look for that."
                 )
             return ("integer", "real")
         case str():
             _bindable(value)
             return ("text",)
     raise InputError(
-        f"Expected text, a number, a bool or None to look for in metadata, got a {type(value).__name__} under "
+        f"Metadata to look for must be text, a number, a bool or None; got a {type(value).__name__} under "
         f"{shown(key)}. Compare lists and objects in your own code."
     )
 
@@ -308,9 +311,8 @@ def _name(db: Database, namespace: str, name: str, new_id: str, *, replace: bool
     elif taken[0]["chunk_id"] != new_id:
         if not replace:
             raise NameTakenError(
-                f"Expected the name {shown(name)} to be free in namespace {shown(namespace)} or to stand for this "
-                f"text, but it stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose "
-                "another."
+                f"The name {shown(name)} must be free in namespace {shown(namespace)} or stand for this text; it "
+                f"stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose another."
             )
         db.table("names").update(taken[0]["number"], {"chunk_id": new_id})
 
@@ -326,7 +328,7 @@ def _rows(
 ) -> list[ChunkRow]:
     """Read chunks with their names, in the order of registration, and check each text against its id.
 
-    A chunk is called by the name in `asked`, or the first that fits the pattern `named`, or its first.
+    A chunk carries the name in `asked`, else its first name that fits the pattern `named`, else its first name.
     """
     columns = "id, namespace, level, text, metadata"
     query = f"select {columns} from chunks where {where} order by number limit ?"
@@ -344,9 +346,8 @@ def _rows(
     for row in found:
         if chunk_id(row["namespace"], row["level"], row["text"]) != row["id"]:
             raise StoreCorruptError(
-                f"Expected chunk {row['id']} to have the text that its id is the hash of, but the index holds another. "
-                "Move the index aside (index.db, index.db-wal, index.db-shm): the next open rebuilds it from the "
-                "entries."
+                f"The id of chunk {row['id']} must be the hash of its text; the index holds another text. Move the "
+                "index aside (index.db, index.db-wal, index.db-shm): the next open rebuilds it from the entries."
             )
         own = tuple(names.get(row["id"], ()))
         name = (asked or fitting).get(row["id"]) or (own[0] if own else None)
@@ -357,12 +358,12 @@ def _rows(
 
 def _metadata_json(metadata: Mapping[str, Any]) -> str:
     if not isinstance(metadata, Mapping):
-        raise InputError(f"Expected metadata to be a mapping, got a {type(metadata).__name__}. Pass a dict.")
+        raise InputError(f"metadata must be a mapping; got a {type(metadata).__name__}. Pass a dict.")
     try:
         return _bindable(json.dumps(dict(metadata), ensure_ascii=True, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
         raise InputError(
-            f"Expected metadata of plain JSON values, got {_not_json(metadata)}. Convert it first, for example with "
+            f"metadata must hold plain JSON values; got {_not_json(metadata)}. Convert it first, for example with "
             "str(), or leave it out."
         ) from None
 
@@ -383,7 +384,7 @@ def _bindable(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise InputError(
-            "Expected Unicode characters, got a lone surrogate in a name or an id. "
-            "Decode it with errors='replace' where it is read."
+            "A name or an id must hold whole Unicode characters; got half a surrogate pair. Decode it with "
+            "errors='replace' where it is read."
         ) from None
     return text

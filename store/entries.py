@@ -1,6 +1,6 @@
 """KV entries as rows of the index.
 
-Each function takes the open index and runs inside the caller's transaction. Reads and writes no entry's file.
+Each function takes the open index and runs inside the caller's transaction. None reads or writes an entry's file.
 """
 
 import json
@@ -24,7 +24,7 @@ class Hit:
 
     Attributes:
         digest: the key's digest.
-        tokens: its tokens.
+        tokens: number of its tokens.
         nbytes: bytes of KV, all layers.
         path: its file.
     """
@@ -37,11 +37,11 @@ class Hit:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry read and verified.
+    """An entry that was read and verified.
 
     Attributes:
-        key: the key that it was asked for by.
-        slabs: one per layer, writable views of one buffer; None where they were read into the caller's memory.
+        key: the key that was asked for.
+        slabs: one per layer, writable views of one buffer. None if they were read into the caller's memory.
         page_size: tokens per page.
         nbytes: bytes of KV, all layers.
         provenance: what computed it.
@@ -60,10 +60,10 @@ class EntryGroup:
 
     Attributes:
         weights: fingerprint of the model's weights.
-        dtype: what they were computed in.
-        level: of their chunks.
-        entries: how many.
-        bytes: KV of all of them.
+        dtype: the dtype that they were computed in.
+        level: the level of their chunks.
+        entries: how many entries there are.
+        bytes: size of their KV.
     """
 
     weights: str
@@ -88,7 +88,7 @@ class EntryRow:
 
 
 def look_up(db: Database, keys: Sequence[EntryKey], layout: Layout) -> list[Hit | None]:
-    """Return for each key, in order, what the index knows of its entry; None: nothing."""
+    """Return for each key, in order, what the index knows about its entry. None means nothing."""
     rows: dict[str, dict[str, Any]] = {}
     for part in parts(list(dict.fromkeys(key.digest for key in keys))):
         found = db.table("entries").rows_where(f"digest in ({placeholders(part)})", part)
@@ -116,14 +116,14 @@ def all_digests(db: Database) -> set[str]:
 
 
 def insert(db: Database, rows: Sequence[EntryRow]) -> None:
-    """Add entries; their chunks must be registered, their digests unknown."""
+    """Add entries. Their chunks must be registered, and their digests must be new."""
     created = now()
     fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "payload_digest")
     db.table("entries").insert_all(
         [
             {name: getattr(row, name) for name in fields}
             | _grouped(row)
-            | {"file": entry_name(row.digest), "created": created}  # `file` is for people: nothing reads it
+            | {"file": entry_name(row.digest), "created": created}  # `file` is for people; nothing reads it
             for row in rows
         ]
     )
@@ -133,7 +133,7 @@ def insert(db: Database, rows: Sequence[EntryRow]) -> None:
 
 
 def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
-    """Delete every entry computed with sight of one of the chunks, and return their digests with their bytes of KV."""
+    """Delete every entry of these chunks or computed after one, and return the digests with their bytes of KV."""
     deleted: dict[str, int] = {}
     for part in parts(chunk_ids):
         rows = db.query(
@@ -148,7 +148,7 @@ def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
 
 
 def delete_damaged(db: Database, digest: str, *, file: str | None, why: str) -> bool:
-    """Move an entry's row to the record of damage; False if the row is gone already."""
+    """Move an entry's row to the record of damage. Returns False if the row was gone already."""
     chunks = [row["chunk_id"] for row in db.table("entry_chunks").rows_where("digest = ?", [digest])]
     if not known(db, [digest]):
         return False
@@ -158,13 +158,13 @@ def delete_damaged(db: Database, digest: str, *, file: str | None, why: str) -> 
 
 
 def record_damage(db: Database, digest: str, *, chunks: Sequence[str], file: str | None, why: str) -> None:
-    """Count a file set aside; `file` is its new place in damaged/, None where it was missing."""
+    """Record a file that was set aside. `file` is its new place in damaged/, None if it was missing."""
     row = {"digest": digest, "chunks": json.dumps(list(chunks)), "file": file, "why": why, "created": now()}
     db.table("damage").insert(row)
 
 
 def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
-    """Forget what was set aside of chunks, but not that it was, and return the files' names in damaged/."""
+    """Forget which entries of these chunks were set aside, but not how many. Returns the files' names in damaged/."""
     wanted, files = set(chunk_ids), []
     for row in list(db.table("damage").rows_where("chunks <> '[]'", select="number, chunks, file")):
         if wanted.intersection(json.loads(row["chunks"])):
@@ -174,7 +174,7 @@ def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
 
 
 def groups(db: Database) -> list[EntryGroup]:
-    """Count entries and their bytes by model, dtype and level; answered from an index alone."""
+    """Count entries and their bytes by model, dtype and level. SQLite needs only one of its indexes for that."""
     rows = db.query(
         "select weights, dtype, level, count(*) as entries, sum(bytes) as bytes "
         f"from entries indexed by {MODELS_INDEX} group by weights, dtype, level"
@@ -190,7 +190,7 @@ def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
 
 
 def _grouped(row: EntryRow) -> dict[str, Any]:
-    """What statistics group an entry by, out of its record."""
+    """The fields of an entry's record that statistics group it by."""
     record = json.loads(row.record)
     return {"weights": record["model"]["weights"], "dtype": record["model"]["dtype"], "level": record["level"]}
 

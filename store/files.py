@@ -1,12 +1,12 @@
-"""Where a store's files lie, and moving them durably.
+"""Knows where a store's files lie, and moves them durably.
 
-    index.db                             the index, rebuilt from the entries when it is missing
+    index.db                             the index; it is rebuilt from the entries if it is missing
     entries/<2 hex>/<digest>.safetensors one KV entry each, immutable
-    tmp/                                 files being written; what a killed process left goes after an hour
+    tmp/                                 files that are being written; leftovers are removed after an hour
     damaged/                             entries that were set aside
 
-Every path comes from a digest, or from a name that `set_aside` gives: an index may come from anyone, so nothing that it
-says leads out of the store. Knows nothing of what is inside a file or in the index.
+Every path is made from a digest or from a name that `set_aside` gives. An index may come from anyone, so nothing in it
+may lead out of the store. Knows nothing about the content of files or of the index.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
 LEFTOVER_AGE_S = 3600.0
-"""Age from which a file that no row of the index names is taken for a killed process's."""
+"""A file of this age that no row of the index names is assumed to come from a killed process."""
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
@@ -29,7 +29,7 @@ _DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.safetensors")
 _TEMPORARY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.part|\.tmp[0-9A-Za-z]{6}")  # ours, and safetensors' own
 
 Stamp = tuple[int, int, int]
-"""What tells one file at a path from its successor: inode, time of change in ns, size in bytes."""
+"""Tells a file from another one that takes its path later: inode, time of change in ns, size in bytes."""
 
 
 class Layout:
@@ -37,14 +37,14 @@ class Layout:
 
     Attributes:
         root: the store's folder.
-        mode: permission bits that a new file gets here, by the process's umask.
+        mode: permission bits that a new file gets here from the process's umask.
     """
 
     def __init__(self, root: Path) -> None:
-        """Create what is missing of the store's folders and check that they can be written.
+        """Create the store's folders if they are missing, and check that they can be written.
 
         Raises:
-            StorePathError: there is a file in the way, or it can't be written.
+            StorePathError: a file is in the way, or a folder can't be written.
         """
         self.root = root
         try:
@@ -58,12 +58,12 @@ class Layout:
             sync_folder(self.root)
         except (FileExistsError, NotADirectoryError):
             raise StorePathError(
-                f"Expected a folder for the store at {root}, got a path with a file in the way. Choose another path."
+                f"The store's path must be a folder or free; got {root} with a file in the way. Choose another path."
             ) from None
         except OSError as error:
             raise StorePathError(
-                f"Expected a folder that can be written at {root}, got: {error.strerror}. "
-                "Choose another path or correct its permissions."
+                f"The store's folder must be writable; got {root}: {error.strerror}. Choose another path or correct "
+                "its permissions."
             ) from None
 
     @property
@@ -78,16 +78,16 @@ class Layout:
 
     @property
     def tmp(self) -> Path:
-        """The folder of files being written."""
+        """The folder of files that are being written."""
         return self.root / "tmp"
 
     @property
     def damaged(self) -> Path:
-        """The folder of files set aside."""
+        """The folder of files that were set aside."""
         return self.root / "damaged"
 
     def entry(self, digest: str) -> Path:
-        """Where the entry of this digest lies; raises as `entry_name`."""
+        """The path of the entry with this digest. Raises the same errors as `entry_name`."""
         return self.root / entry_name(digest)
 
     def temporary(self, digest: str) -> Path:
@@ -95,7 +95,7 @@ class Layout:
         return self.tmp / f"{digest}.{secrets.token_hex(8)}.part"
 
     def place(self, moves: Iterable[tuple[Path, str]]) -> None:
-        """Move finished files to the places of their digests, and make that durable."""
+        """Move finished files to the places of their digests, durably."""
         folders = set()
         for source, digest in moves:
             target = self.entry(digest)
@@ -108,7 +108,7 @@ class Layout:
             sync_folder(folder)
 
     def set_aside(self, digest: str) -> str | None:
-        """Move an entry's damaged file to damaged/ and return its name there; None if it is gone already."""
+        """Move an entry's damaged file to damaged/ and return its name there. Returns None if it is gone already."""
         name = f"{digest}.{secrets.token_hex(4)}.safetensors"
         try:
             self.entry(digest).replace(self.damaged / name)
@@ -117,12 +117,12 @@ class Layout:
         return name
 
     def remove_damaged(self, name: str) -> None:
-        """Remove a file that was set aside under this name. A name that `set_aside` never gives is no file of ours."""
+        """Remove a file that was set aside under this name. Ignores a name that `set_aside` never gives."""
         if _DAMAGED.fullmatch(name):
             remove(self.damaged / name)
 
     def digests(self) -> Iterator[str]:
-        """The digest of every file in an entry's place. Reads the name of every entry: seconds for millions."""
+        """The digest of every entry's file. This lists all files, which takes seconds for millions."""
         for folder in sorted(self.entries.iterdir()):
             if len(folder.name) == 2 and folder.is_dir():
                 for name in sorted(path.name for path in folder.iterdir()):
@@ -130,17 +130,17 @@ class Layout:
                         yield name.removesuffix(".safetensors")
 
     def sweep_temporaries(self) -> None:
-        """Remove what killed writers left in tmp/. Files that aren't ours are left alone."""
+        """Remove what killed writers left in tmp/. Files that aren't ours are not touched."""
         for path in self.tmp.iterdir():
             if _TEMPORARY.fullmatch(path.name) and is_old(path):
                 remove(path)
 
 
 def entry_name(digest: str) -> str:
-    """Where the entry of this digest lies, relative to its store.
+    """The path of the entry with this digest, relative to its store.
 
     Raises:
-        StoreCorruptError: it is no digest.
+        StoreCorruptError: it is not a digest.
     """
     if not _DIGEST.fullmatch(digest):
         raise StoreCorruptError(
@@ -151,7 +151,7 @@ def entry_name(digest: str) -> str:
 
 
 def is_old(path: Path) -> bool:
-    """Whether a file has lain unchanged for so long that no living writer is at it."""
+    """Whether a file has not changed for so long that no living process can be writing it."""
     try:
         return time.time() - path.stat().st_mtime > LEFTOVER_AGE_S
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def is_old(path: Path) -> bool:
 
 
 def stamp(path: Path) -> Stamp | None:
-    """Return the stamp of the file at a path, None if there is none."""
+    """Return the stamp of the file at a path, or None if there is no file."""
     try:
         status = path.stat()
     except FileNotFoundError:

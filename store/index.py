@@ -1,4 +1,4 @@
-"""The open index: one connection, one lock, and transactions whose errors are ours."""
+"""The open index: one connection, one lock, and transactions that raise our own errors."""
 
 import os
 import sqlite3
@@ -14,10 +14,10 @@ from braidsdk.store.schema import open_index, translate
 
 
 class Index:
-    """A store's index, safe to use from several threads; other processes open their own."""
+    """A store's index. It is safe to use from several threads. Each process opens its own."""
 
     def __init__(self, path: Path, *, first: Callable[[Database], None]) -> None:
-        """Open or create the index; `first` fills a new one in the transaction that creates it."""
+        """Open or create the index. `first` fills a new one, in the transaction that creates it."""
         self._path = path
         self._lock = threading.RLock()
         self._process = os.getpid()
@@ -36,7 +36,7 @@ class Index:
 
     @contextmanager
     def write(self) -> Iterator[Database]:
-        """A transaction that holds the store's one write lock from its start; undone if it raises."""
+        """A transaction that holds the store's only write lock from its start. It is undone if it raises."""
         try:
             with self._transaction("BEGIN IMMEDIATE") as db:
                 yield db
@@ -44,8 +44,8 @@ class Index:
             self._writes += 1
 
     def version(self) -> tuple[int, int]:
-        """What differs from before if anything may have been written since, by this process or another. Unlike a
-        transaction it takes microseconds."""
+        """A value that changes when anything may have been written, by this process or another. Unlike a transaction,
+        this takes microseconds."""
         with self._lock:
             db = self._checked()
             try:
@@ -55,7 +55,7 @@ class Index:
             return others, self._writes
 
     def close(self) -> None:
-        """Close the connection; again is harmless."""
+        """Close the connection. Safe to call twice."""
         with self._lock:
             if self._db is not None and self._process == os.getpid():
                 self._db.close()
@@ -67,7 +67,8 @@ class Index:
             db = self._checked()
             try:
                 try:
-                    db.conn.execute(begin)  # within: Ctrl-C while it waits for the lock comes once it holds it
+                    # Inside the try: Ctrl-C while this waits for the lock is only raised once it holds the lock.
+                    db.conn.execute(begin)
                     yield db
                     db.commit()
                 finally:
@@ -76,23 +77,24 @@ class Index:
                 raise translate(error, self._path) from error
             except OSError as error:
                 raise StoreError(
-                    f"Could not change the files of the store at {self._path.parent}: {error.strerror}. "
-                    "Free some space or correct what fails; the store is as it was before."
+                    f"The files of the store at {self._path.parent} could not be changed: {error.strerror}. Free some "
+                    "space or correct what fails. The store is as it was before."
                 ) from error
 
     def _checked(self) -> Database:
         if self._db is None:
-            raise ClosedError("Expected an open store, got one that was closed. Open it again.")
+            raise ClosedError("The store must be open; it was closed. Open it again.")
         if self._process != os.getpid():
             raise StoreError(
-                "Expected the store to be used in the process that opened it, got a fork of it. "
-                "Open the store again in the new process."
+                "A store must be used in the process that opened it; got a fork of that process. Open the store again in "
+                "the new process."
             )
         return self._db
 
 
 def _end(db: Database) -> None:
-    """Undo a transaction that is still open, however often that is interrupted: it would lock every process out."""
+    """Undo a transaction that is still open, even if that is interrupted several times. An open transaction would lock
+    every other process out."""
     interrupt = None
     while db.conn.in_transaction:
         try:

@@ -1,8 +1,8 @@
-"""What names a chunk, and what names one computed KV entry of it.
+"""The names of chunks, and the keys of their computed KV entries.
 
-Pure data and pure functions: nothing here reads a file or a database. A key holds everything that changes what a KV
-entry contains, so two equal keys may share one entry and two different keys never do. What changes only rounding
-(device, kernel, library versions) is provenance and is not part of a key.
+This module holds pure data and pure functions: nothing here reads a file or a database. A key holds everything that
+changes what a KV entry contains, so two equal keys may share one entry and two different keys never do. Things that
+change only rounding (device, kernel, library versions) are provenance and not part of a key.
 """
 
 import hashlib
@@ -19,17 +19,17 @@ import xxhash
 from braidsdk.errors import InputError
 
 FORMAT_VERSION = 1
-"""Layout of an entry's file. Raise it when the same KV values are written in another way."""
+"""Version of the layout of an entry's file. Raise it when the same KV values are written in another way."""
 
 ALGORITHM_VERSION = 1
-"""How KV values come out of tokens. Raise it when the same tokens and weights give other values."""
+"""Version of how KV values are computed. Raise it when the same tokens and weights give other values."""
 
 MAX_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What of a model changes the KV values it computes.
+    """Everything about a model that changes the KV values that it computes.
 
     Attributes:
         weights: fingerprint of the weights' content, hex.
@@ -54,15 +54,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class EntryKey:
-    """Names one KV entry: a chunk, computed by one model after given chunks.
+    """Names one KV entry: a chunk that one model computed after given chunks.
 
     Attributes:
         model: the model that computes it.
         namespace: namespace of the chunk.
-        chunk_id: the chunk, or None for the bare prompt header that belongs to no chunk.
+        chunk_id: the chunk, or None for the bare prompt header, which belongs to no chunk.
         level: level of the chunk.
         token_ids: the chunk's token ids under this model, at least one, each in [0, 2**31).
-        after: ids of the chunks that it was computed after, in order; None stands for the bare prompt header.
+        after: ids of the chunks that it was computed after, in order. None stands for the bare prompt header.
         after_sha256: `sha256_of_tokens` of all token ids that it was computed after.
 
     Raises:
@@ -79,11 +79,11 @@ class EntryKey:
 
     def __post_init__(self) -> None:
         if not self.token_ids:
-            raise InputError("An entry's key needs at least one token id, got none. Tokenize the chunk's text first.")
-        _ = self.token_bytes  # refuses ids out of range now, not at the first use
+            raise InputError("token_ids must hold at least one token id; got none. Tokenize the chunk's text first.")
+        _ = self.token_bytes  # refuses ids out of range now instead of at the first use
 
     def __hash__(self) -> int:
-        return hash(self.digest)  # the token ids may be many, and keys are looked up often
+        return hash(self.digest)  # there may be many token ids, and keys are looked up often
 
     @cached_property
     def token_bytes(self) -> bytes:
@@ -97,23 +97,24 @@ class EntryKey:
 
     @cached_property
     def record_json(self) -> str:
-        """`record()` as canonical JSON: equal strings mean equal records."""
+        """`record()` as canonical JSON. Equal strings mean equal records."""
         return canonical_json(self.record())
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits that find the entry: xxh3_128 of the length-prefixed record and the token ids.
+        """32 hex digits by which the entry is found: xxh3_128 of the length-prefixed record and the token ids.
 
-        xxhash does not resist collisions: whoever finds an entry by it compares the record and the token ids.
+        xxhash does not resist collisions. So the code that finds an entry by it also compares the record and the token
+        ids.
         """
         return digest_of(self.record_json, self.token_bytes)
 
     def record(self) -> dict[str, Any]:
-        """Everything but the token ids, as plain JSON values."""
+        """Everything except the token ids, as plain JSON values."""
         return {
             "format": FORMAT_VERSION,
             "algorithm": ALGORITHM_VERSION,
-            "model": {**vars(self.model)},  # asdict copies deeply, which took most of the time of making a key
+            "model": {**vars(self.model)},  # asdict makes deep copies, which took most of the time of making a key
             "namespace": self.namespace,
             "chunk_id": self.chunk_id,
             "level": self.level,
@@ -122,7 +123,7 @@ class EntryKey:
         }
 
     def chunk_ids(self) -> tuple[str, ...]:
-        """Every chunk that the entry is computed with sight of, itself included, each once."""
+        """The ids of the entry's chunk and of every chunk that it was computed after, each once."""
         return record_chunk_ids(self.record())
 
 
@@ -132,7 +133,7 @@ class Difference:
 
     Attributes:
         reason: one word, such as "dtype".
-        words: for people, such as "computed in float32; this model runs in bfloat16".
+        words: a text for people, such as "computed in float32; this model runs in bfloat16".
     """
 
     reason: str
@@ -142,7 +143,7 @@ class Difference:
 def chunk_id(namespace: str, level: int, text: str) -> str:
     """Return a chunk's id: 32 hex digits, xxh3_128 over level, namespace and text with their lengths.
 
-    It holds nothing of a model, so it survives a change of model.
+    It does not depend on a model, so it stays the same if the model changes.
 
     Raises:
         InputError: the namespace or the text can't be written as UTF-8.
@@ -157,7 +158,7 @@ def digest_of(record_json: str, token_bytes: bytes) -> str:
 
 
 def record_chunk_ids(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Every chunk that the entry of a key record is computed with sight of, itself included, each once."""
+    """The ids of a key record's chunk and of every chunk that its entry was computed after, each once."""
     return tuple(dict.fromkeys(chunk for chunk in (record["chunk_id"], *record["after"]) if chunk is not None))
 
 
@@ -167,7 +168,7 @@ def looks_like_chunk_id(name: str) -> bool:
 
 
 def sha256_of_tokens(token_ids: Iterable[int]) -> str:
-    """Return the SHA-256 of token ids as little-endian int32, hex; of none too."""
+    """Return the SHA-256 of token ids as little-endian int32, hex. There may be no ids."""
     return hashlib.sha256(_token_bytes(tuple(token_ids))).hexdigest()
 
 
@@ -177,9 +178,9 @@ def canonical_json(value: object) -> str:
 
 
 def differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Name what differs between two key records of one namespace, the gravest first.
+    """Name what differs between two key records of one namespace, the most important difference first.
 
-    Token hashes hang on the tokenizer: what follows from a difference already named is not named again.
+    Token hashes depend on the tokenizer. A difference that follows from one that is named already is not named again.
     """
     model, other = wanted["model"], found["model"]
     named: list[Difference] = []
@@ -238,7 +239,7 @@ def _utf8(text: str, what: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"Expected a {what} of Unicode characters, got a lone surrogate at character {error.start}. "
+            f"The {what} must hold whole Unicode characters; got half a surrogate pair at character {error.start}. "
             f"Decode the {what} with errors='replace' where it is read."
         ) from None
 
@@ -246,5 +247,8 @@ def _utf8(text: str, what: str) -> bytes:
 def _token_bytes(token_ids: Sequence[int]) -> bytes:
     ids = np.asarray(token_ids, dtype=np.int64)
     if ids.size and (ids.ndim != 1 or ids.min() < 0 or ids.max() > MAX_TOKEN_ID):
-        raise InputError(f"Expected a flat sequence of token ids in [0, {MAX_TOKEN_ID}], got others. Pass model ids.")
+        raise InputError(
+            f"token_ids must be a flat sequence of token ids from 0 to {MAX_TOKEN_ID}; got others. Pass the ids that "
+            "the model's tokenizer gives."
+        )
     return ids.astype("<i4").tobytes()

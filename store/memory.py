@@ -1,7 +1,7 @@
-"""What processes leave in the index for later ones to know: counts, measured rates, names of models.
+"""What processes remember in the index for later ones: counts, measured rates and names of models.
 
-Each function takes the open index and runs inside the caller's transaction. Nothing here is needed for a right answer,
-and a rebuilt index starts without it.
+Each function takes the open index and runs inside the caller's transaction. No right answer depends on these values,
+and a rebuilt index starts without them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from braidsdk.store.chunks import parts, placeholders
 
 
 def recall(db: Database, keys: Iterable[str]) -> dict[str, str]:
-    """Return the values of these keys; unknown ones are left out."""
+    """Return the values of these keys. Unknown keys are left out."""
     found: dict[str, str] = {}
     for part in parts(list(keys)):
         rows = db.table("memory").rows_where(f"key in ({placeholders(part)})", [*part])
@@ -26,7 +26,7 @@ def remember(db: Database, values: Mapping[str, str]) -> None:
 
 
 def count(db: Database, counts: Mapping[str, int]) -> None:
-    """Add to the counts of these keys, from 0."""
+    """Add to the counts of these keys. New counts start at 0."""
     for key, more in counts.items():
         db.execute(
             "insert into memory (key, value) values (?, ?) "

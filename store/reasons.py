@@ -1,7 +1,7 @@
-"""Why a look-up missed: the closest stored entry of the same namespace, and what differs.
+"""Says why a look-up missed: it finds the closest stored entry of the same namespace, and names what differs.
 
-Another namespace's entries are never told of, not even that there are any. Runs inside the caller's transaction, reads
-only.
+It never tells anything about another namespace's entries, not even that there are any. It runs inside the caller's
+transaction and only reads.
 """
 
 import json
@@ -15,7 +15,7 @@ from braidsdk.store.chunks import parts, placeholders
 from braidsdk.store.keys import EntryKey, differences
 
 CANDIDATES = 64
-"""Stored entries of one chunk that are compared at most, the newest first: a chunk may be part of many chains."""
+"""The most stored entries of one chunk that are compared, the newest first. A chunk may be part of many chains."""
 
 _NEWEST = """
     select found_by, namespace, digest, record from (
@@ -44,9 +44,9 @@ class Miss:
 
 
 def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
-    """Say for each key why the store has no entry of it, from entries of its own namespace alone.
+    """Say for each key why the store has no entry for it. Only entries of its own namespace are used.
 
-    An entry that came since it was looked up is not counted.
+    An entry that was stored after the look-up is ignored.
     """
     there = _there(db, [key.digest for key in keys])
     damaged = _damaged(db, [key.digest for key in keys])
@@ -66,10 +66,10 @@ def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
 
 def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, str]) -> Miss:
     wanted = key.record()
-    # The same chunk id is the same text; the same token ids count only where another level has them.
+    # The same chunk id means the same text. The same token ids count only if they belong to another level.
     candidates = [json.loads(record) for digest, record in own.items() if digest != key.digest]
     candidates += [record for record in map(json.loads, same_tokens.values()) if record["level"] != key.level]
-    # Again, because SQLite ends a namespace at a null character.
+    # Checked again, because SQLite ends a namespace at a null character.
     candidates = [record for record in candidates if record["namespace"] == key.namespace]
     best: tuple[tuple[int, int], Miss] | None = None
     for rank, found in enumerate(candidates):
@@ -85,7 +85,7 @@ def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, st
 
 
 def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], dict[str, str]]:
-    """Return the newest records, by their digests, for each value of a column (None: null) and each namespace."""
+    """Return the newest records, by their digests, for each value of a column and each namespace. None means null."""
     wanted = list(dict.fromkeys(value for value in values if value is not None))
     conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(wanted)]
     if None in values:
@@ -98,7 +98,7 @@ def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tup
 
 
 def _there(db: Database, digests: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Return record and tokens' hash of the entries that have these digests."""
+    """Return the record and the hash of the tokens for each entry that has one of these digests."""
     found: dict[str, tuple[str, str]] = {}
     for part in parts(list(dict.fromkeys(digests))):
         rows = db.table("entries").rows_where(

@@ -1,7 +1,7 @@
-"""The index, rebuilt from the entries' files.
+"""Rebuilds the index from the entries' files.
 
-Reads headers and token ids alone; what is in the slabs is verified when an entry is loaded. A file that is provably not
-what its name says is set aside. Names, metadata and chunks without an entry are only in the index, and lost with it.
+It reads only headers and token ids. The slabs are verified when an entry is loaded. A file that is provably not what
+its name says is set aside. Names, metadata and chunks without an entry are only in the index, and are lost with it.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ def rebuild(db: Database, layout: Layout) -> None:
         try:
             header = blobs.read_header(path)
             if header.metadata.get("format") != str(FORMAT_VERSION):
-                continue  # another version's: left where it is
+                continue  # it belongs to another version and stays where it is
             row = _row(path, header)
         except blobs.DamagedFile as error:
             moved = layout.set_aside(digest)

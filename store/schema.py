@@ -1,7 +1,8 @@
-"""The index's tables, and opening its database.
+"""Defines the index's tables and opens its database.
 
-Migrations are append-only: a migration that has shipped is never edited, a change is a new function at the end. Each
-runs in one transaction with the record of it, so several processes may open a new store at once.
+Migrations are append-only: a migration that has shipped is never edited, and a change is a new function at the end.
+Each migration runs in one transaction with the record of it, so several processes may open a new store at the same
+time.
 
 The index can be rebuilt from the entries' files (see `rebuild.py`), except names, metadata and chunks without an entry.
 """
@@ -79,11 +80,11 @@ def m001_initial(db: Database) -> None:
 
 @migrations()
 def m002_filters_and_memory(db: Database) -> None:
-    """Indexes for lists, counts and statistics that touch no text; what processes leave for later ones to know."""
+    """Indexes for lists, counts and statistics that read no text; and what processes remember for later ones."""
     db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
     db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
     for name, kind, path in (("weights", str, "model.weights"), ("dtype", str, "model.dtype"), ("level", int, "level")):
-        db.table("entries").add_column(name, kind)  # out of `record`, for statistics
+        db.table("entries").add_column(name, kind)  # copied from `record`, for statistics
         db.execute(f"update entries set {name} = json_extract(record, '$.{path}')")
     db.table("entries").create_index(["weights", "dtype", "level", "bytes"], index_name=MODELS_INDEX)
     db.table("memory").create({"key": str, "value": str}, pk="key", not_null=["value"])
@@ -99,16 +100,16 @@ def open_index(path: Path, *, first: Callable[[Database], None]) -> Database:
     Raises:
         StoreVersionError: it has a migration that this version does not know.
         StorePathError: its file system can't hold a database that several processes share.
-        sqlite3.Error: it can't be opened or is damaged.
+        sqlite3.Error: it can't be opened, or is damaged.
     """
     connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
     try:
-        # Plugins of the user's sqlite-utils stay out of our index.
+        # The user's plugins for sqlite-utils must not change our index.
         db = Database(connection, execute_plugins=False)
         if _write_ahead(connection) != "wal":
             raise StorePathError(
-                f"Expected a local file system that supports SQLite's WAL mode at {path.parent}, got one that does "
-                "not (a network share?). Put the store on a local disk."
+                f"The store's file system must support SQLite's WAL mode; the one of {path.parent} does not. It may be "
+                "a network share. Put the store on a local disk."
             )
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA foreign_keys=ON")
@@ -120,7 +121,7 @@ def open_index(path: Path, *, first: Callable[[Database], None]) -> Database:
 
 
 def _write_ahead(connection: sqlite3.Connection) -> str:
-    # Two processes that both switch a new database to WAL may get "locked" without the busy timeout being waited for.
+    # Two processes that both switch a new database to WAL may get "locked" before the busy timeout has passed.
     deadline = time.monotonic() + BUSY_TIMEOUT_S
     while True:
         try:
@@ -137,7 +138,7 @@ def _migrate(db: Database, first: Callable[[Database], None]) -> None:
         return
     db.conn.execute("BEGIN IMMEDIATE")
     try:
-        _refuse_unknown(db)  # again: another process may have been quicker
+        _refuse_unknown(db)  # again, because another process may have been quicker
         new = not migrations.applied(db)
         migrations.apply(db)
         if new:
@@ -152,7 +153,7 @@ def _refuse_unknown(db: Database) -> None:
     unknown = sorted(m.name for m in migrations.applied(db) if m.name not in _known())
     if unknown:
         raise StoreVersionError(
-            f"Expected a store of this version or an older one, got one with the newer migrations "
+            f"The store must be of this version or an older one; got one with the newer migrations "
             f"{', '.join(unknown)}. Update braidsdk, or open another store."
         )
 
@@ -164,27 +165,26 @@ def _known() -> frozenset[str]:
 
 
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
-    """Return the error of ours that says what an error of SQLite's means for the user."""
+    """Return our own error that tells the user what an error of SQLite means."""
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreCorruptError(
-            f"Expected a store's index at {index}, got a damaged one ({error}). Move {index.name}, {index.name}-wal "
-            f"and {index.name}-shm aside: the next open rebuilds the index from the entries, which are left as they "
-            "are. Names, metadata and chunks without an entry have to be registered again."
+            f"The index at {index} must be intact; it is damaged ({error}). Move {index.name}, {index.name}-wal and "
+            f"{index.name}-shm aside: the next open rebuilds the index from the entries, which stay as they are. "
+            "Register names, metadata and chunks without an entry again."
         )
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(
-            f"Expected an index that can be written at {index}, got: {error}. "
-            "Choose another path or correct its permissions."
+            f"The index at {index} must be writable; got: {error}. Choose another path or correct its permissions."
         )
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreError(
-            f"Expected the index {index} to be free within {BUSY_TIMEOUT_S:.0f} s, but another process holds it. "
-            "Try again, or end that process."
+            f"The index {index} must be free within {BUSY_TIMEOUT_S:.0f} s; another process holds it. Try again, or "
+            "end that process."
         )
     if code == sqlite3.SQLITE_FULL:
-        return StoreFullError(f"The disk of {index} is full. Free some space; the store is as it was before.")
+        return StoreFullError(f"The disk of {index} is full. Free some space. The store is as it was before.")
     return StoreError(
-        f"The index {index} could not be used: {error}. The store is as it was before: try again, and correct what the "
-        "disk reports if it stays so."
+        f"The index {index} could not be used: {error}. The store is as it was before. Try again. If it fails again, "
+        "correct what the disk reports."
     )

@@ -1,7 +1,7 @@
 """The chunk store: registered chunks and their computed KV entries, on disk, shared by processes.
 
-Truth is in the entries' files; the index finds them. Files change places only under the index's write lock, so what
-one process publishes, deletes or sets aside never meets another's half way. Knows nothing of models or of modes.
+The entries' files hold the truth, and the index finds them. Files are moved only under the index's write lock, so a
+process never sees half of what another one publishes, deletes or sets aside. Knows nothing about models or modes.
 """
 
 import contextlib
@@ -35,24 +35,24 @@ from braidsdk.store.recent import RecentChunks
 _log = logging.getLogger(__name__)
 
 READERS = 2
-"""Threads that read entries, one each at a time: what they read waits to be asked for."""
+"""Threads that read entries, each one entry at a time. What they have read waits until it is asked for."""
 
 WRITERS = 2
 """Threads that write entries: while one waits for the disk, the other goes on."""
 
 SWEEP_EVERY_S = 24 * 3600.0
-"""At least so long lies between two sweeps of a store's entries, whichever processes open it."""
+"""The shortest time between two sweeps of a store's entries, whichever processes open it."""
 
 SWEPT = "swept"
-"""Under which the store remembers when the last sweep began, in seconds since 1970."""
+"""The key under which the store remembers when the last sweep began, in seconds since 1970."""
 
 Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
-"""A key, its slabs (one per layer), and its provenance: JSON values that are kept and not compared."""
+"""A key, its slabs (one per layer), and its provenance. Provenance holds JSON values that are kept and not compared."""
 
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds: chunks of all namespaces, entries, their bytes of KV, files set aside so far.
+    """What a store holds: chunks of all namespaces, entries, their bytes of KV, and files set aside so far.
 
     `groups` counts entries and bytes by model, dtype and level.
     """
@@ -66,7 +66,7 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class Deleted:
-    """What a deletion took: chunks, digests of entries, and the entries' bytes of KV."""
+    """What was deleted: how many chunks, the digests of entries, and the entries' bytes of KV."""
 
     chunks: int
     digests: tuple[str, ...]
@@ -76,12 +76,12 @@ class Deleted:
 class ChunkStore:
     """A folder of chunks and KV entries.
 
-    Several threads may share one; each process opens its own. A missing index is rebuilt from the entries: then names,
-    metadata and chunks without an entry are gone, because only the index has them.
+    Several threads may share one. Each process opens its own. A missing index is rebuilt from the entries. Names,
+    metadata and chunks without an entry are lost then, because only the index has them.
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open the store in a folder, creating what is missing.
+        """Open the store in a folder, and create what is missing.
 
         Raises:
             StorePathError: the path is a file, or can't be written.
@@ -101,8 +101,8 @@ class ChunkStore:
                 raise
         except OSError as error:
             raise StorePathError(
-                f"Expected a store whose files can be read at {path}, got: {error.strerror} ({error.filename}). "
-                "Correct the permissions, or choose another path."
+                f"The files of the store at {path} must be readable; got: {error.strerror} ({error.filename}). Correct "
+                "the permissions, or choose another path."
             ) from error
 
     def __enter__(self) -> Self:
@@ -119,7 +119,7 @@ class ChunkStore:
         return self._layout.root
 
     def close(self) -> None:
-        """Close the store; again is harmless. Entries that were loaded stay valid."""
+        """Close the store. Safe to call twice. Entries that were loaded stay valid."""
         self._index.close()
 
     # chunks
@@ -134,23 +134,24 @@ class ChunkStore:
         metadata: Mapping[str, Any] | None = None,
         replace: bool = False,
     ) -> ChunkRow:
-        """Register normalised text, or find it registered; metadata that is given replaces what was there.
+        """Register normalised text, or find it if it is registered. Metadata that is given replaces what was there.
 
         Raises:
-            NameTakenError: the name stands for another text, and `replace` was not asked for. With it the name moves,
-                and the old chunk and its id stay.
+            NameTakenError: the name stands for another text, and `replace` is off. With `replace` the name moves, and
+                the old chunk and its id stay.
             InputError: the name, namespace, text or metadata can't be used.
             HashCollisionError: another text has this text's id.
         """
         return self.add_chunks([NewChunk(namespace, level, text, name, metadata)], replace=replace)[0]
 
     def add_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow]:
-        """Register many texts in one transaction, all or none; raises as `add_chunk`."""
+        """Register many texts in one transaction, all or none. Raises the same errors as `add_chunk`."""
         with self._index.write() as db:
             return [chunks.add(db, chunk, replace=replace) for chunk in new]
 
     def add_good_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow | InputError]:
-        """Register many texts in one transaction; the place of one that can't be holds what `add_chunk` would raise."""
+        """Register many texts in one transaction. For a text that can't be registered, the result is the error that
+        `add_chunk` would raise."""
         results: list[ChunkRow | InputError] = []
         with self._index.write() as db:
             for chunk in new:
@@ -172,19 +173,19 @@ class ChunkStore:
         metadata: Mapping[str, Any] | None = None,
         replace: bool = False,
     ) -> ChunkRow:
-        """Give a chunk metadata in place of what it has, or one more name; None leaves them.
+        """Give a chunk metadata in place of what it has, or one more name. None changes nothing.
 
         Raises:
-            UnknownChunkError: it is not registered (any more).
-            NameTakenError: the name stands for another text, and `replace` was not asked for.
+            UnknownChunkError: it is not registered, or not any more.
+            NameTakenError: the name stands for another text, and `replace` is off.
             InputError: the name or metadata can't be used.
         """
         with self._index.write() as db:
             row = chunks.find_many(db, namespace, [chunk_id]).get(chunk_id)
             if row is None:
                 raise UnknownChunkError(
-                    f"Expected chunk {chunk_id} to be registered in namespace {shown(namespace)}, but it is not, or "
-                    "was deleted meanwhile. Register it again."
+                    f"Chunk {chunk_id} must be registered in namespace {shown(namespace)}; it is not, or it was "
+                    "deleted. Register it again."
                 )
             return chunks.update(db, row, name=name, metadata=metadata, replace=replace)
 
@@ -194,11 +195,11 @@ class ChunkStore:
             return chunks.find(db, namespace, name_or_id)
 
     def find_named(self, namespace: str, names_or_ids: Iterable[str]) -> dict[str, ChunkRow]:
-        """Return the chunks of these names, else ids, by what they were asked for; unknown ones are left out."""
+        """Return the chunks of these names, else ids, by the name or id. Unknown ones are left out."""
         return self._recent.find_named(namespace, names_or_ids)
 
     def find_chunks(self, namespace: str, ids: Iterable[str]) -> dict[str, ChunkRow]:
-        """Return the chunks of these ids, by id; unknown ones are left out."""
+        """Return the chunks of these ids, by id. Unknown ids are left out."""
         with self._index.read() as db:
             return chunks.find_many(db, namespace, ids)
 
@@ -219,10 +220,10 @@ class ChunkStore:
         """Return the namespace's chunks in the order of registration.
 
         Args:
-            namespace: where they live.
+            namespace: the namespace of the chunks.
             name, metadata, level: see `ChunkFilter`.
-            limit: at most so many.
-            after: id of a chunk; only those registered after it. Of one that was deleted nothing follows.
+            limit: the most chunks to return.
+            after: id of a chunk. Only chunks that were registered after it are returned, and none if it was deleted.
 
         Raises:
             InputError: the pattern or the metadata can't be looked for.
@@ -244,7 +245,7 @@ class ChunkStore:
         metadata: Mapping[str, Any] | None = None,
         level: int | None = None,
     ) -> int:
-        """Return how many chunks `list_chunks` would; reads no text."""
+        """Return how many chunks `list_chunks` would return. Reads no text."""
         with self._index.read() as db:
             return chunks.count(db, namespace, ChunkFilter(name, metadata, level))
 
@@ -254,22 +255,22 @@ class ChunkStore:
             return chunks.close_names(db, namespace, name)
 
     def delete_chunk(self, namespace: str, chunk_id: str) -> tuple[str, ...]:
-        """Delete a chunk, its names, its entries and every entry computed with sight of it.
+        """Delete a chunk, its names, its entries and every entry that was computed after it.
 
         Returns:
-            The digests of the deleted entries. None for a chunk that is not there: deleting twice is harmless.
+            The digests of the deleted entries, none if the chunk is not there. Deleting twice is harmless.
         """
         return self.delete_chunks(namespace, [chunk_id]).digests
 
     def delete_chunks(self, namespace: str, ids: Iterable[str]) -> Deleted:
-        """`delete_chunk` for many, in one transaction: all or none."""
+        """Delete many chunks in one transaction, all or none."""
         with self._index.write() as db:
             owners = chunks.owners(db, ids)
-            # A chunk without a row may still have been seen by entries: a rebuilt index can know it by id alone.
+            # Entries may have been computed after a chunk without a row: a rebuilt index may know only its id.
             free = [each for each, owner in owners.items() if owner in (namespace, None)]
             gone = entries.delete_of_chunks(db, free)
             for digest in gone:
-                self._layout.entry(digest)  # raises for one that is no digest: then nothing is deleted
+                self._layout.entry(digest)  # raises if it is not a digest; then nothing is deleted
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known = sum(owner == namespace for owner in owners.values())
@@ -281,52 +282,54 @@ class ChunkStore:
     # entries
 
     def look_up(self, keys: Sequence[EntryKey]) -> list[Hit | None]:
-        """Say for each key, in order, whether the index has its entry; None: it has not. Opens no entry's file."""
+        """Return for each key, in order, what the index knows about its entry. None means that it has none. Opens no
+        entry's file."""
         with self._index.read() as db:
             return entries.look_up(db, keys, self._layout)
 
     def explain(self, keys: Sequence[EntryKey]) -> list[Miss]:
-        """Say for each key whose entry was not found, in order, why. Slower than `look_up`; opens no entry's file."""
+        """Say for each key, in order, why its entry was not found. It is slower than `look_up`, and opens no entry's
+        file."""
         with self._index.read() as db:
             return reasons.explain(db, keys)
 
     def entries_of(self, chunk_id: str) -> list[EntryRow]:
-        """Return what the index keeps of a chunk's own entries, oldest first. Opens no entry's file."""
+        """Return what the index knows about a chunk's own entries, oldest first. Opens no entry's file."""
         with self._index.read() as db:
             return entries.of_chunk(db, chunk_id)
 
     def entry_files(self) -> list[Path]:
-        """Return where the files of all entries that the index knows should lie, the newest entry's first."""
+        """Return the paths of all entries that the index knows, the newest entry first. A file may be missing."""
         with self._index.read() as db:
             return [self._layout.entry(digest) for digest in entries.newest_digests(db)]
 
     def index_troubles(self) -> list[str]:
-        """Return what SQLite finds wrong with the index, at most five things; nothing if it is sound."""
+        """Return what SQLite finds wrong with the index, at most five things. The list is empty if all is well."""
         with self._index.read() as db:
             found = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
         return [] if found == ["ok"] else found
 
     def load(self, keys: Sequence[EntryKey]) -> list[Entry | None]:
-        """Read and verify the entry of each key, in order; None: there is none.
+        """Read and verify the entry of each key, in order. None means that there is none.
 
-        A file that is damaged or missing is set aside and counted, and its entry is None; `explain` then says
-        "damaged". Wrong data never leaves here.
+        A damaged or missing file is set aside and counted, and its entry is None. `explain` then says "damaged". Wrong
+        data is never returned.
 
         Raises:
-            StoreError: a file can't be read for a reason that is not its content.
+            StoreError: a file can't be read, for a reason other than its content.
         """
         return list(self.stream(keys))
 
     def stream(
         self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place] | None = None
     ) -> Generator[Entry | None, None, None]:
-        """Like `load`, one at a time, while the next ones are read in threads: few are in memory at once.
+        """Like `load`, but one entry at a time. Threads read the next ones meanwhile, so few are in memory at a time.
 
         Args:
-            keys: which.
-            place: memory that an entry is read into if it fits there; asked for all that the index has before any is
-                read. That of an entry that was set aside may have been written to. Threads write to it until this
-                iterator has ended or was closed.
+            keys: the keys of the entries.
+            place: gives the memory that an entry is read into, if it fits there. It is called for every entry that the
+                index has, before any is read. If an entry is set aside, its memory may have been written to. Threads
+                write to the memory until this iterator has ended or was closed.
         """
         found = self.look_up(keys)
         places = [place(key) if place and each else None for key, each in zip(keys, found, strict=True)]
@@ -340,14 +343,15 @@ class ChunkStore:
                 yield result
 
     def publish(self, publications: Sequence[Publication]) -> None:
-        """Store entries durably, all or none; those that the store has already are left as they are.
+        """Store entries durably, all or none. Entries that the store has already stay as they are.
 
-        A key whose digest is another entry's is not stored: `explain` keeps saying "collision".
+        A key with the same digest as another entry is not stored. `explain` then says "collision".
 
         Raises:
             InputError: the slabs are not those of the key's model.
-            UnknownChunkError: a chunk that an entry belongs to, or was computed after, is not registered (any more).
-            StoreError: the disk is full or fails. The store is as good as before.
+            UnknownChunkError: a chunk that an entry belongs to or was computed after is not registered, or not any
+                more.
+            StoreError: the disk is full or fails. The store is as it was before.
         """
         started = perf_counter()
         new = {key.digest: (key, slabs, provenance) for key, slabs, provenance in publications}
@@ -362,7 +366,7 @@ class ChunkStore:
                 entered = list(writers.map(lambda each: self._write(each, records, written), new.values()))
             rows = {row.digest: row for row in entered}
             with self._index.write() as db:
-                self._records(db, [key for key, _, _ in new.values()])  # again: a chunk may have been deleted
+                self._records(db, [key for key, _, _ in new.values()])  # again, because a chunk may have been deleted
                 for digest in entries.known(db, rows):
                     del rows[digest]  # another process was quicker
                 placed = list(rows)
@@ -371,7 +375,7 @@ class ChunkStore:
             written_bytes = sum(row.bytes for row in rows.values())
             _log.info("published %d entries, %d bytes in %.1f ms", len(rows), written_bytes, _ms_since(started))
         except BaseException as error:
-            with contextlib.suppress(StoreError):  # what stays is swept by a later open
+            with contextlib.suppress(StoreError):  # a later open sweeps what is left
                 self._remove_entries(placed)
             if isinstance(error, OSError):
                 raise self._write_error(error) from error
@@ -400,22 +404,22 @@ class ChunkStore:
 
     @property
     def free_bytes(self) -> int:
-        """Free space on the disk where the store lies.
+        """Free space on the store's disk.
 
         Raises:
-            StoreError: the disk does not tell.
+            StoreError: the free space can't be read.
         """
         try:
             return shutil.disk_usage(self.path).free
         except OSError as error:
             raise StoreError(
-                f"Expected to read the free space at {self.path}, got: {error.strerror}. Is the folder still there?"
+                f"The free space at {self.path} can't be read: {error.strerror}. Check that the folder is still there."
             ) from error
 
-    # what processes leave for later ones
+    # what processes remember for later ones
 
     def recall(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return what was remembered under these keys; unknown ones are left out."""
+        """Return what was remembered under these keys. Unknown keys are left out."""
         with self._index.read() as db:
             return memory.recall(db, keys)
 
@@ -442,16 +446,18 @@ class ChunkStore:
                 why = "it is missing"
             except OSError as error:
                 if error.errno != errno.EIO:
-                    raise StoreError(f"Expected to read {hit.path}, got: {error.strerror}.") from error
+                    raise StoreError(
+                        f"{hit.path} can't be read: {error.strerror}. Correct what fails, such as its permissions."
+                    ) from error
                 why = "the disk failed to read it"
             hit = self._set_aside(key, hit.path, before, why)
         return None
 
     def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Hit | None:
-        """Take a damaged file out of the store, unless another has come to its place since it was read.
+        """Take a damaged file out of the store, unless another file has taken its place since it was read.
 
         Returns:
-            The entry's other file; None: it has none now.
+            The entry's new file, or None if it has none now.
         """
         with self._index.write() as db:
             if entries.known(db, [key.digest]) and stamp(path) == read:
@@ -484,7 +490,7 @@ class ChunkStore:
         )
 
     def _records(self, db: Database, keys: Sequence[EntryKey]) -> dict[str, dict[str, Any]]:
-        """Return what a file keeps of each chunk that these entries saw, and refuse chunks that are not there."""
+        """Return what a file records about each chunk of these entries, and refuse chunks that are not registered."""
         records: dict[str, dict[str, Any]] = {}
         for namespace in dict.fromkeys(key.namespace for key in keys):
             wanted = dict.fromkeys(chunk for key in keys if key.namespace == namespace for chunk in key.chunk_ids())
@@ -492,15 +498,15 @@ class ChunkStore:
             for chunk in wanted:
                 if chunk not in found:
                     raise UnknownChunkError(
-                        f"Expected chunk {chunk} to be registered in namespace {namespace!r} before an entry of it is "
-                        "stored, but it is not, or was deleted meanwhile. Register it again."
+                        f"Chunk {chunk} must be registered in namespace {namespace!r} before an entry of it is stored; "
+                        "it is not, or it was deleted. Register it again."
                     )
                 row = found[chunk]
                 records[chunk] = {"id": row.id, "namespace": row.namespace, "level": row.level, "text": row.text}
         return records
 
     def _remove_entries(self, digests: Sequence[str]) -> None:
-        """Unlink the files of entries that have no row, under the lock that publishing takes."""
+        """Delete the files of entries that have no row, under the lock that publishing takes."""
         if not digests:
             return
         with self._index.write() as db:
@@ -510,19 +516,19 @@ class ChunkStore:
                     remove(self._layout.entry(digest))
 
     def _claim_sweep(self) -> bool:
-        """Whether a sweep is due; then it is this process's, and no other's for `SWEEP_EVERY_S`."""
-        with self._index.read() as db:  # first: as a rule none is due, and nobody has to wait for the write lock
+        """Whether a sweep is due. If so, this process does it, and no other one does for `SWEEP_EVERY_S`."""
+        with self._index.read() as db:  # first, because usually none is due and no write lock is needed
             if not _is_due(db):
                 return False
         with self._index.write() as db:
-            due = _is_due(db)  # again: another process may have been quicker
+            due = _is_due(db)  # again, because another process may have been quicker
             if due:
                 memory.remember(db, {SWEPT: str(time.time())})
         return due
 
     def _sweep_entries(self) -> None:
-        """Remove files that no row names: a process was killed before it wrote the row, or after it deleted it."""
-        there = list(self._layout.digests())  # before the rows: what is published from now on is not in it
+        """Remove files that no row names. A process was killed before it wrote the row, or after it deleted the row."""
+        there = list(self._layout.digests())  # read before the rows, so that it lacks what is published from now on
         with self._index.read() as db:
             kept = entries.all_digests(db)
         stray = {digest: self._layout.entry(digest) for digest in there if digest not in kept}
@@ -533,20 +539,21 @@ class ChunkStore:
     def _write_error(self, error: OSError) -> StoreError:
         kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
         return kind(
-            f"Could not write an entry to the store at {self.path}: {error.strerror}. "
-            "Free some space or correct what fails; nothing of the entry is left and the store is as it was before."
+            f"An entry could not be written to the store at {self.path}: {error.strerror}. Free some space or correct "
+            "what fails. Nothing of the entry is left, and the store is as it was before."
         )
 
 
 def _is_due(db: Database) -> bool:
-    """Whether the last sweep is long ago, or in the future: then the clock was wrong."""
+    """Whether the last sweep was long ago, or is in the future because the clock was wrong."""
     swept = memory.recall(db, [SWEPT]).get(SWEPT)
     return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
 
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that have ended when the block is left, however often that is interrupted: they write to memory."""
+    """Threads that have ended when the block is left, even if that is interrupted several times, because they write to
+    memory."""
     executor = ThreadPoolExecutor(count)
     try:
         yield executor

@@ -46,7 +46,7 @@ def test_a_second_process_answers_from_the_store(random_checkpoint: Path, tmp_pa
     assert cached == tokens
 
 
-def test_entries_written_with_other_pages_are_laid_out_anew(
+def test_entries_written_with_other_pages_are_laid_out_again(
     random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page_bytes: int
 ) -> None:
     want = fill(random_checkpoint, tmp_path)

@@ -63,7 +63,7 @@ def test_a_failure_is_a_line_with_a_remedy_and_ends_with_1(cli: Cli, tmp_path: P
     (tmp_path / "store").write_text("a file")
     ended = cli("doctor", "--model", "nowhere", code=1)
     lines = ended.stdout.splitlines()
-    assert any(line.startswith("fail  store: Expected a folder") for line in lines)
+    assert any(line.startswith("fail  store: The store") for line in lines)
     assert any(line.startswith("fail  model: No checkpoint at 'nowhere'") for line in lines)
     assert any(line.startswith("skip  numerics:") for line in lines)
     assert "failed." in ended.stderr

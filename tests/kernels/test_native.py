@@ -87,7 +87,7 @@ def test_what_was_compiled_is_kept_until_its_source_changes(source: Path, cache:
 
 @needs_amx
 @pytest.mark.parametrize("left", [0, 5000])
-def test_a_damaged_file_is_compiled_anew(source: Path, cache: Path, left: int) -> None:
+def test_a_damaged_file_is_compiled_again(source: Path, cache: Path, left: int) -> None:
     native.library.__wrapped__(source)
     (kept,) = cache.glob("*.so")
     whole = kept.read_bytes()

@@ -274,13 +274,13 @@ def flip(path: Path) -> None:
     ("harm", "why"),
     [
         (flip, "does not match its digest"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "expected"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "must have"),
         (lambda path: path.write_bytes(b""), "at least 8 bytes"),
         (lambda path: path.unlink(), "missing"),
     ],
     ids=["flipped", "truncated", "emptied", "deleted"],
 )
-def test_a_damaged_file_is_set_aside_counted_and_computed_anew(
+def test_a_damaged_file_is_set_aside_counted_and_computed_again(
     store: ChunkStore, folder: Path, chunk: str, make: Any, harm: Any, why: str
 ) -> None:
     key = make.key(chunk)

@@ -47,7 +47,7 @@ def test_a_file_in_the_way_is_refused_and_left_alone(tmp_path: Path, below: str)
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that even root can't write to")
 def test_a_folder_that_cannot_be_written_is_refused() -> None:
-    with pytest.raises(StorePathError, match="can be written"):
+    with pytest.raises(StorePathError, match="must be writable"):
         ChunkStore("/proc/self/store")
 
 

@@ -47,8 +47,8 @@ def test_an_id_is_32_hex_digits_and_never_changes() -> None:
     assert chunk_id("default", 1, "Zorbin\n") == "f83f0df7f80e35dcca93aa508e683bca"
 
 
-def test_a_lone_surrogate_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="lone surrogate at character 1"):
+def test_half_a_surrogate_pair_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="half a surrogate pair at character 1"):
         chunk_id("default", 1, "a\ud800")
 
 
