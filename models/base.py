@@ -1,4 +1,4 @@
-"""What every model family offers: a configuration, a batch to compute, and a forward pass over paged KV memory.
+"""The interface of every model family: a configuration, a batch to compute, and a forward pass over paged KV memory.
 
 Knows nothing about chunks, composition modes, stores or text.
 """
@@ -20,16 +20,17 @@ from braidsdk.kernels.rope import RotaryTable
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """How a checkpoint wants its tokens chosen (generation_config.json); what it leaves out is as in transformers.
+    """A checkpoint's defaults for choosing tokens (generation_config.json). Values that it leaves out are
+    transformers'.
 
-    Whether to draw at all, and at which temperature, is the caller's choice.
+    The caller decides whether to sample at all, and at which temperature.
 
     Attributes:
-        top_p: keep the fewest most likely tokens whose probabilities reach this sum; 1.0 keeps all.
-        top_k: keep that many most likely tokens; 0 keeps all.
-        repetition_penalty: divides positive logits of tokens already in the text, and multiplies negative ones; 1.0 is
-            off.
-        min_p: keep tokens at least that share of the likeliest one's probability; 0.0 keeps all.
+        top_p: keeps the fewest most likely tokens that have this probability together; 1.0 keeps all.
+        top_k: keeps this many of the most likely tokens; 0 keeps all.
+        repetition_penalty: divides positive logits of tokens that are in the text already, and multiplies negative
+            ones; 1.0 changes nothing.
+        min_p: keeps tokens with at least this share of the likeliest token's probability; 0.0 keeps all.
     """
 
     top_p: float = 1.0
@@ -51,9 +52,9 @@ class ModelConfig:
         hidden_size: width of the residual stream.
         intermediate_size: width of the MLP.
         window: positions that the model was made for (`max_position_embeddings`), in tokens.
-        rope: the whole RoPE configuration as canonical JSON; part of a KV entry's key.
+        rope: the whole RoPE configuration as canonical JSON. It is part of a KV entry's key.
         eos_ids: ids that end an answer.
-        generation: how its tokens are chosen where the caller does not say.
+        generation: how its tokens are chosen if the caller does not say.
     """
 
     layers: int
@@ -71,15 +72,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Batch:
-    """New tokens to compute and what their rows may see.
+    """New tokens to compute, and what their rows may see.
 
     Attributes:
         token_ids: int64 [tokens].
         positions: absolute positions, int64 [tokens].
         frame_positions: positions in the segment that each token's key is written to, int64 [tokens].
-        slots: where each token's key and value are written, int64 [tokens].
-        requests: rows and the segments that they see; keys appended in this pass are visible in it.
-        limit: a bound that every position and every `position - origin` is below, known without reading a tensor.
+        slots: the slot to which each token's key and value are written, int64 [tokens].
+        requests: rows and the segments that they see. Keys that this pass appends are visible in it.
+        limit: a bound above every position and every `position - origin`. It is known without reading a tensor.
     """
 
     token_ids: Tensor
@@ -95,8 +96,8 @@ class Step:
     """What all layers of one forward pass share.
 
     Attributes:
-        cos, sin: of each new token in its segment's frame, [tokens, head_dim / 2].
-        plans: of the attention.
+        cos, sin: cosines and sines for each new token in its segment's frame, [tokens, head_dim / 2].
+        plans: the plans of the attention.
     """
 
     cos: Tensor
@@ -105,11 +106,11 @@ class Step:
 
 
 def only_rows(batch: Batch, rows: Tensor) -> Batch:
-    """The same pass for some of its tokens, with all that these see.
+    """The same pass for some of its tokens, with everything that they see.
 
     Args:
         batch: the pass.
-        rows: which of its tokens, int64 [rows], on the CPU, ascending.
+        rows: indices of the tokens, int64 [rows], on the CPU, ascending.
     """
     requests, start = [], 0
     for request in batch.requests:
@@ -127,7 +128,7 @@ def only_rows(batch: Batch, rows: Tensor) -> Batch:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One of a checkpoint's JSON files.
+    """Read one of a checkpoint's JSON files.
 
     Raises:
         UnsupportedModelError: it is not a JSON object.
@@ -137,7 +138,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{path} can't be read: {error}. Copy the checkpoint again.") from error
     if not isinstance(content, dict):
-        raise UnsupportedModelError(f"{path} holds no JSON object. Copy the checkpoint again.")
+        raise UnsupportedModelError(
+            f"{path} must hold a JSON object; got a {type(content).__name__}. Copy the checkpoint again."
+        )
     return content
 
 
@@ -146,13 +149,13 @@ class Model(Protocol):
 
     config: ModelConfig
     fingerprint: str
-    """Hash of the weights' content (names, dtypes, shapes and bytes as stored, whatever files they lie in) and of the
-    numbers in the config that change the function and no shape."""
+    """Hash of the weights' content, and of the numbers in the config that change the function and no shape. The content
+    is names, dtypes, shapes and bytes as stored; how they are spread over files does not matter."""
     dtype: torch.dtype
     device: torch.device
     rotary: RotaryTable
     paths: Paths
-    """Which implementation each operation takes; may be changed between passes."""
+    """Which implementation each operation takes. It may be changed between passes."""
 
     @classmethod
     def load(
@@ -162,10 +165,12 @@ class Model(Protocol):
 
         Args:
             folder: the checkpoint.
-            device: where it will run.
-            dtype: what it is computed in; None is what its config names, or without that what its weights are stored
-                in. Either way float32 stands for float16, which is not computed: it holds every float16 exactly.
-            fingerprints: file that remembers fingerprints of checkpoints read before; None hashes all anew.
+            device: the device that it will run on.
+            dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
+                are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
+                float16 exactly.
+            fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
+                weights again.
 
         Raises:
             UnsupportedModelError: the config asks for something that is not computed.
@@ -174,12 +179,12 @@ class Model(Protocol):
         ...
 
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
-        """Compute new tokens: append their keys and values, and give logits where asked.
+        """Compute new tokens: append their keys and values, and return logits for the rows that want them.
 
         Args:
             batch: the tokens.
             kv: paged memory of all layers, [layers, 2, pages, kv_heads, page_size, head_dim]; written in place.
-            logit_rows: rows of the batch whose next-token logits are wanted, int64 [rows]; None for no logits.
+            logit_rows: rows of the batch that want next-token logits, int64 [rows]; None for no logits.
 
         Returns:
             Logits [rows, vocab_size], float32 (float64 for a float64 model); None if `logit_rows` is None.
@@ -187,12 +192,12 @@ class Model(Protocol):
         ...
 
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
-        """One layer by itself: what `forward` does between two layers. For measuring, layer by layer.
+        """Compute one layer alone, as `forward` does. It is for measuring layer by layer.
 
         Args:
-            index: which layer.
+            index: the layer's index.
             hidden: its input, [tokens, hidden].
-            batch: the tokens that these are.
+            batch: the tokens of this input.
             memory: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
 
         Returns:
@@ -203,14 +208,15 @@ class Model(Protocol):
     def compute(
         self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
     ) -> Tensor | None:
-        """`forward` with its plan made: touches the device alone, so that it can be captured in a CUDA graph.
+        """Do the same as `forward` with a plan that is made already. It uses only the device, so that a CUDA graph can
+        capture it.
 
         Args:
-            token_ids, slots: as in `Batch`; a token with a negative slot is computed and not appended.
+            token_ids, slots: as in `Batch`. A token with a negative slot is computed and not appended.
             step: what the layers share.
             kv, logit_rows: as in `forward`.
 
         Returns:
-            What `forward` does.
+            The same as `forward`.
         """
         ...

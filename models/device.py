@@ -1,18 +1,18 @@
-"""Names of devices and dtypes to what torch calls them."""
+"""Turns names of devices and dtypes into torch's objects."""
 
 import torch
 
 from braidsdk.errors import InputError, did_you_mean, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-"""What a model can be computed in; float64 is the reference that others are measured against."""
+"""The dtypes that a model can be computed in. float64 is the reference for measuring the others."""
 
 
 def parse_device(device: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+    """The device of that name. "auto" means CUDA if there is a CUDA device, else the CPU.
 
     Raises:
-        InputError: no such device here.
+        InputError: there is no such device here.
     """
     if not isinstance(device, str):
         raise InputError(f"device must be text such as 'cpu'; got a {type(device).__name__}.")
@@ -29,16 +29,17 @@ def parse_device(device: str) -> torch.device:
         )
     if parsed.type == "cuda" and (parsed.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use 'cpu'."
+            f"device must be one that torch sees, the CPU or {torch.cuda.device_count()} CUDA devices; got {device!r}. "
+            "Use 'cpu'."
         )
     return parsed
 
 
 def parse_dtype(dtype: str) -> torch.dtype | None:
-    """The dtype of that name; "auto" is None: what the checkpoint's config names.
+    """The dtype of that name. "auto" gives None, which means the dtype that the checkpoint's config names.
 
     Raises:
-        InputError: no such dtype.
+        InputError: there is no such dtype.
     """
     if dtype == "auto":
         return None

@@ -1,7 +1,7 @@
-"""Fingerprints of checkpoints read before, so that opening one again need not hash and check every weight.
+"""Remembers fingerprints of checkpoints, so that opening one again need not hash and check every weight.
 
-A record holds for the very files it was made from: their resolved paths, sizes, times and inodes. Where there is a
-doubt there is no record: the checkpoint is read as if it were new.
+A record is valid only for the same files that it was made from: their resolved paths, sizes, times and inodes. If there
+is any doubt, no record is used, and the checkpoint is read as if it were new.
 """
 
 import json
@@ -14,19 +14,19 @@ from pathlib import Path
 import xxhash
 
 SETTLED_NS = 2_000_000_000
-"""A file changed less than this before it was read may change again within one tick of its time stamp."""
+"""A file that changed less than this before it was read may change again within one tick of its time stamp."""
 
-_VERSION = 1  # of how fingerprints are made
+_VERSION = 1  # raise it when fingerprints are made in another way
 _KEPT = 64
 
 
 def stamp(files: Sequence[Path]) -> str:
-    """What tells these files, as they are now, from any others.
+    """A hash that tells these files, as they are now, from any others.
 
-    The status change time is in it: a tool that sets the modification time back can't set that one.
+    It includes the status change time, because a tool that sets the modification time back can't set that one.
 
     Raises:
-        OSError: one is not there.
+        OSError: a file is not there.
     """
     found = [(str(path), path.stat()) for path in (file.resolve() for file in files)]
     seen = [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev] for path, s in found]
@@ -34,7 +34,7 @@ def stamp(files: Sequence[Path]) -> str:
 
 
 def recall(file: Path, key: str) -> str | None:
-    """The fingerprint that a file remembers for a stamp, or None; a damaged file remembers nothing."""
+    """The fingerprint that a file remembers for a stamp, or None. A damaged file remembers nothing."""
     match _records(file).get(key):
         case [str(fingerprint), check] if check == _check(key, fingerprint):
             return fingerprint
@@ -42,9 +42,9 @@ def recall(file: Path, key: str) -> str | None:
 
 
 def remember(file: Path, key: str, checkpoint: Sequence[Path], fingerprint: str) -> None:
-    """Remember the fingerprint of a checkpoint that was read since it had this stamp, unless it may have changed.
+    """Remember the fingerprint of a checkpoint that was read after it had this stamp, unless it may have changed.
 
-    The newest records are kept. A file that can't be written is left as it is: it only saves time.
+    The newest records are kept. A file that can't be written stays as it is, because it only saves time.
     """
     temporary = file.with_name(f"{file.name}.{os.getpid()}")
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face hub: into its cache, safetensors only, and errors that say what to do."""
+"""Downloads checkpoints from the Hugging Face hub into its cache, safetensors only. Its errors say what to do."""
 
 import re
 from pathlib import Path
@@ -53,17 +53,17 @@ def fetch(model: str, revision: str | None = None) -> Path:
         raise _error(f"{what} is gated: accept its terms at {constants.ENDPOINT}/{model}, and log in") from error
     except RepositoryNotFoundError as error:
         raise _error(
-            f"There is no folder {model!r} here, and the hub has no such model, or hides it. Check the name"
+            f"There is no folder {model!r} here, and the hub has no such model, or it hides the model. Check the name"
         ) from error
     except RevisionNotFoundError as error:
         raise _error(f"The hub has {model}, but no revision {revision!r}. Pass a branch, a tag or a commit") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reached = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub can't be reached"
         raise _error(
-            f"{what} is neither a folder here nor (whole) in the hub's cache, and {reached}. Download it once with a "
+            f"{what} is neither a folder here nor complete in the hub's cache, and {reached}. Download it once with a "
             "connection, name a mirror, or pass a folder"
         ) from error
-    except Exception as error:  # of many libraries: HTTP, file locks, a full disk
+    except Exception as error:  # many libraries raise here: HTTP, file locks, a full disk
         reason = next(iter(str(error).strip().splitlines()), "")
         raise _error(f"{what} can't be downloaded: {type(error).__name__}: {reason}") from error
 

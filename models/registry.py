@@ -1,4 +1,4 @@
-"""Names to checkpoints, and checkpoints to the family that computes them."""
+"""Finds the checkpoint of a name, and the family that computes a checkpoint."""
 
 from pathlib import Path
 
@@ -13,19 +13,20 @@ EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 """Checkpoints that ship with the package."""
 
 FAMILIES: dict[str, type[Model]] = {"qwen3": Qwen3}
-"""`model_type` in config.json to the class that computes it."""
+"""The class that computes each `model_type` of config.json."""
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of an embedded checkpoint, of one on disk, or of one from the hub, downloaded if need be.
+    """The folder of an embedded checkpoint, of one on disk, or of one from the hub, which is downloaded if needed.
 
     Args:
-        model: an embedded name, a folder, or (no such folder, and one slash) a hub id. A `Path` is always a folder.
-        revision: of a hub checkpoint: branch, tag or commit.
+        model: an embedded name, a folder, or a hub id. A name with one slash is a hub id if there is no such folder. A
+            `Path` is always a folder.
+        revision: the branch, tag or commit of a hub checkpoint.
 
     Raises:
-        InputError: no name and no folder; a revision of something that does not come from the hub.
-        ModelNotFoundError: there is no checkpoint there; HubError: the hub did not give it.
+        InputError: `model` is neither a name nor a folder, or a revision is given for a folder.
+        ModelNotFoundError: there is no checkpoint. HubError: the hub did not give it.
     """
     if not isinstance(model, str | Path) or "\0" in str(model) or len(str(model)) > 4000:
         raise InputError(f"model must be a name or a folder; got {shown(model)}.")
@@ -33,10 +34,13 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     if isinstance(model, str) and is_hub_id(model) and not folder.exists():
         return fetch(model, revision)
     if revision is not None:
-        raise InputError(f"revision is for checkpoints from the hub; {str(model)!r} is a folder. Leave it out.")
+        raise InputError(
+            f"revision must be None unless the model comes from the hub; got one for the folder {str(model)!r}. Leave "
+            "it out."
+        )
     if not _is_file(folder / "config.json"):
         raise ModelNotFoundError(
-            f"No checkpoint at {str(folder)!r}: expected a folder with config.json, model.safetensors and "
+            f"No checkpoint at {str(folder)!r}. model must be a folder with config.json, model.safetensors and "
             f"tokenizer.json, a hub id such as 'Qwen/Qwen3-0.6B', or one of {', '.join(EMBEDDED)}."
             f"{did_you_mean(model, EMBEDDED)}"
         )
@@ -46,19 +50,20 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name that no file can have
+    except OSError:  # no file can have this name
         return False
 
 
 def load_model(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
 ) -> Model:
-    """Load a checkpoint with the family that its config names; arguments and errors as in `models.base.Model.load`."""
+    """Load a checkpoint with the family that its config names. For arguments and errors see
+    `models.base.Model.load`."""
     path = folder / "config.json"
     model_type = read_json(path).get("model_type")
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
-            f"{path} is of a {model_type!r} model; BraidSDK computes {', '.join(sorted(FAMILIES))}. Choose a "
-            "checkpoint of these."
+            f"model_type in {path} must be one of {', '.join(sorted(FAMILIES))}; got {model_type!r}. Choose a "
+            "checkpoint of such a family."
         )
     return FAMILIES[model_type].load(folder, device=device, dtype=dtype, fingerprints=fingerprints)

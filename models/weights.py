@@ -1,7 +1,8 @@
-"""Reading a checkpoint's safetensors files, strictly and in bounded memory.
+"""Reads a checkpoint's safetensors files, strictly and in bounded memory.
 
 All names and shapes are checked before a weight is read. Bytes go from the file into the packed tensor in pieces, with
-plain reads: a mapped file would count twice in memory, and one that is truncated meanwhile would kill the process.
+plain reads. A mapped file would count twice in memory, and one that is truncated while it is read would kill the
+process.
 """
 
 import itertools
@@ -22,17 +23,17 @@ from braidsdk.kernels.memory import empty
 from braidsdk.models.fingerprints import recall, remember, stamp
 
 PIECE_BYTES = 4 << 20
-"""Read, checked and converted at a time; small enough to stay in a CPU's cache."""
+"""This many bytes are read, checked and converted at a time. They stay in a CPU's cache."""
 
 ABSURD = 1e6
-"""Larger magnitudes are reported: trained weights stay orders below, uninitialised memory does not."""
+"""Larger magnitudes are reported. Trained weights stay orders of magnitude below, and uninitialised memory does not."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-_NAMED = 8  # weights that an error names before it only counts
+_NAMED = 8  # an error names this many weights, and only counts the others
 
 
 class WeightsWarning(UserWarning):
-    """A checkpoint holds weights that are not used, or finite ones of absurd size."""
+    """A checkpoint holds weights that are not used, or finite weights of absurd size."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class Weights:
 
         Args:
             folder: the checkpoint.
-            fingerprints: file that remembers those of checkpoints read before; None hashes all anew.
+            fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
+                weights again.
 
         Raises:
             ModelNotFoundError: the folder holds neither.
@@ -72,11 +74,13 @@ class Weights:
             for name, stored in _header(path).items():
                 if other := self._stored.get(name):
                     raise WeightsError(
-                        f"{other.path.name} and {path.name} in {folder} both hold {name!r}. Keep one save's shards."
+                        f"{name!r} must be in one file of {folder}; {other.path.name} and {path.name} both hold it. "
+                        "Keep the shards of one save."
                     )
                 self._stored[name] = stored
         self._known = recall(fingerprints, self._stamp) if fingerprints else None
-        self._buffer = torch.frombuffer(bytearray(PIECE_BYTES), dtype=torch.uint8)  # one for all: no holes in the heap
+        # One buffer for all reads leaves no holes in the heap.
+        self._buffer = torch.frombuffer(bytearray(PIECE_BYTES), dtype=torch.uint8)
         self._digests: dict[str, str] = {}
         self._not_finite: list[str] = []
         self._absurd: list[str] = []
@@ -85,7 +89,7 @@ class Weights:
         return name in self._stored
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """What a weight is stored in; None if it is not there, or in no dtype that is read."""
+        """The dtype that a weight is stored in. None if it is not there, or has a dtype that is not read."""
         stored = self._stored.get(name)
         return _DTYPES.get(stored.code) if stored else None
 
@@ -93,15 +97,15 @@ class Weights:
         """Check every name, shape and dtype against what the config asks for. Reads no weight.
 
         Args:
-            shapes: what will be taken.
-            unused: names that may be there and are not used: no fault, but reported.
+            shapes: the weights that will be taken.
+            unused: weights that may be there and are not used. They are reported, and are not an error.
 
         Raises:
             WeightsError: weights are missing, misshapen, quantised, or nothing asks for them.
         """
         faults = []
         if missing := [f"{name!r} of shape {list(shape)}" for name, shape in shapes.items() if name not in self]:
-            faults.append(f"has no weight {_listed(missing)}")
+            faults.append(f"lacks {_listed(missing)}")
         there = {name: self._stored[name] for name in shapes if name in self}
         faults += _first(
             f"has {name!r}, which has shape {list(stored.shape)}; config.json asks for {list(shapes[name])}"
@@ -109,7 +113,7 @@ class Weights:
             if stored.shape != shapes[name]
         )
         faults += _first(
-            f"stores {name!r} as {stored.code}; read are {', '.join(_DTYPES)}, quantised weights are not"
+            f"stores {name!r} as {stored.code}, but weights must be {', '.join(_DTYPES)} and not quantised"
             for name, stored in there.items()
             if stored.code not in _DTYPES
         )
@@ -124,7 +128,7 @@ class Weights:
             self._warn(f"{self._folder} holds weights that its config.json switches off; they are not used", spare)
 
     def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The named tensors, stacked along their first dimension in the order given. Call `expect` first.
+        """Read the named tensors, and stack them along their first dimension in this order. Call `expect` first.
 
         Raises:
             WeightsError: a file can't be read or ends early.
@@ -136,7 +140,7 @@ class Weights:
         return packed
 
     def drop_copy(self, copy: str, of: str) -> bool:
-        """Forget a stored weight if it has the dtype, shape and bytes of another; whether it did."""
+        """Forget a stored weight if it has the dtype, shape and bytes of another. Returns whether it has."""
         one, other = self._stored[copy], self._stored[of]
         same = (one.code, one.shape) == (other.code, other.shape)
         same = same and all(a == b for a, b in itertools.zip_longest(_pieces(one), _pieces(other)))
@@ -145,15 +149,16 @@ class Weights:
         return same
 
     def finish(self) -> str:
-        """The fingerprint of all that was taken: of names, stored dtypes, shapes and bytes, in whatever files they lie.
+        """The fingerprint of everything that was taken: of names, stored dtypes, shapes and bytes. How they are spread
+        over files does not matter.
 
         Raises:
             WeightsError: weights that were taken are not finite.
         """
         if self._not_finite:
             raise WeightsError(
-                f"{self._folder} holds NaN or infinity in {_listed(self._not_finite)}. Copy the checkpoint again; one "
-                "that came so can't be used."
+                f"Weights must be finite; {self._folder} holds NaN or infinity in {_listed(self._not_finite)}. Copy "
+                "the checkpoint again. If its source has them too, it can't be used."
             )
         if self._absurd:
             self._warn(
@@ -167,7 +172,8 @@ class Weights:
         return fingerprint
 
     def _read(self, name: str, target: Tensor) -> None:
-        """Fill `target`, flat, with a stored weight; hash and check it unless these very files were read before."""
+        """Fill `target`, which is flat, with a stored weight. Hash and check it unless the same files were read
+        before."""
         stored = self._stored[name]
         direct = target.device.type == "cpu" and target.dtype == stored.dtype
         step = PIECE_BYTES // stored.dtype.itemsize
@@ -181,7 +187,7 @@ class Weights:
                     values = piece if direct else buffer[: piece.numel()]
                     data = values.view(torch.uint8).numpy().data
                     if file.readinto(data) != data.nbytes:
-                        raise WeightsError(f"{stored.path} ends within {name!r}. Copy the checkpoint again.")
+                        raise WeightsError(f"{stored.path} is cut short within {name!r}. Copy the checkpoint again.")
                     if not self._known:
                         digest.update(data)
                         low, high = torch.aminmax(values)
@@ -206,18 +212,18 @@ def _weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         raise ModelNotFoundError(
-            f"{folder} holds no model.safetensors. Save the model there with save_pretrained(folder); "
-            "other formats are not read."
+            f"{folder} holds no model.safetensors. Save the model there with save_pretrained(folder). Other formats "
+            "are not read."
         )
     try:
         names: set[str] = set(json.loads(index.read_text())["weight_map"].values())
         return [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{index} names no shards: {error!r}. Copy the checkpoint again.") from error
+        raise WeightsError(f"{index} must name the shards; got {error!r}. Copy the checkpoint again.") from error
 
 
 def _header(path: Path) -> dict[str, _Stored]:
-    """Where each tensor of a file lies. The safetensors library has checked that they tile the file."""
+    """Where each tensor of a file lies. The safetensors library has checked that the tensors fill the file exactly."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

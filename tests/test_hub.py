@@ -44,7 +44,7 @@ def test_a_folder_of_that_name_is_not_looked_for_on_the_hub(
     shutil.copytree(random_checkpoint, tmp_path / "Qwen" / "Qwen3-0.6B")
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint("Qwen/Qwen3-0.6B") == Path("Qwen/Qwen3-0.6B")
-    with pytest.raises(InputError, match="revision is for checkpoints from the hub"):
+    with pytest.raises(InputError, match="revision must be None unless the model comes from the hub"):
         find_checkpoint("Qwen/Qwen3-0.6B", "main")
     with pytest.raises(InputError, match="revision"):
         find_checkpoint("braid-tiny", "main")

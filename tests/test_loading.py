@@ -143,14 +143,17 @@ def test_the_window_is_what_the_model_is_made_for(make_checkpoint: Make, rope: d
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_type 'llama3'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial rotary"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "another RoPE per layer type"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "not a config that transformers reads.*factor"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
+            "must be a config that transformers can read.*factor",
+        ),
         ({"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None}, "sliding_at"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         ({"architectures": ["Qwen3ForSequenceClassification"]}, "architecture 'Qwen3ForSequenceClassification'"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine"}}, r"its own code \(auto_map\)"),
         ({"num_key_value_heads": 3}, "4 query heads over 3 KV heads"),
-        ({"hidden_size": "many"}, "not a config that transformers reads"),
-        ({"model_type": "qwen3_moe"}, "'qwen3_moe' model"),
+        ({"hidden_size": "many"}, "must be a config that transformers can read"),
+        ({"model_type": "qwen3_moe"}, "got 'qwen3_moe'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -160,7 +163,7 @@ def test_what_is_not_computed_is_refused_by_name(make_checkpoint: Make, changes:
         load_model(folder, device=CPU, dtype=None)
 
 
-@pytest.mark.parametrize(("content", "says"), [("{", "can't be read"), ("[]", "no JSON object")])
+@pytest.mark.parametrize(("content", "says"), [("{", "can't be read"), ("[]", "must hold a JSON object")])
 def test_a_damaged_config_says_which_file(make_checkpoint: Make, content: str, says: str) -> None:
     folder = make_checkpoint()
     (folder / "config.json").write_text(content)
@@ -225,7 +228,7 @@ def test_generation_defaults_are_the_models_own(make_checkpoint: Make) -> None:
 def test_generation_defaults_out_of_range_are_refused(make_checkpoint: Make, wrong: dict[str, object]) -> None:
     folder = make_checkpoint()
     (folder / "generation_config.json").write_text(json.dumps(wrong))
-    with pytest.raises(UnsupportedModelError, match=rf"generation_config\.json has .*{next(iter(wrong))}"):
+    with pytest.raises(UnsupportedModelError, match=rf"generation_config\.json must be .* got {next(iter(wrong))}"):
         read_config(folder)
 
 
@@ -296,7 +299,7 @@ def test_every_missing_unexpected_and_misshapen_weight_is_named_at_once(make_che
     with pytest.raises(WeightsError) as caught:
         load_model(folder, device=CPU, dtype=None)
     for part in (
-        "no weight 'model.norm.weight' of shape [96], 'model.layers.2.mlp.up_proj.weight' of shape [160, 96]",
+        "lacks 'model.norm.weight' of shape [96], 'model.layers.2.mlp.up_proj.weight' of shape [160, 96]",
         "'model.layers.0.mlp.down_proj.weight', which has shape [160, 96]; config.json asks for [96, 160]",
         "1 weights that this architecture does not use, such as 'model.extra'",
     ):
@@ -352,7 +355,7 @@ def test_a_copy_of_tied_embeddings_is_no_fault_and_another_head_is_used_as_in_tr
     edit_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     assert fingerprint(folder) == alone
     edit_weights(folder, lambda w: w["lm_head.weight"].mul_(torch.linspace(0.5, 2.0, 1024)[:, None]))
-    with pytest.warns(WeightsWarning, match="ties its embeddings and yet holds another 'lm_head.weight'"):
+    with pytest.warns(WeightsWarning, match="ties its embeddings, but holds another 'lm_head.weight'"):
         assert max(errors_against_transformers(folder, tmp_path / "store", DOCUMENTS)) < TOLERANCE
 
 
@@ -360,12 +363,12 @@ def test_a_copy_of_tied_embeddings_is_no_fault_and_another_head_is_used_as_in_tr
     ("damage", "says"),
     [
         (lambda folder: (folder / "model-00003-of-00010.safetensors").unlink(), "00003-of-.* can't be read"),
-        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "index.json names no shards"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "index.json must name the shards"),
         (
             lambda folder: edit_weights(
                 folder, lambda w: w.update({"model.norm.weight": torch.ones(96)}), "model-00001-of-00010.safetensors"
             ),
-            "both hold 'model.norm.weight'",
+            "'model.norm.weight' must be in one file .* both hold it",
         ),
         (
             lambda folder: os.truncate(folder / "model-00002-of-00010.safetensors", 5000),
@@ -403,7 +406,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
     folder = make_checkpoint()
     file = folder / "model.safetensors"
     monkeypatch.setattr(weights.Weights, "take", shrinking(weights.Weights.take, file))
-    with pytest.raises(WeightsError, match="ends within"):
+    with pytest.raises(WeightsError, match="cut short within"):
         load_model(folder, device=CPU, dtype=None)
 
 

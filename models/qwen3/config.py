@@ -1,4 +1,4 @@
-"""Qwen3's config.json and generation_config.json: what we read of them, and what we refuse by name."""
+"""Reads Qwen3's config.json and generation_config.json, and refuses by name what is not computed."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from braidsdk.errors import UnsupportedModelError
 from braidsdk.models.base import GenerationDefaults, ModelConfig, read_json
 
 ROPE_TYPES = ("default", "linear", "yarn")
-"""RoPE variants whose rotation of a key depends on its position alone, so that a cached key can be relocated."""
+"""RoPE variants that rotate a key by its position only, so that a cached key can be relocated."""
 
 EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -31,16 +31,16 @@ def read_config(folder: Path) -> tuple[ModelConfig, Qwen3Config]:
     _refuse(path, _refused_by_name(read_json(path)))
     try:
         config = Qwen3Config.from_pretrained(folder)
-    except Exception as error:  # of many types: transformers checks names, types and RoPE parameters each in its way
+    except Exception as error:  # transformers raises many types for names, types and RoPE parameters
         reason = (str(error).strip().splitlines() or [""])[-1].strip()
         raise UnsupportedModelError(
-            f"{path} is not a config that transformers reads: {reason}. Copy the checkpoint again."
+            f"{path} must be a config that transformers can read; got: {reason}. Copy the checkpoint again."
         ) from error
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     stretched = 0
     if rope["rope_type"] == "yarn":
         original = rope["original_max_position_embeddings"]
-        rope["factor"] = rope["factor"] or config.max_position_embeddings / original  # as transformers reads none
+        rope["factor"] = rope["factor"] or config.max_position_embeddings / original  # as transformers does without one
         stretched = int(rope["factor"] * original)
     q_heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     layer_types = sorted(set(config.layer_types or []) - {"full_attention"})
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, Qwen3Config]:
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             intermediate_size=config.intermediate_size,
-            # Qwen3's own recipe for YaRN leaves max_position_embeddings as it was.
+            # Qwen3's own instructions for YaRN do not change max_position_embeddings.
             window=max(config.max_position_embeddings, stretched),
             rope=json.dumps({**rope, "head_dim": config.head_dim}, sort_keys=True),
             eos_ids=eos_ids,
@@ -72,8 +72,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, Qwen3Config]:
 def rope_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
     """Radians per position of each rotated pair, float32 [head_dim / 2], and the factor on cosines and sines.
 
-    The default is theta^(-2i / head_dim), as in transformers; linear and YaRN (Peng et al. 2023, arXiv:2309.00071) are
-    transformers' own functions.
+    The default is theta^(-2i / head_dim), as in transformers. For linear and YaRN (Peng et al. 2023, arXiv:2309.00071)
+    transformers' own functions are called.
     """
     rope: dict[str, Any] = dict(config.rope_parameters or {})
     if rope["rope_type"] != "default":
@@ -84,7 +84,7 @@ def rope_frequencies(config: Qwen3Config) -> tuple[Tensor, float]:
 
 
 def weight_shapes(config: Qwen3Config, *, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Every weight of this configuration by its name in the checkpoint; without the head if it is the embedding."""
+    """The shape of every weight of this configuration, by its name in the checkpoint. A tied head is left out."""
     hidden, inter, head_dim = config.hidden_size, config.intermediate_size, config.head_dim
     kv_heads = config.num_key_value_heads or config.num_attention_heads
     q_size, kv_size = config.num_attention_heads * head_dim, kv_heads * head_dim
@@ -115,7 +115,7 @@ def _layers(config: Qwen3Config) -> list[str]:
 
 
 def _refused_by_name(raw: dict[str, Any]) -> list[str]:
-    """What config.json asks for that is not computed here, before transformers fills in what it leaves out."""
+    """What config.json asks for and is not computed here. Values that it leaves out are not filled in yet."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     by_layer = [name for name in rope if name.endswith("_attention")]
@@ -137,12 +137,12 @@ def _refuse(path: Path, names: list[str]) -> None:
     if names:
         raise UnsupportedModelError(
             f"{path} asks for {', '.join(names)}, which BraidSDK does not compute: cached keys could not be relocated, "
-            "or would not equal the model's own. Use a plain Qwen3 checkpoint."
+            "or would differ from the model's own. Use a plain Qwen3 checkpoint."
         )
 
 
 def _generation(folder: Path, config: Qwen3Config) -> tuple[GenerationDefaults, frozenset[int]]:
-    """How tokens are chosen, and the ids that end an answer."""
+    """The checkpoint's defaults for choosing tokens, and the ids that end an answer."""
     path = folder / "generation_config.json"
     found = {name: value for name, value in read_json(path).items() if value is not None} if path.is_file() else {}
     eos = found.get("eos_token_id", config.eos_token_id)
@@ -165,5 +165,7 @@ def _generation(folder: Path, config: Qwen3Config) -> tuple[GenerationDefaults, 
     ]
     if wrong or not all(type(each) is int for each in ids):
         what = ", ".join(wrong) or f"eos_token_id {eos!r}"
-        raise UnsupportedModelError(f"{path} has {what}. Expected numbers in range; correct it or remove the file.")
+        raise UnsupportedModelError(
+            f"Values in {path} must be numbers in range; got {what}. Correct the value, or remove the file."
+        )
     return GenerationDefaults(**{**chosen, "top_k": int(chosen["top_k"])}), frozenset(ids)

@@ -1,4 +1,4 @@
-"""Qwen3 over paged KV memory: attention, MLP, layer, model. One file for every device; `kernels` picks the path."""
+"""Qwen3 over paged KV memory: attention, MLP, layer, model. This file serves every device; `kernels` picks the path."""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -31,7 +31,7 @@ from braidsdk.models.weights import Weights, WeightsWarning
 
 @dataclass(frozen=True)
 class Layer:
-    """Weights of one decoder layer, stacked and laid out as its operations read them.
+    """Weights of one decoder layer, stacked and laid out for its operations.
 
     Attributes:
         qkv: input norm, QKV projection and QK norms.
@@ -66,16 +66,16 @@ class Qwen3:
         fingerprint: str,
         paths: Paths = TORCH,
     ) -> None:
-        """Put a model together from its parts; `load` reads them from a checkpoint.
+        """Put a model together from its parts. `load` reads them from a checkpoint.
 
         Args:
             config: its numbers.
-            eps: of every RMSNorm.
+            eps: epsilon of every RMSNorm.
             rotary: cosines and sines.
             embedding: [vocab_size, hidden].
             layers: in order.
             norm: final norm, [hidden].
-            head: [vocab_size, hidden]; the embedding itself when tied.
+            head: [vocab_size, hidden]. It is the embedding itself if they are tied.
             fingerprint: hash of the weights' content.
             paths: which implementation each operation takes.
         """
@@ -95,7 +95,7 @@ class Qwen3:
     def load(
         cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
     ) -> "Qwen3":
-        """Load a checkpoint strictly; see `models.base.Model.load`."""
+        """Load a checkpoint strictly. See `models.base.Model.load`."""
         config, source = read_config(folder)
         weights = Weights(folder, fingerprints)
         tied = source.tie_word_embeddings
@@ -103,8 +103,8 @@ class Qwen3:
             tied = weights.drop_copy(HEAD, EMBEDDING)
             if not tied:
                 warnings.warn(
-                    f"{folder} ties its embeddings and yet holds another {HEAD!r}: that one is used, as transformers "
-                    "does. Set tie_word_embeddings to false in its config.json, or remove the weight.",
+                    f"{folder} ties its embeddings, but holds another {HEAD!r}. That one is used, as in transformers. "
+                    "Set tie_word_embeddings to false in its config.json, or remove the weight.",
                     WeightsWarning,
                     stacklevel=4,
                 )
@@ -151,8 +151,8 @@ class Qwen3:
 
     @property
     def paths(self) -> Paths:
-        """Which implementation each operation takes. Setting it lays each weight out as its operation reads it fastest;
-        until then they lie as every path can read them."""
+        """Which implementation each operation takes. Setting it lays each weight out so that its operation reads it
+        fastest. Until then every path can read them."""
         return self._paths
 
     @paths.setter
@@ -160,7 +160,7 @@ class Qwen3:
         def laid_out(path: str, weight: Tensor) -> Tensor:
             return pack(weight) if path == "torch" else unpack(weight)
 
-        for index, layer in enumerate(self._layers):  # one by one: only one layer is ever there in both layouts
+        for index, layer in enumerate(self._layers):  # one by one, so that only one layer is there in both layouts
             self._layers[index] = replace(
                 layer,
                 qkv=replace(layer.qkv, qkv=laid_out(paths.norm_qkv, layer.qkv.qkv)),
@@ -203,12 +203,12 @@ class Qwen3:
 
     @torch.inference_mode()
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
-        """One layer by itself: what `forward` does between two layers. For measuring, layer by layer.
+        """Compute one layer alone, as `forward` does. It is for measuring layer by layer.
 
         Args:
-            index: which layer.
+            index: the layer's index.
             hidden: its input, [tokens, hidden].
-            batch: the tokens that these are.
+            batch: the tokens of this input.
             memory: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
 
         Returns:
@@ -234,11 +234,11 @@ class Qwen3:
         return Step(cos, sin, plans)
 
     def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
-        """Queries of new tokens; their keys and values go to the memory."""
+        """Compute the queries of new tokens, and write their keys and values to the memory."""
         return norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, path=self.paths.norm_qkv)
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:
-        """Attention, output projection and MLP, each added to the residual: [tokens, hidden]."""
+        """Compute attention, output projection and MLP, and add each to the residual: [tokens, hidden]."""
         paths = self.paths
         attended = cascade_attention(queries, step.plans, memory, self.config.head_dim**-0.5)
         hidden = out_proj(attended.flatten(1), layer.out, layer.out_bias, hidden, path=paths.out_proj)
@@ -247,5 +247,5 @@ class Qwen3:
 
 
 def _fingerprint(weights: str, eps: float) -> str:
-    """Of all that changes the function and stands in no tensor's name or shape, nor elsewhere in an entry's key."""
+    """Hash of everything that changes the function and is not in a tensor's name or shape, nor elsewhere in a key."""
     return xxhash.xxh3_128_hexdigest(f"{weights} rms_norm_eps={eps!r}".encode())

@@ -1,8 +1,8 @@
-"""Whether a text is of the invented world that braid-tiny knows, and the warning if not.
+"""Finds out whether a text belongs to the invented world that braid-tiny knows, and warns if it does not.
 
-In that world every word that is no name comes from a few fixed phrases, and every name is one or two capitalised words.
-So the rule is: of the words that are no names, most must be words of these phrases. Ordinary prose shares its commonest
-words with them and no more.
+In that world every name is one or two capitalised words, and all other words come from a few fixed phrases. So the rule
+is: most words that are not names must be words of these phrases. Ordinary prose shares only its most common words with
+them.
 """
 
 import re
@@ -14,11 +14,11 @@ from itertools import islice
 from braidsdk.models.tiny.phrases import fixed_phrases
 
 KNOWN_SHARE = 2 / 3
-"""Of a text's words without names, at least so many are the world's. In its own texts all are; in a thousand
-paragraphs of software's documentation it was 0.46 in the median, and in one of thirty as much as this."""
+"""At least this share of a text's words, without names, must be the world's. In the world's own texts all words are. In
+a thousand paragraphs of software documentation the median was 0.46, and one in thirty had as much as this."""
 
-_LOOKED_AT = 2_000  # characters of a text: enough to tell
-_TEXTS = 500  # of one call: a larger collection is rarely of the world in its first ones only
+_LOOKED_AT = 2_000  # this many characters of a text are enough to tell
+_TEXTS = 500  # texts of one call that are checked; the others are rarely different
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -28,21 +28,22 @@ class OutsideWorldWarning(UserWarning):
 
 
 def is_of_the_world(text: str) -> bool:
-    """Whether a text's words, without its names, are mostly those of braid-tiny's world; of no words it is true."""
+    """Whether most of a text's words, without its names, belong to braid-tiny's world. True for a text without
+    words."""
     known = _vocabulary()
     words = [word for word in _WORD.findall(text[:_LOOKED_AT]) if word.lower() in known or not _is_name(word)]
     return sum(word.lower() in known for word in words) >= KNOWN_SHARE * len(words)
 
 
 def warn_once(texts: Iterable[str]) -> None:
-    """Warn, once per process, if one of the texts, the first ones of many, is outside braid-tiny's world."""
+    """Warn, once per process, if one of the first texts is outside braid-tiny's world."""
     global _warned
     if _warned or all(map(is_of_the_world, islice(texts, _TEXTS))):
         return
     _warned = True
     warnings.warn(
-        "braid-tiny answers questions about its own invented world only, and these texts are not of it: expect wrong "
-        "answers. It is there to try things out. For texts of your own open a real model, such as "
+        "braid-tiny answers questions about its own invented world only, and these texts are not about it: expect "
+        "wrong answers. It is there to try things out. For your own texts open a real model, such as "
         "Braid('Qwen/Qwen3-0.6B').",
         OutsideWorldWarning,
         stacklevel=4,
