@@ -1,6 +1,6 @@
-"""Attention over a training row: causal in the documents, and each question blind to the others.
+"""Attention over a training row: causal in the documents, and no question sees another one.
 
-Knows nothing about texts. The documents' part runs as plain causal attention, for which there are fast kernels; only
+Knows nothing about texts. The documents' part runs as plain causal attention, for which there are fast kernels. Only
 the questions, a small share of a row, need a mask.
 """
 
@@ -28,7 +28,7 @@ def branch_attention(
     """Attention `[rows, length, heads, head_dim]` of `query` `[rows, heads, length, head_dim]`.
 
     `key` and `value` are `[rows, kv_heads, length, head_dim]`. `attention_mask`, `[rows, 1, questions, length]`, is
-    additive and belongs to the last `questions` positions; the ones before are causal.
+    additive and applies to the last `questions` positions. The positions before are causal.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))

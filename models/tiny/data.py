@@ -1,8 +1,8 @@
 """Training rows: one set of documents followed by several questions, each blind to the others.
 
-A row holds the documents once and its questions as branches: a branch sees the documents and itself, and its positions
-go on from the end of the documents. Every branch so gets exactly what a prompt of its own would give it, under plain
-full attention, for the price of one pass over the documents.
+A row holds the documents once and its questions as branches. A branch sees the documents and itself, and its positions
+go on from the end of the documents. So every branch gets exactly what its own prompt would give it under plain full
+attention, for the price of one pass over the documents.
 """
 
 import random
@@ -23,7 +23,8 @@ __all__ = ["KINDS", "Batch", "Packed", "Rows", "draw_sample"]
 DOCUMENT_LENGTHS = (
     *range(64, 385, 64), *(512, 640, 768, 960, 1152, 1408, 1728, 2112, 2560, 3072, 3584, 4096, 4864),
 )  # fmt: skip
-"""Lengths of the documents' part of a row, in tokens. It is padded to the next one; a longer row is dropped."""
+"""Lengths of the documents' part of a row, in tokens. The part is padded to the next length. A longer row is
+dropped."""
 
 QUESTION_LENGTHS = (192, 256, 384, 512, 640, 768)
 """Lengths of the questions' part."""
@@ -41,16 +42,17 @@ FACTS: tuple[_Ranges, ...] = (((1, 8),), ((1, 3),), ((5, 9),), ((1, 2), (1, 8), 
 LONG_FACTS: tuple[_Ranges, ...] = (((1, 5),), ((1, 3),), ((1, 2), (1, 2), (1, 8)))
 
 Packed = tuple[torch.Tensor, int]
-"""`[4, rows, length]` int16: ids, branch, positions, answer (see `Batch`); and the length of the documents' part."""
+"""`[4, rows, length]` int16 with ids, branch, positions and answer (see `Batch`), and the length of the documents'
+part."""
 
 
 def draw_sample(rng: random.Random, easy: float = 0.0) -> Sample:
-    """One sample of the training mixture, or, with probability `easy`, one of the first lessons.
+    """Generate one sample of the training mixture, or, with probability `easy`, one of the first lessons.
 
-    The mixture has mostly one to twelve documents, now and then up to twenty-four, and sometimes up to sixty. Some
-    texts are one document and nothing before it: so a document is read that stands alone, in a prompt without a system
-    block or in a composition. The first lessons are short and of few relations, so that several places compete for each
-    question and only the aliases tell which is meant.
+    The mixture mostly has one to twelve documents, sometimes up to twenty-four, and rarely up to sixty. Some texts are
+    one document with nothing before it, as in a prompt without a system block or in a composition. The first lessons
+    are short and have few relations, so that several places compete for each question and only the aliases tell which
+    one is meant.
     """
     header = rng.random() >= NO_HEADER
     few = rng.sample(RELATIONS, rng.randint(1, 4))
@@ -82,9 +84,9 @@ def draw_sample(rng: random.Random, easy: float = 0.0) -> Sample:
 class Batch:
     """Rows of one length, all `[rows, length]` int64.
 
-    `branch` is 0 in the documents, 1.. in the questions, -1 in the padding; `answer` is 0 but
-    on the tokens to be learned, where it is 1 + the index of the question's kind in `KINDS`. The documents and their
-    padding take the first `documents` positions of every row, the questions the rest.
+    `branch` is 0 in the documents, 1.. in the questions, and -1 in the padding. `answer` is 1 + the index of the
+    question's kind in `KINDS` on the tokens to be learned, and 0 elsewhere. The documents and their padding take the
+    first `documents` positions of every row, and the questions take the rest.
     """
 
     ids: torch.Tensor
@@ -95,7 +97,7 @@ class Batch:
 
     @classmethod
     def unpack(cls, packed: Packed, device: torch.device) -> "Batch":
-        """From what `Rows` yields."""
+        """Make a batch from what `Rows` yields."""
         tensor, documents = packed
         ids, branch, positions, answer = tensor.to(device, non_blocking=True).long()
         return cls(ids, branch, positions, answer, documents)
@@ -111,15 +113,15 @@ class Batch:
         ]
 
     def targets(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(next ids, which of them count) for positions 0 to length - 2; a branch's first token has no target."""
+        """(next ids, which of them count) for positions 0 to length - 2. A branch's first token has no target."""
         return self.ids[:, 1:], (self.branch[:, 1:] == self.branch[:, :-1]) & (self.branch[:, 1:] >= 0)
 
 
 class Rows(IterableDataset[Packed]):
     """Endless batches of about `tokens` tokens.
 
-    Worker w of n draws from its own generator, seeded by (seed, w), so n workers repeat nothing. `easy`, the share of
-    first lessons, is shared memory: the training loop lowers it while the workers run.
+    Worker w of n samples from its own generator, seeded by (seed, w), so n workers repeat nothing. `easy`, the share of
+    first lessons, is in shared memory: the training loop lowers it while the workers run.
     """
 
     def __init__(self, tokenizer: Path, tokens: int, seed: int) -> None:
@@ -148,7 +150,7 @@ class Rows(IterableDataset[Packed]):
 
 
 def _padded(length: int, lengths: tuple[int, ...]) -> int:
-    """The first of `lengths` that is enough, or 0."""
+    """The first of `lengths` that is long enough, or 0."""
     return next((enough for enough in lengths if enough >= length), 0)
 
 

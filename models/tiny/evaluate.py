@@ -1,10 +1,11 @@
-"""Measure a checkpoint on names it never saw: `python -m braidsdk.models.tiny.evaluate FOLDER`.
+"""Measure a checkpoint on names that it has never seen: `python -m braidsdk.models.tiny.evaluate FOLDER`.
 
-An answer counts only if every token of it, the end token included, is the model's first choice. One pass over prompt
-and answer decides that: greedy decoding gives the answer exactly if each token is the first choice after those before.
+An answer counts only if each of its tokens, including the end token, is the model's first choice. One pass over prompt
+and answer decides that: greedy decoding gives the answer if and only if each token is the first choice after those
+before it.
 
-Composition is emulated by attention masks, positions staying absolute: `isolated` documents see themselves alone,
-`anchored` ones the system block too, if there is one; the question sees everything, other questions excepted.
+Attention masks emulate composition, and positions stay absolute. In `isolated` a document sees only itself. In
+`anchored` it also sees the system block, if there is one. The question sees everything except other questions.
 """
 
 import argparse
@@ -35,8 +36,8 @@ Mode = Literal["exact", "anchored", "isolated"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 Asked = Literal["direct", "bare", "clause", "alias", "chain", "mixed", "unknown"]
-"""What a cell asks: a kind of question; `bare`, direct without a system prompt; `clause`, direct where every fact goes
-on after its value; or any kind."""
+"""What a cell asks: a kind of question, or a mix of kinds. `bare` means direct questions without a system prompt, and
+`clause` means direct questions about facts that all go on after their value."""
 
 DOCUMENTS: dict[Asked, tuple[int, ...]] = {
     "direct": (1, 2, 4, 6, 10, 16, 30, 60),
@@ -51,10 +52,11 @@ DOCUMENTS: dict[Asked, tuple[int, ...]] = {
 
 MIXED: dict[Kind, float] = {"direct": 0.4, "alias": 0.3, "chain": 0.15, "unknown": 0.15}
 TOGETHER = ((6, 2), (16, 5), (60, 10))
-"""(most documents, questions that share one set of documents): long documents are read for several questions."""
+"""(most documents, questions that share one set of documents). Many documents are read once for several questions."""
 
 FACTS = {60: (1, 5)}
-"""Fewest and most facts of a document, (1, 8) where nothing is said: 60 documents so have 4,096 tokens in the mean."""
+"""Fewest and most facts of a document, by the number of documents; (1, 8) for other numbers. So 60 documents have 4,096
+tokens on average."""
 
 BATCH_TOKENS = 8192
 """About how many tokens of documents are read at once."""
@@ -62,9 +64,9 @@ BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Case:
-    """Documents and the (question, answer) ids to try on them; every question is a prompt of its own.
+    """Documents and the (question, answer) ids to try on them. Every question is a separate prompt.
 
-    `anchor` is the length of the system block, 0 without one: then `anchored` is `isolated`.
+    `anchor` is the length of the system block, and 0 without one: then `anchored` is the same as `isolated`.
     """
 
     prefix: Prefix
@@ -75,7 +77,7 @@ class Case:
     def build(
         cls, layout: Layout, system: str | None, documents: Sequence[str], questions: Sequence[tuple[str, str]]
     ) -> "Case":
-        """From texts; each answer with its full stop."""
+        """Make a case from texts. Each answer ends with its full stop."""
         texts, answers = [question for question, _ in questions], [answer for _, answer in questions]
         prefix = layout.prefix(system, documents)
         return cls(prefix, layout.turns(texts, answers), 0 if system is None else prefix.bounds[0])
@@ -91,8 +93,9 @@ def load(folder: Path, device: torch.device) -> tuple[Qwen3ForCausalLM, Layout]:
 def _visible(parts: torch.Tensor, anchors: torch.Tensor) -> torch.Tensor:
     """Boolean mask `[rows, 1, length, length]`: which keys (last) each query sees.
 
-    `parts` `[rows, length]` numbers what sees itself alone: 0 and up before the questions, below 0 from there on, where
-    everything before the questions is seen too. `anchors` `[rows]` is how many first tokens everything sees.
+    `parts` `[rows, length]` numbers the parts that see themselves. Parts before the questions have numbers from 0 up.
+    Questions have numbers below 0, and also see everything before the questions. `anchors` `[rows]` is the number of
+    first tokens that every part sees.
     """
     length = parts.shape[1]
     keys, queries = parts[:, None, :], parts[:, :, None]
@@ -219,7 +222,9 @@ def table(evaluation: dict[str, object]) -> str:
     """The model card's table, from the content of `evaluation.json`."""
     cells = evaluation["cells"]
     if not isinstance(cells, list):
-        raise ValueError("expected a list under 'cells', as evaluation.json has it")
+        raise ValueError(
+            f"'cells' must be a list; got a {type(cells).__name__}. Pass the content of an evaluation.json."
+        )
     lines = [
         "| question | documents | prompt tokens | exact | anchored | isolated |",
         "| --- | --- | --- | --- | --- | --- |",

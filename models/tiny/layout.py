@@ -1,8 +1,8 @@
-"""From texts to the ids of a prompt, token for token as the SDK composes them.
+"""Turns texts into the ids of a prompt, the same ids that the SDK composes.
 
-Texts are NFC-normalised, stripped, and encoded one by one by a tokenizer without added tokens; control ids come from
-here alone. The ids equal what the chat template gives for the system text and one user turn of the documents, a
-newline after each, and the question.
+Texts are NFC-normalised, stripped, and encoded one by one by a tokenizer without added tokens. Only this module adds
+control ids. The ids equal what the chat template gives for the system text and one user turn, which holds the
+documents, each with a newline, and the question.
 """
 
 import unicodedata
@@ -49,13 +49,13 @@ class Layout:
         (self.pad,) = control("<|endoftext|>")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text by itself, control tokens in it being plain characters."""
+        """Encode each text alone. Control tokens in a text are plain characters."""
         return [encoding.ids for encoding in self._plain.encode_batch_fast(list(texts))]
 
     def prefix(self, system: str | None, documents: Sequence[str], *, header: bool = True) -> Prefix:
         """The system block, or the bare user header without one, and the documents.
 
-        Without `header` there is neither, and the first document stands at position 0. No prompt of the SDK is so.
+        Without `header` there is neither, and the first document stands at position 0. The SDK makes no such prompt.
         """
         pieces = [f"{_clean(text)}\n" for text in documents]
         if not header:

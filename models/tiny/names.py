@@ -1,7 +1,7 @@
-"""Invented names, and which of them training may see.
+"""Makes invented names, and decides which of them training may see.
 
-Knows nothing about documents. A name is one word or two; each word is held out by its hash, so that whoever checks
-needs no list: the words of the test share never occur in training, and reserved words occur in neither split.
+Knows nothing about documents. A name is one word or two. The hash of a word decides its split, so no list is needed to
+check it: words of the test split never occur in training, and reserved words occur in neither split.
 """
 
 import random
@@ -56,7 +56,7 @@ _ONSET, _NUCLEUS, _CODA, _ENDING = map(_choices, (_ONSETS, _NUCLEI, _CODAS, _END
 
 
 def allowed(word: str, split: Split) -> bool:
-    """Whether one word of a name may occur in documents of `split`; upper and lower case do not matter."""
+    """Whether one word of a name may occur in documents of `split`. The case does not matter."""
     lower = word.lower()
     if lower in RESERVED:
         return False

@@ -1,6 +1,6 @@
 """The phrases of braid-tiny's world: every fixed text that its documents, questions and answers are made of.
 
-`{x}` stands for a place, `{y}` for a value or an alias, `{n}` for a name that nothing else is told about. Knows nothing
+`{x}` stands for a place, `{y}` for a value or an alias, and `{n}` for a name that no other text mentions. Knows nothing
 about samples.
 """
 
@@ -41,9 +41,10 @@ SYSTEM_PROMPTS = (
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact. `{x}` is the place a fact is about, `{y}` its value; both are invented names.
+    """One kind of fact. `{x}` is the place that a fact is about, `{y}` its value. Both are invented names.
 
-    The tokenizer was made from `statements` and `questions`; `more_...` came later and is none of its business.
+    The tokenizer was made from `statements` and `questions`. The `more_...` phrases were added later, and it does not
+    use them.
     """
 
     name: str
@@ -219,7 +220,7 @@ CLAUSES = (
     "well known in the north",
     "no matter what they say in {n}",
 )
-"""What may follow a value between commas; `{n}` is a name that nothing else is told about."""
+"""Clauses that may follow a value between commas. `{n}` is a name that no other text mentions."""
 
 PERSON_CLAUSES = ("a friend of the poor", "who loves old songs", "a child of {n}", "born in {n}")
 CAPITAL_CLAUSES = ("a town on a hill", "a city of many bridges", "a port near {n}", "once a village")
@@ -240,11 +241,11 @@ FILLERS = (
 """Sentences without a fact."""
 
 STARTS = ("The", "People", "North", "Through", "In", "No", "Long", "It", "Other")
-"""First words of sentences that are no names."""
+"""First words of sentences that are not names."""
 
 
 def fixed_phrases() -> list[str]:
-    """Every phrase that documents, questions and answers are made of, with `{x}`, `{y}` and `{n}` for the names."""
+    """All phrases that make up documents, questions and answers, with `{x}`, `{y}` and `{n}` for the names."""
     phrases = [text for relation in RELATIONS for text in (*relation.all_statements, *relation.all_questions)]
     clauses = (*CLAUSES, *PERSON_CLAUSES, *CAPITAL_CLAUSES, *SUBJECT_CLAUSES)
     aliases = (*ALIASES, *MORE_ALIASES, *ALIAS_QUESTIONS)

@@ -1,8 +1,8 @@
-"""The byte-level tokenizer of braid-tiny: how it is made, and how its files are written.
+"""Makes the byte-level tokenizer of braid-tiny, and writes its files.
 
-It has Qwen3's normalizer, pre-tokenizer and decoder over a vocabulary of 1,024. Control tokens are added after the
-BPE is trained and have the highest ids, so they are no entries of the BPE: without its added tokens the tokenizer
-cannot produce one.
+It has Qwen3's normalizer, pre-tokenizer and decoder, and a vocabulary of 1,024. Control tokens are added after the BPE
+is trained, and have the highest ids. So they are not in the BPE, and without its added tokens the tokenizer cannot
+produce one.
 """
 
 import json
@@ -30,7 +30,7 @@ __all__ = ["CHAT_TEMPLATE", "CONTROL_TOKENS", "VOCAB_SIZE", "build_tokenizer", "
 VOCAB_SIZE = 1024
 
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-"""In the order of their ids, the last five of the vocabulary."""
+"""The control tokens in the order of their ids, which are the last five of the vocabulary."""
 
 _WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -49,10 +49,10 @@ CHAT_TEMPLATE = """\
 
 
 def _corpus(seed: int) -> Iterator[str]:
-    """What the merges are learned from: the world's phrases cut at the names, and names on their own.
+    """The texts that the merges are learned from: the world's phrases, cut at the names, and the names alone.
 
-    A name is never shown after a space, so no merge joins a space to a capital letter, and a name has the same ids
-    wherever it stands. Copying it is then copying ids. Phrases that came later have no part in it.
+    No name stands after a space here, so no merge joins a space to a capital letter, and a name has the same ids
+    everywhere. Copying a name is then copying its ids. Phrases that were added later are not used.
     """
     rng = random.Random(seed)
     phrases = [text for relation in RELATIONS for text in (*relation.statements, *relation.questions)]
@@ -89,7 +89,7 @@ def build_tokenizer(seed: int = 0) -> Tokenizer:
 
 
 def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer for text that must never become control: every added token is removed."""
+    """The same tokenizer without its added tokens, for text that must never become control."""
     description = json.loads(tokenizer.to_str())
     description["added_tokens"] = []
     plain: Tokenizer = Tokenizer.from_str(json.dumps(description))
@@ -97,7 +97,7 @@ def without_added_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja as `AutoTokenizer` reads them."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja for `AutoTokenizer`."""
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

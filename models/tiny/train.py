@@ -1,7 +1,7 @@
 """Train braid-tiny from scratch on one GPU: `python -m braidsdk.models.tiny.train --out FOLDER`.
 
-Plain full attention only: the model never sees a composed cache in training, so what composition costs stays visible.
-The folder is complete as soon as training ends: bfloat16 tensors with a config that asks for float32.
+Training uses plain full attention only: the model never sees a composed cache, so what composition costs stays visible.
+When training ends the folder is complete: it holds bfloat16 tensors and a config that asks for float32.
 """
 
 import argparse
@@ -35,11 +35,11 @@ MAX_POSITIONS = 5120
 
 @dataclass(frozen=True)
 class Settings:
-    """What one training run is made of. It ends after `steps` or `seconds`, whichever comes first.
+    """The settings of one training run. It ends after `steps` or `seconds`, whichever comes first.
 
-    The first lessons (see `draw_sample`) are `lesson_mix` of the samples until `lesson_goal` of the tokens of alias and
-    chain answers are right, or `lesson_share` of the run is over; then they give way to the mixture, where they stay
-    one in twenty. A share of 0 begins with the mixture.
+    The first lessons (see `draw_sample`) are a share `lesson_mix` of the samples, until a share `lesson_goal` of the
+    tokens of alias and chain answers is right, or a share `lesson_share` of the run is over. Then the mixture replaces
+    them, and they stay one in twenty. With a `lesson_share` of 0 the run begins with the mixture.
     """
 
     steps: int = 30_000
@@ -79,7 +79,7 @@ def make_config(tokenizer: Tokenizer) -> Qwen3Config:
 
 
 def save_checkpoint(model: Qwen3ForCausalLM, folder: Path) -> None:
-    """Write the weights rounded to bfloat16, and the configs; the model itself stays as it is."""
+    """Write the weights, rounded to bfloat16, and the configs. The model itself does not change."""
     tensors = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
         for name, tensor in model.state_dict().items()
@@ -133,7 +133,7 @@ def _learning_rate(settings: Settings, step: int, progress: float) -> float:
 def _step(
     model: Qwen3ForCausalLM, optimizer: torch.optim.AdamW, batch: Batch, settings: Settings
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One update; returns what `_loss` returns."""
+    """Do one update. Returns what `_loss` returns."""
     with torch.autocast(batch.ids.device.type, dtype=torch.bfloat16):
         logits = model(
             batch.ids,
@@ -150,7 +150,7 @@ def _step(
 
 
 class _Lessons:
-    """Decides the share of first lessons from how alias answers go, looking every 25 steps."""
+    """Decides the share of first lessons from how many alias answers are right. It looks every 25 steps."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -158,7 +158,7 @@ class _Lessons:
         self.ended: float | None = None if settings.lesson_share else -1.0
 
     def share(self, step: int, progress: float, right: torch.Tensor) -> float:
-        """The share of first lessons from now on: constant until the goal, then falling to 0.05."""
+        """The share of first lessons from now on. It is constant until the goal, then it falls to 0.05."""
         if self.ended is None and step % 25 == 0:
             renamed = right[[KINDS.index("alias"), KINDS.index("chain")]].min().item()
             self.average += 0.2 * (renamed - self.average)
@@ -170,9 +170,9 @@ class _Lessons:
 
 
 def train(out: Path, settings: Settings, device: torch.device, start: Path | None = None) -> Qwen3ForCausalLM:
-    """Write tokenizer, weights and `training.json` into `out`; returns the model with its unrounded weights.
+    """Write tokenizer, weights and `training.json` into `out`. Returns the model with its unrounded weights.
 
-    `start` is a checkpoint to go on from, of the same tokenizer; give another seed then, or it reads the same texts.
+    `start` is a checkpoint with the same tokenizer to go on from. Give another seed then, or it reads the same texts.
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(settings.seed)
@@ -232,7 +232,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
 
 
 def main() -> None:
-    """The command line; a setting that is not given keeps its default in `Settings`."""
+    """The command line. A setting that is not given keeps its default from `Settings`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the new checkpoint")
     parser.add_argument("--steps", type=int, help="most steps")

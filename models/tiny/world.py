@@ -33,12 +33,14 @@ from braidsdk.models.tiny.phrases import (
 __all__ = ["Kind", "Question", "Sample", "make_sample"]
 
 Kind = Literal["direct", "alias", "chain", "name", "unknown"]
-"""Asked by the place's own name, by an alias, by an alias of an alias; what an alias stands for; what nothing tells."""
+"""Kinds of questions: by the place's own name, by an alias, by an alias of an alias, for the place of an alias, and
+without an answer in the documents."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its answer. `document` holds the fact, `alias_documents` lead to it from the name asked by."""
+    """A question and its answer. `document` holds the fact. `alias_documents` lead to it from the name in the
+    question."""
 
     text: str
     answer: str
@@ -49,7 +51,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Sample:
-    """Documents in order, and questions about them; each question stands for a prompt of its own.
+    """Documents in order, and questions about them. Each question stands for a separate prompt.
 
     Without `header` the text begins with the first document: nothing stands before it, not even the user header.
     """
@@ -69,7 +71,7 @@ class _Fact:
 
 
 def _lower_start(sentence: str) -> str:
-    """The sentence as it goes on after other words; a name at its start keeps its capital."""
+    """The sentence as it stands after other words. A name at its start keeps its capital."""
     first = sentence.split(" ", 1)[0]
     return sentence[0].lower() + sentence[1:] if first in STARTS else sentence
 
@@ -108,7 +110,7 @@ class _Scribe:
         return phrase.replace("{n}", self.name()) if "{n}" in phrase else phrase
 
     def value(self, relation: Relation, subject: str) -> str:
-        """The value of a new fact. A neighbour is now and then another place of the same sample."""
+        """The value of a new fact. A neighbour is sometimes another place of the same sample."""
         rng = self.rng
         if relation.name == "neighbour" and len(self.known) > 1 and rng.random() < 0.3:
             return rng.choice([place for place in self.known if place != subject])
@@ -116,7 +118,7 @@ class _Scribe:
         return f"{rng.choice(TITLES)} {name}" if relation.name == "ruler" and rng.random() < 0.3 else name
 
     def state(self, relation: Relation, subject: str, value: str) -> str:
-        """One sentence that states the fact; `clauses` is how often the value is followed by more words."""
+        """One sentence that states the fact. `clauses` is the share of sentences that go on after the value."""
         rng = self.rng
         text = rng.choice(relation.all_statements)
         if self.clauses and rng.random() < self.clauses:
@@ -163,7 +165,7 @@ class _Scribe:
             sentences[at : at + 2] = [f"{first[:-1]}, and {_lower_start(second)}"]
 
     def give_alias(self, name: str, away_from: Collection[int]) -> bool:
-        """State an alias of `name` in a document that is none of `away_from`, or in any if there is no other.
+        """State an alias of `name` in a document that is not in `away_from`, or in any if there is no other.
 
         False if the name has an alias already, in one of `away_from` though others would do.
         """
@@ -179,7 +181,7 @@ class _Scribe:
         return True
 
     def rename(self, fact: _Fact, times: int) -> tuple[str, tuple[int, ...]] | None:
-        """The name after `times` aliases of the fact's place, and the documents that lead to it; None: not possible.
+        """The name after `times` aliases of the fact's place, and the documents that lead to it. None if not possible.
 
         No two of these documents are the same, nor one of them the fact's, as far as there are enough.
         """
@@ -194,7 +196,7 @@ class _Scribe:
         return name, tuple(away[len(away) - times :])
 
     def ask(self, kind: Kind) -> Question:
-        """One question of `kind`; aliases that it needs are written into the documents."""
+        """One question of `kind`. The aliases that it needs are written into the documents."""
         rng = self.rng
         if kind == "unknown":
             return self.ask_unknown()
@@ -209,14 +211,14 @@ class _Scribe:
         return Question(text, f"{fact.value}.", kind, fact.document, documents)
 
     def ask_name(self, fact: _Fact) -> Question:
-        """What an alias stands for: the alias of the fact's place."""
+        """A question for the place that an alias of the fact's place stands for."""
         if fact.subject not in self.aliases:
             self.give_alias(fact.subject, [fact.document])
         alias, document = self.aliases[fact.subject]
         return Question(self.rng.choice(ALIAS_QUESTIONS).replace("{y}", alias), f"{fact.subject}.", "name", document)
 
     def ask_unknown(self) -> Question:
-        """A question that no document answers: about a place of which this is not told, or about none of the places."""
+        """A question that no document answers: about a fact that is not told of a place, or about an unknown place."""
         rng = self.rng
         subject = rng.choice([*self.known]) if self.known and rng.random() < 0.5 else self.name()
         free = [relation for relation in RELATIONS if relation.name not in self.known.get(subject, set())]
