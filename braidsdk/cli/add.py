@@ -1,4 +1,4 @@
-"""`braid add`: texts into chunks, and their KV entries into the store."""
+"""`braid add` registers texts as chunks, and computes their KV entries into the store."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ CHUNK_TOKENS = 512
 
 @dataclass(frozen=True)
 class Added:
-    """A registered piece; `new`, if its text was not registered before."""
+    """A registered piece. It is `new` if its text was not registered before."""
 
     id: str
     name: str | None
@@ -120,7 +120,7 @@ def add(
 
 
 def _named(reading: Reading, name: str | None) -> Reading:
-    """With the name that was asked for, if there is one text."""
+    """Give the only text the name that was asked for."""
     if name is None:
         return reading
     if len(reading.sources) > 1:

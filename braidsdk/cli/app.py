@@ -1,6 +1,6 @@
 """The `braid` command: its subcommands, one module each.
 
-What loads a model is imported by the commands that need it, so that the others start at once.
+Commands that need a model import what loads it, so that the other commands start at once.
 """
 
 import contextlib

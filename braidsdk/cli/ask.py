@@ -1,4 +1,4 @@
-"""`braid ask`: one question over registered chunks."""
+"""`braid ask` answers one question over registered chunks."""
 
 import sys
 from dataclasses import asdict

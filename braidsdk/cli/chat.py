@@ -1,4 +1,4 @@
-"""`braid chat`: a conversation over registered chunks, which can be changed while it goes on."""
+"""`braid chat` is a conversation over registered chunks, which can change while it goes on."""
 
 import sys
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def chat(
 
 
 def _texts(out: Output, interactive: bool) -> Iterator[str]:
-    """What is typed or piped in: a line each, or the lines between two lines of three quotes."""
+    """The texts that are typed or piped in. Each is a line, or the lines between two lines of three quotes."""
     if interactive:
         with suppress(ImportError):
             import_module("readline")  # lets `input` edit lines and recall them
@@ -83,7 +83,7 @@ def _texts(out: Output, interactive: bool) -> Iterator[str]:
 
 
 def _line(prompt: str, interactive: bool) -> str:
-    """The next line, without its end.
+    """The next line without its line end.
 
     Raises:
         EOFError: there is none.

@@ -1,7 +1,7 @@
-"""What `braid doctor` looks at on the machine and in the store: one small function a check.
+"""The checks of `braid doctor` on the machine and the store, one small function each.
 
-A check takes the `Subject` and returns a `Finding`; what it raises becomes one. To add a check, write a function and
-name it in `CHECKS` here, or in `model_checks`.
+A check takes the `Subject` and returns a `Finding`. If it raises, the error becomes a finding. To add a check, write a
+function and add it to `CHECKS` here or in `model_checks`.
 """
 
 import importlib.metadata
@@ -44,15 +44,15 @@ LIBRARIES = (
 )
 
 PROBE_BYTES = 64 * 2**20
-"""Written and read to measure the disk."""
+"""Bytes that are written and read to measure the disk."""
 
 SLOW_DISK_BYTES_PER_S = 200e6
-"""Below it, reading an entry may take longer than computing it again."""
+"""On a slower disk, reading an entry may take longer than computing it again."""
 
 LITTLE_DISK_BYTES = 2 * 2**30
 
 VERIFIED_ENTRIES = 64
-"""Newest entries whose digests are checked; all files are looked for."""
+"""This many of the newest entries have their digests checked. For all others only the file must exist."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ class Finding:
     """What one check found.
 
     Attributes:
-        status: "warn" is a trouble that one can live with; "skip", that it could not be looked at.
+        status: "warn" means a problem that one can live with. "skip" means that the check could not run.
         detail: what was found, in words.
-        remedy: what to do, where there is a trouble.
-        facts: the same as data.
+        remedy: what to do, if there is a problem.
+        facts: what was found, as data.
     """
 
     status: Status
@@ -74,7 +74,7 @@ class Finding:
 
 @dataclass
 class Subject:
-    """What is looked at.
+    """What is checked.
 
     Attributes:
         model, device, dtype: as `Braid` takes them.
@@ -92,7 +92,7 @@ class Subject:
 
 
 def check_versions(_subject: Subject) -> Finding:
-    """Which versions of what are here."""
+    """Which versions of which libraries are installed."""
     found = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
     for name in LIBRARIES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -106,7 +106,7 @@ def check_versions(_subject: Subject) -> Finding:
 
 
 def check_processor(_subject: Subject) -> Finding:
-    """Cores, threads, and the instructions that make bfloat16 quick."""
+    """Cores, threads, and the instructions that make bfloat16 fast."""
     name, flags = processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = torch.get_num_threads()
@@ -152,7 +152,7 @@ def check_store(subject: Subject) -> Finding:
 
 
 def check_integrity(subject: Subject) -> Finding:
-    """Whether the index is sound, every entry's file is there, and the newest ones hold what was written."""
+    """Whether the index is intact, every entry's file is there, and the newest files hold what was written."""
     if not subject.store.exists():
         return Finding("skip", "there is no store yet")
     with ChunkStore(subject.store) as store:
@@ -181,7 +181,7 @@ def check_integrity(subject: Subject) -> Finding:
 
 
 def check_disk_space(subject: Subject) -> Finding:
-    """Free space where the store lies."""
+    """Free space on the store's disk."""
     usage = shutil.disk_usage(_nearest(subject.store))
     facts = {"free_bytes": usage.free, "total_bytes": usage.total}
     detail = f"{size(usage.free)} of {size(usage.total)} free"
@@ -192,7 +192,7 @@ def check_disk_space(subject: Subject) -> Finding:
 
 
 def check_disk_speed(subject: Subject) -> Finding:
-    """How fast a file is written durably where the store lies, and read back past the cache of the system."""
+    """How fast the store's disk writes a file durably, and reads it back without the system's cache."""
     data = os.urandom(2**20) * (PROBE_BYTES // 2**20)
     with NamedTemporaryFile(dir=_nearest(subject.store), prefix=".braid-doctor-") as file:
         started = perf_counter()
@@ -230,12 +230,12 @@ CHECKS: tuple[Check, ...] = (
 
 
 def name_of(check: Check) -> str:
-    """What a check is called: `check_disk_speed` is "disk speed"."""
+    """The name of a check: `check_disk_speed` is "disk speed"."""
     return check.__name__.removeprefix("check_").replace("_", " ")
 
 
 def look(check: Check, subject: Subject, *, debug: bool = False) -> Finding:
-    """Run a check; what it raises is a trouble too. `debug` shows a traceback of that on stderr."""
+    """Run a check. If it raises, that is a problem too, and `debug` shows its traceback on stderr."""
     try:
         return check(subject)
     except Exception as error:
@@ -247,12 +247,12 @@ def look(check: Check, subject: Subject, *, debug: bool = False) -> Finding:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or the nearest one above it that exists."""
     return next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
 
 
 def processor() -> tuple[str, set[str]]:
-    """Name and flags as Linux gives them; elsewhere what Python knows."""
+    """The processor's name and flags from Linux; on other systems what Python knows."""
     facts: dict[str, str] = {}
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""`braid ls`, `show` and `rm`: the registered chunks. None of them loads a model."""
+"""`braid ls`, `show` and `rm` list, show and delete registered chunks. None of them loads a model."""
 
 import glob
 import json
@@ -17,7 +17,7 @@ from braidsdk.store import ChunkRow, ChunkStore
 from braidsdk.types import size
 
 _WORDS = "Names, ids or globs such as 'guide*'."
-_START = 200  # characters of a text that one row shows at most
+_START = 200  # the most characters of a text that one row shows
 
 
 def ls(
@@ -36,7 +36,7 @@ def ls(
         wanted = pattern
         if pattern is not None and not is_glob(pattern):
             wanted = f"{pattern}*"
-        elif pattern is not None and opened.find_chunk(namespace, pattern):  # as for `rm`: a name goes before a glob
+        elif pattern is not None and opened.find_chunk(namespace, pattern):  # a name goes before a glob, as in `rm`
             wanted = glob.escape(pattern)
         rows = opened.list_chunks(namespace, name=wanted, level=level, limit=limit)
         more = limit is not None and opened.count_chunks(namespace, name=wanted, level=level) - len(rows)
@@ -104,7 +104,7 @@ def rm(
 def _confirm(rows: Sequence[ChunkRow]) -> None:
     if not sys.stdin.isatty():
         raise InputError(
-            f"Deleting {counted(len(rows), 'chunk')} must be confirmed, and there is no terminal to ask on. Pass --yes."
+            f"Deleting {counted(len(rows), 'chunk')} must be confirmed; there is no terminal to ask on. Pass --yes."
         )
     some = ", ".join(one_line(row.name or row.id[:8]) for row in rows[:5])
     more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
@@ -125,7 +125,7 @@ def _described(row: ChunkRow) -> dict[str, Any]:
 
 
 def _entries(store: ChunkStore, row: ChunkRow) -> list[dict[str, Any]]:
-    """The chunk's stored entries; and a miss for each model of the store that has none of it."""
+    """The chunk's stored entries, and a miss for each model of the store that has none."""
     records = [(entry, json.loads(entry.record)) for entry in store.entries_of(row.id)]
     models = dict.fromkeys((group.weights, group.dtype) for group in store.stats().groups)
     names = model_names(store, [weights for weights, _ in models])

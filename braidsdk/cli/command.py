@@ -13,7 +13,7 @@ from braidsdk.cli.exits import ending_well
 from braidsdk.cli.output import Output
 
 _VERBOSE = "BRAID_VERBOSE_KERNELS"
-"""Read when a model is opened. Spelt out here, because the module that reads it imports torch."""
+"""Opening a model reads this variable. Its name is repeated here, because the module that reads it imports torch."""
 
 _COMMON = [
     Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
@@ -40,15 +40,15 @@ _VERBOSE_KERNELS = Parameter(
 
 
 def command(function: Callable[Concatenate[Output, ...], None], *, computes: bool = False) -> Callable[..., None]:
-    """A function that reports to an `Output`, as a command: with the common options, and ending as `exits` says.
+    """Turn a function that reports to an `Output` into a command. It gets the common options, and ends as `exits` says.
 
-    `computes`: whether it runs a model, so that `--verbose-kernels` is an option of it.
+    `computes` says whether it runs a model. If so, it gets the option `--verbose-kernels`.
     """
 
     @wraps(function)
     def run(*, json: bool, quiet: bool, debug: bool, verbose_kernels: bool = False, **arguments: Any) -> None:
         if verbose_kernels:
-            os.environ[_VERBOSE] = "1"  # for processes that the command starts, too
+            os.environ[_VERBOSE] = "1"  # also for processes that the command starts
         out = Output(json, quiet, debug)
         with ending_well(out):
             function(out, **arguments)

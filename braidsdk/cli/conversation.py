@@ -1,4 +1,4 @@
-"""What `braid chat` does with each line: ask it, or follow it as a command."""
+"""Answers each line of `braid chat`, or follows it as a command."""
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +30,11 @@ To ask a question of several lines, type three quotes on a line before it and af
 
 
 class Conversation:
-    """Chunks that may change, and the turns so far. Answers go to stdout, all else to stderr.
+    """Chunks that may change, and the turns so far. Answers go to stdout, and everything else to stderr.
 
     Attributes:
-        ended: whether it was left.
-        failed: whether a question or a command could not be followed.
+        ended: whether the user has left it.
+        failed: whether a question or a command has failed.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Conversation:
         known = {chunk.id for chunk in self._chunks}
         new = [chunk for chunk in select(self._braid.chunks, _needed(words, "/add")) if chunk.id not in known]
         together = [*self._chunks, *new]
-        if together and together[0].level != LEVEL_SYSTEM:  # a system prompt is one only where it stands first
+        if together and together[0].level != LEVEL_SYSTEM:  # a system prompt only works as one if it stands first
             together.sort(key=lambda chunk: chunk.level)
         self._compose(together)
         self._out.note(f"Answers come from {self.described}.")
@@ -129,7 +129,8 @@ class Conversation:
 
 
 class _ChunksHere:
-    """The chunks of a conversation as a `Catalogue`: one that is deleted meanwhile can still be dropped."""
+    """The chunks of a conversation as a `Catalogue`. So a chunk that was deleted from the store can still be
+    dropped."""
 
     def __init__(self, chunks: Sequence["Chunk"]) -> None:
         self._chunks = chunks
@@ -147,10 +148,10 @@ class _ChunksHere:
 
 @contextmanager
 def _ctrl_c_stops(stream: "Stream") -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C closes the stream, which then ends; a second one interrupts
+    """Inside the block, Ctrl-C closes the stream, which then ends. A second Ctrl-C interrupts.
 
     Yields:
-        A function: whether the stream was stopped.
+        A function that says whether the stream was stopped.
     """
     stopped = False
 

@@ -1,7 +1,7 @@
-"""`braid demo`: the main job on the sample documents, end to end.
+"""`braid demo` does the main job on the sample documents, end to end.
 
-The first process registers. The second one, `python -m braidsdk.cli.demo`, reloads from the store, answers, and times
-a full prefill of the same ids by transformers beside it.
+The first process registers. The second one, `python -m braidsdk.cli.demo`, reloads from the store and answers. For
+comparison it times a full prefill of the same ids by transformers.
 """
 
 import argparse
@@ -28,9 +28,9 @@ MODES = ("exact", "anchored")
 
 @dataclass(frozen=True)
 class Question:
-    """One sample question: what to ask over which documents, in which order.
+    """One sample question, and the documents that it is asked over, in order.
 
-    `alias` marks a question that needs two documents at once; composing may cost its answer.
+    `alias` marks a question that needs two documents together. Composing may make its answer wrong.
     """
 
     question: str
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Samples:
-    """The shipped sample documents and questions."""
+    """The sample documents and questions that ship with the package."""
 
     system: str
     documents: dict[str, str]
@@ -50,7 +50,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class Result:
-    """One answered question; times in ms."""
+    """One answered question, with times in ms."""
 
     question: str
     expected: str
@@ -64,7 +64,7 @@ class Result:
 
 
 def load_samples() -> Samples:
-    """The samples, from the package's data."""
+    """Load the samples from the package's data."""
     raw = tomllib.loads(files("braidsdk").joinpath("samples.toml").read_text(encoding="utf-8"))
     return Samples(
         system=raw["system"],
@@ -74,7 +74,8 @@ def load_samples() -> Samples:
 
 
 def run_demo(store: Path | None, *, device: str, model: str, as_json: bool, quiet: bool = False) -> bool:
-    """Register here, answer in a second process, print. True if every single-document question was answered right.
+    """Register here, answer in a second process, and print. Returns whether every question that needs only one document
+    was answered right.
 
     Raises:
         BraidError: the second process failed.
@@ -114,7 +115,7 @@ def _register(folder: Path, device: str, model: str, *, progress: bool) -> int:
 
 
 def _answer_all(folder: Path, device: str, model: str) -> dict[str, object]:
-    """The second process: reload, answer, and time transformers beside it."""
+    """Reload, answer, and time transformers for comparison. Runs in the second process."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -134,7 +135,7 @@ def _answer_all(folder: Path, device: str, model: str) -> dict[str, object]:
             int(peer(ids, logits_to_keep=1).logits[0, -1].argmax())
             return (perf_counter() - started) * 1e3
 
-        # Both paths run once before the clock counts: thread pools and lazy imports are no part of a first token.
+        # Both run once before they are timed, because thread pools and lazy imports are not part of a first token.
         full_prefill_ms(braid.ask("Ready?", chunks=[], keep=False, max_new_tokens=1).prompt_ids)
         results, reloaded = [], True
         for question in load_samples().questions:
@@ -160,7 +161,7 @@ def _answer_all(folder: Path, device: str, model: str) -> dict[str, object]:
 
 
 def _table(results: list[Result]) -> Table:
-    """A row per question; the answer of a mode that gave another one stands below."""
+    """A row for each question. If the modes gave different answers, both are shown."""
     table = Table(title="Answers from reloaded caches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("question", ratio=1)
     table.add_column("answer", max_width=16)

@@ -1,4 +1,4 @@
-"""`braid doctor`: looks for problems and suggests what to do about them."""
+"""`braid doctor` looks for problems, and suggests what to do about them."""
 
 from collections.abc import Iterator
 from dataclasses import asdict

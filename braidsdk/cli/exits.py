@@ -1,4 +1,4 @@
-"""How the command line ends: exit codes, and errors as a line on stderr."""
+"""How the command line ends: its exit codes, and its errors as a line on stderr."""
 
 import os
 import sys
@@ -23,11 +23,11 @@ MEANINGS = {
     INCOMPATIBLE: "incompatible or corrupt: the store or the model",
     INTERRUPTED: "interrupted (Ctrl-C)",
 }
-"""Exit codes, as `braid --help` shows them. 141, without a word, is a reader of the output that went away."""
+"""Exit codes, as `braid --help` shows them. 141 means that the reader of the output went away; no message is shown."""
 
 
 class NotFoundError(InputError):
-    """A file, folder or store that was named is not there."""
+    """A file, folder or store that was named does not exist."""
 
 
 _CODES: tuple[tuple[type[BraidError], int], ...] = (
@@ -42,26 +42,26 @@ _CODES: tuple[tuple[type[BraidError], int], ...] = (
     (errors.NameTakenError, FAILED),
     (InputError, USAGE),
 )
-"""The first class that fits decides; an error that fits none has failed."""
+"""The first class that fits gives the exit code. An error that fits none gives `FAILED`."""
 
 
 def code_of(error: Exception) -> int:
-    """The exit code that an error ends in."""
+    """The exit code of an error."""
     return next((code for kind, code in _CODES if isinstance(error, kind)), FAILED)
 
 
 @contextmanager
 def ending_well(out: Output) -> Iterator[None]:
-    """Turn what a command raises into a line on stderr and an exit code; a traceback only with `--debug`.
+    """Turn what a command raises into a line on stderr and an exit code. A traceback is shown only with `--debug`.
 
     Raises:
-        typer.Exit: with the code.
+        typer.Exit: with the exit code.
     """
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: out.warn(str(message))
             yield
-        sys.stdout.flush()  # now, while a reader that went away can still be met with grace
+        sys.stdout.flush()  # now, while an error about a reader that went away can still be handled
     except (typer.Exit, typer.Abort, typer.BadParameter):
         raise
     except KeyboardInterrupt:
@@ -70,13 +70,13 @@ def ending_well(out: Output) -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(PIPE_CLOSED) from None
-    except Exception as error:  # whatever it is, a user gets a sentence
+    except Exception as error:  # for any error a user gets a sentence
         report(out, error)
         raise typer.Exit(code_of(error)) from None
 
 
 def report(out: Output, error: Exception) -> None:
-    """Say what went wrong; where it did, only with `--debug`."""
+    """Say what went wrong. Only `--debug` shows where."""
     if out.debug:
         traceback.print_exception(error)
     if isinstance(error, BraidError):

@@ -1,4 +1,4 @@
-"""Opening what a command works on: a store alone, which is quick, or a model with it."""
+"""Opens what a command works on: only a store, which is quick, or a store with a model."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 HITS, MISSES, MODEL = "hits", "misses", "model:"
-"""Keys under which the SDK leaves counts, and what models are called, in a store. Spelt out here, because the modules
+"""Keys under which the SDK remembers counts and names of models in a store. They are repeated here, because the modules
 that write them import torch."""
 
 
 @contextmanager
 def open_store(store: Path | None) -> Iterator[ChunkStore]:
-    """Open a store that is there, without a model.
+    """Open a store that exists, without a model.
 
     Raises:
-        NotFoundError: it is not there.
+        NotFoundError: it does not exist.
     """
     folder = store_folder(store)
     if not folder.exists():
@@ -44,7 +44,7 @@ def open_braid(
     namespace: str,
     thinking: bool = False,
 ) -> Iterator["Braid"]:
-    """Open a model over a store, and say so."""
+    """Open a model over a store, and report that on stderr."""
     from braidsdk import Braid
 
     if out.quiet:
@@ -57,7 +57,7 @@ def open_braid(
 
 
 def model_names(store: ChunkStore, weights: Iterable[str]) -> dict[str, str]:
-    """What models are called, by the fingerprint of their weights: the start of that where no name is remembered."""
+    """The names of models, by the fingerprint of their weights. Without a name it is the start of the fingerprint."""
     keys = {each: f"{MODEL}{each}" for each in weights}
     known = store.recall(keys.values())
     return {each: known.get(key, each[:12]) for each, key in keys.items()}

@@ -1,7 +1,7 @@
-"""What a command prints: data on stdout, all else on stderr.
+"""What a command prints: data on stdout, and everything else on stderr.
 
-On a terminal, tables fit its width. Anywhere else a row is one line, its cells separated by tabs, so that `cut`, `grep`
-and `while read` can take it. With `--json`, stdout is one JSON document.
+On a terminal, tables fit its width. Otherwise each row is a line with tabs between its cells, so that `cut`, `grep` and
+`while read` can read it. With `--json`, stdout is one JSON document.
 """
 
 import json
@@ -34,7 +34,7 @@ class Output:
         self.text(json.dumps(value, indent=2, ensure_ascii=not _prints_unicode()))
 
     def json_line(self, value: object) -> None:
-        """Print one document of a series, on a line of its own, at once."""
+        """Print one document of a series at once, on its own line."""
         self.text(json.dumps(value, ensure_ascii=not _prints_unicode()))
         sys.stdout.flush()
 
@@ -43,12 +43,13 @@ class Output:
         sys.stdout.write(text + end)
 
     def piece(self, text: str) -> None:
-        """Print a piece of an answer that goes on, at once."""
+        """Print a piece of an answer at once. More pieces may follow."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, fill: int | None = None) -> None:
-        """Print rows under their columns' names; on a terminal the column `fill` is cut to the width that is left."""
+        """Print rows under the names of their columns. On a terminal the column `fill` is cut to the width that is
+        left."""
         cells = [[one_line(cell) for cell in row] for row in rows]
         if not sys.stdout.isatty():
             for row in cells:
@@ -66,20 +67,20 @@ class Output:
         console.print(table)
 
     def note(self, text: str) -> None:
-        """Say something on stderr, unless it is to be quiet."""
+        """Print a note on stderr, unless the command is quiet."""
         if not self.quiet:
             _stderr(text)
 
     def say(self, text: str) -> None:
-        """Say on stderr what was asked for, also when it is to be quiet."""
+        """Print what was asked for on stderr, even if the command is quiet."""
         _stderr(text)
 
     def warn(self, text: str) -> None:
-        """Say on stderr that something may not be as it should, unless it is to be quiet."""
+        """Print a warning on stderr, unless the command is quiet."""
         self.note(f"braid: warning: {text}")
 
     def error(self, text: str) -> None:
-        """Say on stderr what went wrong."""
+        """Print an error on stderr."""
         _stderr(f"braid: {text}")
 
     @property
@@ -89,17 +90,17 @@ class Output:
 
 
 def one_line(text: str) -> str:
-    """Text without line ends, tabs and control characters: safe in a row, and on a terminal."""
+    """Text without line ends, tabs and control characters, which is safe in a row and on a terminal."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """A number and what it counts: "1 chunk", "2,000 chunks"; `many` where that is not `one` with an s."""
+    """A number and what it counts: "1 chunk", "2,000 chunks". `many` is the plural if it is not `one` with an s."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def ask_yes_no(question: str, *, read: Callable[[], str] = sys.stdin.readline) -> bool:
-    """Ask on stderr; anything but "y" or "yes" is no."""
+    """Ask on stderr. Every answer except "y" and "yes" means no."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     return read().strip().lower() in ("y", "yes")

@@ -1,7 +1,7 @@
-"""From sources to named pieces, and what a store holds of their files that is not in them any more.
+"""Cuts sources into named pieces, and finds chunks in a store that are not in their files any more.
 
-A chunk made by `braid add` remembers its file in its metadata. So a second run knows which names it may move to new
-text, and which chunks were left behind. Knows nothing of models.
+A chunk that `braid add` made remembers its file in its metadata. So a second run knows which names it may move to new
+text, and which chunks were left behind. Knows nothing about models.
 """
 
 import unicodedata
@@ -16,7 +16,7 @@ from braidsdk.errors import NameTakenError
 from braidsdk.store import ChunkRow, chunk_id
 
 SOURCE, PIECE, PIECES = "source", "piece", "pieces"
-"""Keys of a chunk's metadata: its file's path, which piece of it this is, from 1, and how many there are."""
+"""Keys of a chunk's metadata: its file's path, the number of the piece, from 1, and how many pieces there are."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Piece:
     Attributes:
         id: the chunk's id.
         name: the file's name, with `#` and the piece's number if there are several; None for unnamed stdin.
-        text: NFC-normalised, without white space around it.
+        text: its text, NFC-normalised and without white space around it.
         metadata: where it comes from; None for stdin.
-        source: the source it is a piece of.
+        source: the source that it is a piece of.
     """
 
     id: str
@@ -62,13 +62,14 @@ def check_names(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> None:
         if row and row.id != piece.id and not _is_from(row, piece.source):
             origin = row.metadata.get(SOURCE)
             raise NameTakenError(
-                f"The name {piece.name!r} belongs to another text, {f'from {origin}' if origin else row.id}. Move it "
-                "to the new text with --replace, choose another with --name, or keep the texts apart with --namespace."
+                f"The name {piece.name!r} must be free or belong to this file; it belongs to another text, "
+                f"{f'from {origin}' if origin else row.id}. Move it to the new text with --replace, choose another "
+                "with --name, or keep the texts apart with --namespace."
             )
 
 
 def merged_metadata(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> list[dict[str, Any] | None]:
-    """Each piece's metadata, over what its chunk has already."""
+    """Each piece's metadata, added to what its chunk has already."""
     known: Mapping[str, dict[str, Any]] = {row.id: row.metadata for row in held}
     return [None if piece.metadata is None else {**known.get(piece.id, {}), **piece.metadata} for piece in pieces]
 
@@ -76,13 +77,13 @@ def merged_metadata(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> list[d
 def left_behind(
     pieces: Sequence[Piece], held: Sequence[ChunkRow], folders: Sequence[Path], *, replaced: bool
 ) -> list[ChunkRow]:
-    """Chunks of these sources that are no piece of them any more, and of files that are gone from the folders.
+    """Chunks that are not a piece of their source any more, or that came from a file that is gone from the folders.
 
     Args:
         pieces: all pieces of the sources.
         held: the namespace's chunks before these were registered.
-        folders: where files may be gone.
-        replaced: whether a source's names count as its own wherever their texts came from.
+        folders: folders from which files may be gone.
+        replaced: whether a source's names count as its own, wherever their texts came from.
     """
     now = {piece.id for piece in pieces}
     names = {str(piece.source.path): piece.source.name for piece in pieces if piece.source.path}

@@ -1,4 +1,4 @@
-"""Which chunks a word means: one rule for every command that takes names, ids and globs."""
+"""Finds the chunks that a word means, by one rule for every command that takes names, ids and globs."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
@@ -11,7 +11,7 @@ GLOB = "*?["
 
 
 class Registered(Protocol):
-    """What is known of a registered chunk, in the store or in an open Braid."""
+    """What is known about a registered chunk, in the store or in an open Braid."""
 
     @property
     def id(self) -> str: ...
@@ -63,15 +63,17 @@ class StoredChunks:
 
 
 def is_glob(word: str) -> bool:
-    """Whether a word is a pattern, if no chunk has it as its name."""
+    """Whether a word is a pattern. It is not one if a chunk has the word as its name."""
     return any(char in word for char in GLOB)
 
 
 def select(catalogue: Catalogue[C], words: Iterable[str]) -> list[C]:
     """The chunks that these words mean, each once, in the order of the words.
 
-    A word is first a name or an id: a chunk called `notes[1].txt` is found by that name, whatever the glob would match.
-    A word that is neither and holds `*`, `?` or `[` is a glob: all chunks with a name that matches, in reading order.
+    A word is first taken as a name or an id: a chunk called `notes[1].txt` is found by that name, whatever the glob
+        would
+    match. If it is neither and holds `*`, `?` or `[`, it is a glob. It then means all chunks with a name that matches,
+    in reading order.
 
     Raises:
         UnknownChunkError: a word means no chunk.
@@ -96,7 +98,7 @@ def _meant(catalogue: Catalogue[C], word: str) -> Sequence[C]:
 
 
 def reading_order(chunks: Sequence[C]) -> list[C]:
-    """System prompts first; the pieces of a file together and in order, files in the order of registration."""
+    """Sort chunks: system prompts first, then files in the order of registration, each file's pieces in order."""
     first: dict[str, int] = {}
     for index, chunk in enumerate(chunks):
         first.setdefault(file_of(chunk.name or chunk.id), index)
@@ -114,6 +116,6 @@ def file_of(name: str) -> str:
 
 
 def piece_of(name: str) -> int:
-    """The number behind `#` in the name of a piece; 0 in that of a whole text."""
+    """The number after `#` in the name of a piece; 0 if the name belongs to a whole text."""
     base, _, number = name.rpartition("#")
     return int(number) if base and number.isascii() and number.isdigit() else 0

@@ -1,7 +1,7 @@
-"""What `braid add` reads: files, folders, globs and stdin, each text with the name that it will have.
+"""Reads the texts for `braid add` from files, folders, globs and stdin, each with the name that it will have.
 
-A file is named by its file name; one out of a folder or a glob by its path from there. Knows nothing of stores or
-models.
+A file is named by its file name. A file from a folder or a glob is named by its path from there. Knows nothing about
+stores or models.
 """
 
 import fnmatch
@@ -24,9 +24,9 @@ _TEXT_SUFFIX = re.compile(
     r"|pyi?|m?js|ts|[jt]sx|java|kt|scala|c|h|cc|cpp|hpp|cs|go|rs|swift|rb|php|pl|lua|r|jl|sh|bash|zsh|sql|proto|css)",
     re.IGNORECASE,
 )
-"""What is taken for text in a folder, unless `--glob` says otherwise."""
+"""Suffixes of files that are taken from a folder, unless `--glob` says otherwise."""
 
-_BINARY_WITHIN = 8_192  # bytes looked through for a zero, as git does
+_BINARY_WITHIN = 8_192  # a file with a zero among this many first bytes is binary, as in git
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Source:
     """One text that was read.
 
     Attributes:
-        name: what its chunk is to be called; None for stdin.
-        path: the file, absolute; None for stdin.
-        text: its content, line ends as "\\n".
+        name: the name of its chunk; None for stdin.
+        path: the absolute path of the file; None for stdin.
+        text: its content, with "\\n" as line end.
     """
 
     name: str | None
@@ -57,12 +57,12 @@ class Unread:
 
 @dataclass(frozen=True)
 class Reading:
-    """All that was read.
+    """Everything that was read.
 
     Attributes:
-        sources: in the order of the arguments; a folder's own files before those of its folders, each by name.
+        sources: texts in the order of the arguments. A folder's own files come before those of its folders, by name.
         unread: files that hold no text.
-        folders: the folders that were given, absolute: what was read from one of them may be gone there.
+        folders: absolute paths of the folders that were given. Files that were read from them earlier may be gone.
     """
 
     sources: tuple[Source, ...]
@@ -75,11 +75,11 @@ def read_sources(arguments: Sequence[str], globs: Sequence[str]) -> Reading:
 
     Args:
         arguments: files, folders, globs, or `-` for stdin.
-        globs: which files to take from folders, by name or, with a slash in it, by path from the folder; none takes
-            those whose suffix is one of text or source code. Hidden files and folders are left out.
+        globs: which files to take from folders, by name or, if the glob has a slash, by path from the folder. Without
+            globs, files with a suffix of text or source code are taken. Hidden files and folders are left out.
 
     Raises:
-        NotFoundError: a file is not there, or a glob fits none.
+        NotFoundError: a file does not exist, or no file matches a glob.
         InputError: two files would have the same name.
     """
     sources: list[Source] = []
@@ -122,7 +122,7 @@ def _is_wanted(path: Path, globs: Sequence[str]) -> bool:
 
 
 def _expand(pattern: Path) -> tuple[Path, list[Path]]:
-    """The folder that a glob looks in, its parts before the first with a wildcard; and the files that fit."""
+    """The folder that a glob looks in (its parts before the first one with a wildcard), and the files that match."""
     split = next(index for index, part in enumerate(pattern.parts) if is_glob(part))
     base = Path(*pattern.parts[:split])
     fitting = sorted(base.glob(str(Path(*pattern.parts[split:]))))
@@ -166,7 +166,7 @@ def _check_names(sources: Iterable[Source]) -> None:
             continue
         if source.name in known:
             raise InputError(
-                f"Two files have the name {source.name!r}: {known[source.name]} and {source.path}. Pass the folder "
-                "that holds both: its files are named by their path in it."
+                f"Each file must have a name of its own; {known[source.name]} and {source.path} both have the name "
+                f"{source.name!r}. Pass the folder that holds both: its files are named by their path in it."
             )
         known[source.name] = source.path

@@ -1,6 +1,6 @@
-"""Cutting long texts into pieces of at most so many tokens, at the ends of paragraphs and sentences.
+"""Cuts long texts into pieces with a limited number of tokens, at the ends of paragraphs and sentences.
 
-The cutting is semantic-text-splitter's; within a sentence that is too long it falls between words.
+semantic-text-splitter does the cutting. A sentence that is too long is cut between words.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from semantic_text_splitter import TextSplitter
 from braidsdk.errors import InputError
 
 LEAST_TOKENS = 16
-"""A smaller budget would cut within sentences all the time."""
+"""A smaller budget would mostly cut inside sentences."""
 
 
 class Splitter:
@@ -19,7 +19,7 @@ class Splitter:
     def __init__(self, count: Callable[[str], int], budget: int) -> None:
         """Args:
             count: how many tokens a piece takes.
-            budget: at most so many.
+            budget: the most tokens that a piece may take.
 
         Raises:
             InputError: the budget is below `LEAST_TOKENS`.

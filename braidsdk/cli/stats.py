@@ -1,4 +1,4 @@
-"""`braid stats`: what a store holds, and how it served. Loads no model."""
+"""`braid stats` shows what a store holds, and its hit rate. It loads no model."""
 
 from dataclasses import asdict
 

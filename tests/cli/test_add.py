@@ -79,7 +79,7 @@ class TestReading:
 
     def test_two_files_of_one_name_are_refused(self, cli: Cli, docs: Path) -> None:
         (docs / "more" / "a.md").write_text("Another.")
-        assert "Two files have the name 'a.md'" in cli("add", "docs/a.md", "docs/more/a.md", code=2).stderr
+        assert "both have the name 'a.md'" in cli("add", "docs/a.md", "docs/more/a.md", code=2).stderr
 
     def test_a_name_is_for_one_file(self, cli: Cli) -> None:
         assert "--name must be given for one file only" in cli("add", "a", "b", "--name", "c", code=2).stderr
