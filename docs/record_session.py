@@ -1,7 +1,7 @@
-"""Record the terminal sessions of `docs/session.md`: run what its console blocks type, keep what is printed.
+"""Record the terminal sessions of `docs/session.md`: run the commands of its console blocks, and keep what they print.
 
-A line after "$ " is a command of the shell, one after "> " is typed into the command that runs. All blocks share one
-folder, empty at first, whose path is shown as "~". Text around the blocks stays as it is.
+A line after "$ " is a command of the shell. A line after "> " is typed into the command that runs. All blocks share one
+folder, which is empty at first and is shown as "~". Text around the blocks stays as it is.
 
 python docs/record_session.py
 """
@@ -21,7 +21,7 @@ from time import monotonic
 PAGE = Path(__file__).resolve().parent / "session.md"
 COLUMNS, ROWS = 100, 40
 LIMIT_S = 120.0
-"""How long one command may take before it is given up."""
+"""How many seconds one command may take."""
 
 _BLOCK = re.compile(r"(```console\n)(.*?)(```)", re.DOTALL)
 
@@ -91,10 +91,10 @@ def _converse(terminal: int, typed: list[str]) -> str:
     seen, until = b"", monotonic() + LIMIT_S
     while True:
         if not select([terminal], [], [], max(0.0, until - monotonic()))[0]:
-            raise TimeoutError(f"not done after {LIMIT_S:g} s; the last it said: {seen[-300:]!r}")
+            raise TimeoutError(f"not done after {LIMIT_S:g} s; its last output: {seen[-300:]!r}")
         try:
             more = os.read(terminal, 65536)
-        except OSError:  # Linux's way to say that nobody is left at the other end
+        except OSError:  # on Linux this means that the other end is closed
             more = b""
         if not more:
             return seen.decode().replace("\r\n", "\n")

@@ -1,4 +1,4 @@
-"""Write the reference of the commands in `docs/command-line.md` from the help that typer makes of the code.
+"""Write the reference of the commands in `docs/command-line.md` from the help that typer makes from the code.
 
 python docs/write_commands.py
 """
@@ -20,10 +20,10 @@ def reference() -> str:
 
 
 def page(text: str) -> str:
-    """The page with what follows the mark written again.
+    """The page, with everything after the mark written again.
 
     Raises:
-        ValueError: the mark is not there, or more than once.
+        ValueError: the mark is not there, or is there more than once.
     """
     kept, *rest = text.split(MARK)
     if len(rest) != 1:
