@@ -244,7 +244,9 @@ def serving_table(report: dict[str, Any]) -> str:
     ]
     for row in rows:
         callers = (
-            f"{row['callers']:,} callers" if row["load"] == "closed" else f"{row['arrivals_per_s']:.2g} arrivals/s"
+            f"{row['callers']:,} {'caller' if row['callers'] == 1 else 'callers'}"
+            if row["load"] == "closed"
+            else f"{row['arrivals_per_s']:.2g} arrivals/s"
         )
         cells = [
             {"resident": "all", "third": "a third"}[row["pool"]],

@@ -210,7 +210,7 @@ def packages_on_disk(root: Path) -> set[str]:
 
 
 def test_the_packages_that_are_listed_are_the_folders_on_disk(tmp_path: Path) -> None:
-    """One that is not listed works from the clone, and is missing from the wheel."""
+    """A package that is not listed works from the clone, but is missing from the wheel."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(listed) == sorted(packages_on_disk(ROOT))
     (tmp_path / "kernels" / "new" / "one").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Many requests at once give the answers that each gives alone."""
+"""Many requests together give the same answers as each of them alone."""
 
 from pathlib import Path
 from types import SimpleNamespace

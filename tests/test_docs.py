@@ -1,4 +1,4 @@
-"""The documentation says what is so: its commands and snippets run, and what is generated or recorded is up to date."""
+"""The documentation is right: its commands and snippets run, and what is generated or recorded is up to date."""
 
 import importlib.util
 import os

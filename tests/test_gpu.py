@@ -139,7 +139,7 @@ def test_many_requests_and_threads_share_the_graphs(opened: Callable[..., Braid]
 
 
 def test_requests_that_choose_differently_go_on_together(contexts: list[Context]) -> None:
-    """Greedy, drawn and penalised rows of one batch, each as if it were alone, and computed ahead of the host."""
+    """Greedy, sampled and penalised rows in one batch, ahead of the host: each gives the same answer as alone."""
     ways = [
         {},
         {"temperature": 0.9, "seed": 5},
@@ -194,7 +194,7 @@ def test_a_stream_dropped_at_any_step_leaves_the_others_alone(
 
 @pytest.mark.slow
 def test_load_on_graphs(contexts: list[Context]) -> None:
-    """Threads that ask, and close streams at random: every finished answer is the one asked alone."""
+    """Threads ask, and close streams at random. Every finished answer is the same as when it is asked alone."""
     want = [context.ask("Well?", max_new_tokens=40).token_ids for context in contexts]
     wrong = []
 
@@ -276,7 +276,7 @@ def test_graphs_count_in_the_memory_budget(tmp_path: Path) -> None:
 
 
 def test_a_batch_changes_logits_by_no_more_than_rounding(opened: Callable[..., Braid], contexts: list[Context]) -> None:
-    """A request's next token alone and among 64: in bfloat16 the two differ as two ways of rounding do."""
+    """A request's next token alone and among 64. In bfloat16 the two differ only by rounding."""
 
     def logits(braid: Braid, *, together: bool) -> torch.Tensor:
         engine = braid._engine

@@ -120,7 +120,7 @@ WAYS = [
 
 
 def test_requests_of_a_batch_choose_as_they_would_alone(braid: Braid, contexts: list[Context]) -> None:
-    """Rows join and leave while others decode, and each is as if it were alone."""
+    """Rows join and leave while others decode, and each gives the same answer as alone."""
     asked = [(contexts[at % 3], {"max_new_tokens": 3 + at % 5, **WAYS[at % 4]}) for at in range(9)]
     alone = [context.ask("Well?", **way).token_ids for context, way in asked]
     streams = [context.stream("Well?", **way) for context, way in asked]

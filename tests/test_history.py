@@ -21,7 +21,7 @@ QUESTIONS = ["Which of them?", "And what about Rome?", "Why?", "Really?"]
 PoolOf = Callable[[Braid], Pool]
 
 TOLERANCE = 1e-4
-"""Of the largest logit: float32 sums in another order; observed are 1e-6."""
+"""Largest difference, relative to the largest logit. float32 sums in another order; we have seen 1e-6."""
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Checkpoints from the hub: what is downloaded, and what is said when it is not."""
+"""Checkpoints from the hub: what is downloaded, and which error comes if it is not."""
 
 import shutil
 from importlib import import_module

@@ -24,7 +24,7 @@ from braidsdk.models.weights import WeightsWarning
 from braidsdk.prompt.layout import LayoutWarning, PromptLayout
 
 TOLERANCE = 1e-4
-"""Of the largest logit: float32 sums in another order; observed are 1e-6 to 2e-6."""
+"""Largest difference, relative to the largest logit. float32 sums in another order; we have seen 1e-6 to 2e-6."""
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
@@ -58,7 +58,7 @@ def fingerprint(folder: Path) -> str:
 
 @torch.inference_mode()
 def errors_against_transformers(folder: Path, store: Path, documents: list[str]) -> list[float]:
-    """Of the largest logit, float32: of a plain prompt and of documents composed with mode exact."""
+    """Largest differences in float32, relative to the largest logit: of a plain prompt, and of mode exact."""
     peer = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     found = []
     with Braid(folder, store=store, device="cpu", dtype="float32") as braid:

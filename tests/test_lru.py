@@ -1,4 +1,4 @@
-"""Values of recent keys, bounded by bytes; and that no cache of texts is bounded by their number alone."""
+"""The cache of recent keys is bounded by bytes, and no cache of texts is bounded only by their number."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Tables are those that the committed results give."""
+"""The pages show the tables that the committed results give."""
 
 import importlib.util
 import json

@@ -46,7 +46,7 @@ def wait_until(true: Callable[[], object]) -> None:
 
 
 class Threads:
-    """An executor with a thread for each job. Nothing waits for them: where one hangs, its test fails, and ends."""
+    """An executor with a thread for each job. Nothing waits for the threads: if one hangs, its test fails and ends."""
 
     def submit(self, work: Callable[..., T], *arguments: object, **options: object) -> "Future[T]":
         future: Future[T] = Future()
@@ -132,7 +132,7 @@ def gate(random_braid: Braid, monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 def check_settled(braid: Braid) -> None:
-    """Once nothing runs any more, no page, pin or slot is lost: pages are free, or of entries that nobody pins."""
+    """When nothing runs any more, no page, pin or slot is lost: pages are free or belong to entries without a pin."""
     engine = braid._engine
     loop = engine._loop
 

@@ -156,7 +156,7 @@ class Load:
 
 @pytest.fixture
 def load(make_braid: Callable[..., Braid], random_braid: Braid, threads: Any) -> Any:
-    """A load on a Braid whose pool holds about half of all contexts with their answers."""
+    """A load on a Braid with a pool that holds about half of all contexts with their answers."""
     seed = int(os.environ.get("BRAID_SEED", time.time_ns() % 1_000_000))
     print(f"BRAID_SEED={seed}")  # noqa: T201 - shown when a test fails
     with make_braid(pool_bytes=40 * random_braid._engine.pool.page_bytes) as braid:

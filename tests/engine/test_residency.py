@@ -57,7 +57,7 @@ class Asked:
 
 @dataclass
 class ByHand:
-    """A thread pool whose jobs run when a test says so."""
+    """A thread pool that runs its jobs when a test says so."""
 
     jobs: deque[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=deque)
 

@@ -339,7 +339,7 @@ def test_a_deadline_ends_a_request_in_any_state_and_says_what_it_was(state: Stat
 
 
 def admitted(*prefills: int, priority: Priority = QUESTION) -> tuple[Scheduler[Asked], list[Asked]]:
-    """A scheduler whose requests have so much to prefill."""
+    """A scheduler with requests that have this much to prefill."""
     queue, jobs = scheduler(), [asked(priority) for _ in prefills]
     submitted(queue, *jobs)
     assert queue.admit(0.0) == jobs
