@@ -204,6 +204,8 @@ def gpu_table(report: dict[str, Any], vllm: dict[str, Any]) -> str:
     rest = [row for row in vllm["rows"] if row["what"] not in shown_above]
     lines += ["", "| vLLM, the same run, what has no row above | |", "| --- | ---: |"]
     lines += [f"| {row['what']} | {_number(row['value'], row['unit'])} |" for row in rest]
+    if kept := report.get("kept_from_an_earlier_run"):
+        lines += ["", f"These parts are of an earlier run on the same kind of GPU: {', '.join(kept)}."]
     lines += ["", *_transformers(report["transformers"])]
     lines += ["", "| decode at 1k, other geometries | ours | limit | share |", "| --- | ---: | ---: | ---: |"]
     lines += [

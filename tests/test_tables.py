@@ -110,6 +110,12 @@ def test_transformers_shows_each_kind_of_attention_that_was_tried() -> None:
     assert "| decode, compiled | 327 tokens/s |  |  |" in text
 
 
+def test_parts_of_an_earlier_run_are_named() -> None:
+    report = {**kept("gpu"), "kept_from_an_earlier_run": ["launches", "batch"]}
+    assert "of an earlier run on the same kind of GPU: launches, batch." in tables.gpu_table(report, kept("vllm"))
+    assert "earlier run on" not in tables.gpu_table({**report, "kept_from_an_earlier_run": []}, kept("vllm"))
+
+
 def test_warm_up_has_a_column_per_process() -> None:
     steps = {"import_s": 4.0, "open_s": 30.0, "warm_up_s": 12.34, "warm_up_64_s": 5.0}
     rows = [{"process": name, **steps} for name in ("first process", "second process")]
