@@ -30,7 +30,7 @@ _NEWEST = """
 
 @dataclass(frozen=True)
 class Miss:
-    """An entry that can't be had.
+    """Why an entry was not found.
 
     Attributes:
         reason: "absent" (never computed), "version", "model", "tokenizer", "dtype", "codec", "rope", "level",

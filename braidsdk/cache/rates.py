@@ -23,9 +23,11 @@ class Rates:
     """Measured rates of one open Braid. Safe to use from several threads."""
 
     def __init__(self, prefix: str, remembered: Mapping[str, str]) -> None:
-        """Args:
-        prefix: names the model and the device.
-        remembered: what `changed` of an earlier process returned.
+        """Start with the rates of earlier processes.
+
+        Args:
+            prefix: names the model and the device.
+            remembered: what `changed` of an earlier process returned.
         """
         self._prefix = prefix
         self._lock = Lock()

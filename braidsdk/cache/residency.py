@@ -143,13 +143,15 @@ class Residency(Generic[N]):
         rates: Rates,
         owner: Owner[N],
     ) -> None:
-        """Args:
-        model: computes the entries that the store lacks.
-        pool: holds the entries in memory.
-        store: keeps them on disk.
-        identity: identifies the model in keys.
-        rates: hears how long loading and computing took.
-        owner: hears what became of a request.
+        """Start without any request.
+
+        Args:
+            model: computes the entries that the store lacks.
+            pool: holds the entries in memory.
+            store: keeps them on disk.
+            identity: identifies the model in keys.
+            rates: hears how long loading and computing took.
+            owner: hears what became of a request.
         """
         self.pool = pool
         self.hits = self.misses = 0

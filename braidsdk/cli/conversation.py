@@ -40,8 +40,10 @@ class Conversation:
     def __init__(
         self, out: Output, braid: "Braid", chunks: Sequence["Chunk"], mode: str | None, sampling: "SamplingOptions"
     ) -> None:
-        """Raises:
-        WindowExceededError, UnknownModeError: these chunks can't be composed.
+        """Start a conversation over some chunks.
+
+        Raises:
+            WindowExceededError, UnknownModeError: these chunks can't be composed.
         """
         self.ended = self.failed = False
         self._out = out

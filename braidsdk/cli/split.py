@@ -17,7 +17,9 @@ class Splitter:
     """Cuts texts; the same text always gives the same pieces."""
 
     def __init__(self, count: Callable[[str], int], budget: int) -> None:
-        """Args:
+        """Prepare to cut texts.
+
+        Args:
             count: how many tokens a piece takes.
             budget: the most tokens that a piece may take.
 

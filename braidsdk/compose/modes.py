@@ -57,8 +57,8 @@ def compose(
         layout: the open model's prompt layout.
         mode: "exact" computes each chunk after all chunks before it, "anchored" after the anchor only, "isolated" on
             its own. None means "anchored".
-        keep: whether computed entries go to the store. None keeps all but the chains of `exact`, which only the same
-            order of chunks can use again.
+        keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`,
+            which only the same order of chunks can use again.
 
     Raises:
         UnknownModeError: there is no such mode.

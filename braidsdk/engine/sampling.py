@@ -138,9 +138,11 @@ class Sampler:
     """Chooses the tokens of one request."""
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        """Args:
-        params: how to choose.
-        prompt_ids: the whole prompt, which the repetition penalty counts too.
+        """Prepare to choose tokens for one request.
+
+        Args:
+            params: how to choose.
+            prompt_ids: the whole prompt, which the repetition penalty counts too.
         """
         self.params = params
         self._prompt = torch.tensor(prompt_ids, dtype=torch.int64)

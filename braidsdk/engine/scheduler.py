@@ -142,13 +142,16 @@ class Scheduler(Generic[J]):
         joins: int = ROW_SLOTS,
         slots: int = ROW_SLOTS,
     ) -> None:
-        """Args:
-        memory: gives pages and pins to requests.
-        max_queue: how many requests may wait.
-        step_tokens: the most tokens that one step prefills.
-        piece_tokens: the same while rows decode, so that they keep their pace.
-        joins: while rows decode, at most so many requests end their prefill in one step and decode from the next on.
-        slots: number of row slots.
+        """Start without requests.
+
+        Args:
+            memory: gives pages and pins to requests.
+            max_queue: how many requests may wait.
+            step_tokens: the most tokens that one step prefills.
+            piece_tokens: the same while rows decode, so that they keep their pace.
+            joins: while rows decode, at most so many requests end their prefill in one step and decode from the next
+                on.
+            slots: number of row slots.
         """
         self._memory = memory
         self._max_queue = max_queue

@@ -34,10 +34,12 @@ class AnswerText:
     """
 
     def __init__(self, layout: Layout, stop: Sequence[str], stop_ids: Collection[int]) -> None:
-        """Args:
-        layout: the layout of the model that generates the ids.
-        stop: strings that end the text.
-        stop_ids: ids that end the answer; they have no text.
+        """Start with an empty text.
+
+        Args:
+            layout: the layout of the model that generates the ids.
+            stop: strings that end the text.
+            stop_ids: ids that end the answer; they have no text.
         """
         self.text = ""
         self._layout = layout

@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="most seconds; the learning rate falls to its end by then")
     parser.add_argument("--batch-tokens", type=int, help="tokens of one step, padding counted")
     parser.add_argument("--learning-rate", type=float, help="peak learning rate")
-    parser.add_argument("--rest-weight", type=float, help="weight of the loss on what is no answer")
+    parser.add_argument("--rest-weight", type=float, help="weight of the loss on everything except answers")
     parser.add_argument("--lesson-share", type=float, help="most of the run that the first lessons may take")
     parser.add_argument("--lesson-mix", type=float, help="share of first lessons while they last")
     parser.add_argument("--start", type=Path, help="checkpoint to go on from")
