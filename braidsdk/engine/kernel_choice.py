@@ -49,7 +49,8 @@ def parse_kernels(kernels: str | None) -> dict[str, str]:
     """
     text = os.environ.get("BRAID_KERNELS") or "auto" if kernels is None else kernels
     form = (
-        f"'auto', 'triton', 'amx' or 'torch', with or without exceptions such as ',attention=torch' ({', '.join(OPS)})"
+        "'auto', 'triton', 'amx' or 'torch', or one of them with exceptions such as 'auto,attention=torch' "
+        f"({', '.join(OPS)})"
     )
     if not isinstance(text, str):
         raise InputError(f"kernels must be {form}; got a {type(text).__name__}.")
