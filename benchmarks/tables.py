@@ -29,26 +29,39 @@ def gain(report: dict[str, Any]) -> str:
 
 def overview(gpu: dict[str, Any], vllm: dict[str, Any], serving: dict[str, Any], serving_cpu: dict[str, Any]) -> str:
     """The rows that a user decides by, as Markdown. A row of which no result is kept is left out."""
-    versions, cpu_versions = gpu["versions"], serving_cpu["versions"]
+    versions = gpu["versions"]
+    cpu = ""
+    if serving_cpu:
+        cpu = f" CPU: {serving_cpu['device']}, {serving_cpu['cores']} cores, torch {serving_cpu['versions']['torch']}."
     old = "an earlier run" if "transformers" in gpu.get("kept_from_an_earlier_run", []) else "the same run"
     rows = [*_single_calls(gpu, vllm), *_warm_up_row(gpu), *_callers("GPU", serving), *_eight_callers(serving_cpu)]
     return "\n".join(
         [
             f"GPU: one {gpu['gpu']}, torch {versions['torch']}, triton {versions['triton']}, transformers "
-            f"{versions['transformers']}. CPU: {serving_cpu['device']}, {serving_cpu['cores']} cores, torch "
-            f"{cpu_versions['torch']}. Qwen3-0.6B's geometry, random weights, bfloat16. Medians:",
+            f"{versions['transformers']}.{cpu} Qwen3-0.6B's geometry, random weights, bfloat16. Medians:",
             "",
             f"| | what | BraidSDK | transformers, {old} | vLLM {vllm['versions']['vllm']}, an earlier run |",
             "| --- | --- | ---: | ---: | ---: |",
             *(f"| {' | '.join(row)} |" for row in rows),
+            "",
+            *_shapes({"GPU": serving, "CPU": serving_cpu}),
         ]
     )
+
+
+def _shapes(servings: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """What the callers ask, by device."""
+    for device, shape in ((device, report["shape"]) for device, report in servings.items() if report.get("rows")):
+        yield (
+            f"Callers on the {device}: {shape['chunks']} chunks of {shape['chunk_tokens']} tokens, {shape['drawn']} in "
+            f"a request; answers of {shape['answer_tokens']} tokens."
+        )
 
 
 def _single_calls(gpu: dict[str, Any], vllm: dict[str, Any]) -> Iterator[list[str]]:
     """Calls of one program on the GPU, beside what transformers and vLLM take for the same."""
     ours, theirs, peers = (
-        {row["what"]: row for row in rows} for rows in (gpu["rows"], gpu["transformers"], vllm["rows"])
+        {row["what"]: row for row in rows} for rows in (gpu["rows"], gpu.get("transformers", []), vllm["rows"])
     )
     beside = {
         "first token, any order, 8k": "full prefill, 8k",
@@ -61,8 +74,10 @@ def _single_calls(gpu: dict[str, Any], vllm: dict[str, Any]) -> Iterator[list[st
     for what, their_what in beside.items():
         if what in ours:
             cells = [_value(ours[what]), _value(theirs.get(their_what)), _value(peers.get(what))]
-            if "eager" in their_what and (compiled := theirs.get("decode, compiled, static cache of 2,048")):
-                cells[1] += f" eager; {_value(compiled)} compiled, with a static cache of 2,048"
+            if "eager" in their_what and cells[1]:
+                cells[1] += " eager"
+                compiled = [row for row in theirs.values() if row["what"].startswith("decode, compiled, ")]
+                cells[1] += "".join(f"; {_value(row)} {row['what'].removeprefix('decode, ')}" for row in compiled)
             yield ["GPU", what, *cells]
 
 
@@ -75,7 +90,7 @@ def _warm_up_row(gpu: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _callers(device: str, serving: dict[str, Any]) -> Iterator[list[str]]:
-    """Many callers at once, with all entries in the pool and with a third of them."""
+    """Many callers together, with all entries in the pool and with a third of them."""
     pools = {"resident": "all entries in the pool", "third": "a third of the entries in the pool"}
     for row in serving.get("rows", []):
         if row.get("callers") == 64 and row["load"] == "closed":
