@@ -86,8 +86,8 @@ class Index:
             raise ClosedError("The store must be open; it was closed. Open it again.")
         if self._process != os.getpid():
             raise StoreError(
-                "A store must be used in the process that opened it; got a fork of that process. Open the store again in "
-                "the new process."
+                "A store must be used in the process that opened it; got a fork of that process. Open the store "
+                "again in the new process."
             )
         return self._db
 

@@ -30,7 +30,7 @@ def test_paths_may_differ_and_are_said_in_words(tmp_path: Path) -> None:
 
 def test_what_is_in_the_way_of_faster_kernels(random_braid: Braid) -> None:
     assert random_braid.kernels.obstacle("triton") == "the model is on cpu; Triton kernels need a CUDA device"
-    assert random_braid.kernels.obstacle("amx") == "the model is in torch.float32; they take bfloat16"
+    assert random_braid.kernels.obstacle("amx") == "the model is in torch.float32; the C kernels need bfloat16"
 
 
 @pytest.mark.parametrize("path", ["torch", "cuda", "", None, ["amx"]])

@@ -82,7 +82,7 @@ def test_what_a_retriever_gives_is_composed_by_its_text(fake: FakeBraid) -> None
     one, two = fake.register_many(documents, progress=False)
     rules = fake.register_system(RULES)
     assert fake.compose([rules, *reversed(documents)]).input_ids == fake.compose([rules, two, one]).input_ids
-    with pytest.raises(UnknownChunkError, match=r"this PageDocument is not registered.*register_many first"):
+    with pytest.raises(UnknownChunkError, match=r"this PageDocument must be registered .*register_many first"):
         fake.compose([PageDocument("three")])
     with pytest.raises(EmptyTextError):
         fake.compose([PageDocument(" ")])
