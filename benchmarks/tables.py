@@ -296,6 +296,9 @@ def _singles(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if (row := report.get("register", {})).get("ratio"):
         what = f"between tokens of {row['running']} answers while {row['texts']} x {row['text_tokens']} tokens register"
         yield f"{what}, p50 and p99, over those without", f"{row['ratio']['p50']:.2f} x and {row['ratio']['p99']:.2f} x"
+    if "join_us" in (row := report.get("join", {})):
+        times = f"{row['join_us']:.0f} and {row['leave_us']:.0f} us; {row['place_us']:.0f} us a step that has some"
+        yield f"host time of a join and of a leave among {row['callers']} rows", times
 
 
 def _short(value: float | None) -> str:

@@ -141,6 +141,7 @@ def test_serving_shows_each_load_and_what_else_was_measured() -> None:
     shape = {"chunks": 256, "chunk_tokens": 512, "drawn": 8, "answer_tokens": 64}
     report = {"device": "G", "versions": {"torch": "1"}, "model": "M", "shape": shape, "rows": rows}
     report["aask8"] = {"requests": 8, "tokens": 16, "aask_passes": 17, "ask_many_passes": 16}
+    report["join"] = {"callers": 64, "joins": 9, "join_us": 98.7, "leave_us": 40.4, "place_us": 20.0}
     lines = tables.serving_table({**report, "threads": {"skipped": "why"}, "eight_over_one": 2.345}).splitlines()
     assert lines[0].startswith("One G, torch 1; M. 256 chunks of 512 tokens, 8 in a request; answers of 64 tokens")
     assert lines[4:6] == [
@@ -150,6 +151,7 @@ def test_serving_shows_each_load_and_what_else_was_measured() -> None:
     assert lines[9:] == [
         "| requests/s of 8 callers over those of one | 2.35 x |",
         "| passes for 8 `aask` of 16 tokens at once, and for one `ask_many` | 17 and 16 |",
+        "| host time of a join and of a leave among 64 rows | 99 and 40 us; 20 us a step that has some |",
     ]
 
 
