@@ -198,11 +198,14 @@ class AsyncStream(_Reader):
         if self._closed:
             raise StopAsyncIteration
         try:
-            if self._request is None or self._news is None:
+            if self._request is None:
                 request = await self._engine.beside_the_loop(self._start)
-                self._news = _News()
-                request.wake = self._news.ring
-                self._submit(request)
+                if self._request is None:  # else another task was quicker
+                    self._news = _News()
+                    request.wake = self._news.ring
+                    self._submit(request)
+            if self._news is None:
+                raise RuntimeError("a stream whose request is submitted must have news")
             while True:
                 piece = self._next_piece(self._request)
                 if piece:
@@ -277,14 +280,17 @@ class _Bell:
         return None if self._called else self._call
 
     def _call(self) -> None:
+        if self._called:
+            return
+        self._called = True  # first: the loop may deliver at once
         loop = self._loop()
-        if self._called or loop is None or loop.is_closed():
-            return
-        self._called = True
         try:
+            if loop is None:
+                raise RuntimeError("the loop is gone")
             loop.call_soon_threadsafe(self._deliver)
-        except RuntimeError:  # closed in between
-            return
+        except RuntimeError:  # or closed: nobody reads any more, and what is kept here would keep the loop
+            self._called = False
+            self._rung.clear()
 
     def _deliver(self) -> None:
         self._called = False  # first: what is rung from now on calls again

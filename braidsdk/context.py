@@ -1,6 +1,5 @@
 """A composed context: ask it questions, see what it would take from the cache."""
 
-import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from time import perf_counter
@@ -273,7 +272,7 @@ class Context:
         layout = self._engine.layout
         if isinstance(question, str):  # else it is refused by its type below
             check_length(question, self._engine.config.window, "The question", "Shorten it.")
-        past = conversation(parse_history(history or ()), layout, self._engine.turns)
+        past = conversation(parse_history(history or (), self._engine.config.window), layout, self._engine.turns)
         composition = self._composition
         for turn in past.turns:
             composition = composition.with_turn(turn)
@@ -291,9 +290,15 @@ class Context:
         return f"Context({self.mode}: {labels}; {len(self.input_ids)} tokens)"
 
 
+LONGEST_S = 1e12
+"""A `timeout_s` must be below it; nobody waits for 30,000 years."""
+
+
 def _timeout(timeout_s: float | None) -> float | None:
     if timeout_s is None:
         return None
-    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not 0 < timeout_s < math.inf:
-        raise InputError(f"timeout_s must be a number of seconds above 0, or None; got {shown(timeout_s)}.")
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, Real) or not 0 < timeout_s < LONGEST_S:
+        raise InputError(
+            f"timeout_s must be a number of seconds above 0 and below 1e12, or None; got {shown(timeout_s)}."
+        )
     return float(timeout_s)

@@ -40,7 +40,7 @@ class Kernels:
         return OBSTACLES[path](self._engine.model)
 
     def self_test(self, *, timed: bool = False, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
-        """Compute each Triton kernel at the model's own shapes, in a process of its own, and compare it with float64.
+        """Compute each Triton kernel at the model's own shapes, in up to eight processes, and compare it with float64.
         Takes up to a minute, and memory of the device beside the model's.
 
         Args:
@@ -48,11 +48,10 @@ class Kernels:
             on_progress: called with the cases done and those to be done. What it raises ends it.
 
         Returns:
-            A result for each operation and shape. One is right if its `ok` is true.
+            A result for each operation and shape. `ok` says whether it is right; a kernel that ends its process is not.
 
         Raises:
             InputError: Triton's kernels can't run this model here.
-            BraidError: that process ended before its time.
         """
         if reason := self.obstacle("triton"):
             raise InputError(

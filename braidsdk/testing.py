@@ -15,7 +15,10 @@ there, so it only answers what was really composed. The store is a temporary fol
 Answers are the same in every run. Nothing is downloaded.
 """
 
+import os
+import shutil
 import tempfile
+import weakref
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -179,18 +182,26 @@ class FakeBraid(Braid):
         Raises:
             StoreError: the store can't be used.
         """
-        self._temporary = tempfile.TemporaryDirectory(prefix="braid-fake-") if store is None else None
-        opened = ChunkStore(store if store is not None else str(self._temporary and self._temporary.name))
+        folder = tempfile.mkdtemp(prefix="braid-fake-") if store is None else str(store)
+        self._process = os.getpid()
+        self._remove = weakref.finalize(self, _remove, folder, self._process) if store is None else None
+        opened = ChunkStore(folder)
         # It lacks only `load` of a Model, and `load` is never called.
         model = cast("Model", FakeModel(_any_answer if answers is None else answers, window=window))
         pool = Pool.for_model(model, pool_bytes)
         self._adopt(Engine(model, FakeLayout(), opened, pool, namespace, max_queue=max_queue), "fake", is_tiny=False)
 
     def close(self) -> None:
-        """Close it as `Braid.close` does, and remove a temporary store. Safe to call twice."""
+        """Do what `Braid.close` does, and remove a temporary store. Safe to call twice; does nothing in a fork."""
         super().close()
-        if self._temporary is not None:
-            self._temporary.cleanup()
+        if self._remove and os.getpid() == self._process:
+            self._remove()
+
+
+def _remove(folder: str, process: int) -> None:
+    """Remove a folder, but not in a fork of the process that made it."""
+    if os.getpid() == process:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _any_answer(question: str, documents: tuple[str, ...]) -> str:  # noqa: ARG001 - the same for all

@@ -37,11 +37,12 @@ class Index:
     @contextmanager
     def write(self) -> Iterator[Database]:
         """A transaction that holds the store's only write lock from its start. It is undone if it raises."""
-        try:
-            with self._transaction("BEGIN IMMEDIATE") as db:
-                yield db
-        finally:
-            self._writes += 1
+        with self._lock:
+            try:
+                with self._transaction("BEGIN IMMEDIATE") as db:
+                    yield db
+            finally:
+                self._writes += 1
 
     def version(self) -> tuple[int, int]:
         """A value that changes when anything may have been written, by this process or another. Unlike a transaction,

@@ -48,8 +48,7 @@ class RecentChunks:
                 seen.ids.update((namespace, row.id) for row in read.values())
                 seen.characters += sum(len(row.text) for row in read.values())
         found = {each: row for each in wanted if (row := seen.rows.get((namespace, each)) or read.get(each))}
-        return {each: replace(row, metadata=deepcopy(row.metadata)) if row.metadata else row
-                for each, row in found.items()}  # fmt: skip
+        return {each: replace(row, metadata=deepcopy(row.metadata)) for each, row in found.items()}
 
     def known(self, namespace: str, ids: Iterable[str]) -> set[str]:
         """As `chunks.known`."""

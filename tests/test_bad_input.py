@@ -70,6 +70,15 @@ def test_text_far_longer_than_the_window_is_not_tokenized(braid: Braid, monkeypa
         braid.register("x" * 65_537)
 
 
+def test_a_message_far_longer_than_the_window_is_not_normalised(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braidsdk.prompt.history.normalise", lambda *_: pytest.fail("it was normalised"))
+    past = [{"role": "user", "content": "Well?"}, {"role": "assistant", "content": "x" * 65_537}]
+    with pytest.raises(
+        WindowExceededError, match=r"Message 1 of history must have at most 65,536 characters.*Shorten it"
+    ):
+        braid.ask("And?", chunks=[], history=past)
+
+
 def test_composition_longer_than_the_window(braid: Braid) -> None:
     with pytest.raises(WindowExceededError, match="Compose fewer"):
         braid.compose(["aistonia"] * 200)

@@ -5,6 +5,7 @@ Kernels are interpreted. On a GPU see test_gpu.py.
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -194,3 +195,74 @@ def test_tables_grow_when_more_segments_come_than_ever(braid: Braid, monkeypatch
         return [a.token_ids for a in braid.ask_many([(c, "Well?") for c in contexts], max_new_tokens=5)]
 
     assert ask() == eagerly(braid, ask)
+
+
+def test_a_slot_of_a_sampled_row_is_greedy_for_the_next_one(braid: Braid, contexts: list[Context]) -> None:
+    want = contexts[0].ask("Well?", max_new_tokens=6).token_ids
+    sampled = contexts[1].stream("Well?", max_new_tokens=60, temperature=2.0, seed=2)
+    next(sampled)
+    for end in (True, False):
+        other = contexts[0].stream("Well?", max_new_tokens=3, temperature=5.0, repetition_penalty=3.0, seed=1)
+        next(other)
+        if end:
+            list(other)
+        other.close()
+        assert contexts[0].ask("Well?", max_new_tokens=6).token_ids == want
+    assert braid.stats().running, "a sampled row runs beside, so the pass samples"
+    sampled.close()
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_batch_that_cannot_be_enlarged_goes_on_as_it_was(
+    braid: Braid, contexts: list[Context], monkeypatch: pytest.MonkeyPatch, fails: int
+) -> None:
+    """Requests of that step fail; those that follow do not."""
+    want = [context.ask("Well?", max_new_tokens=6).token_ids for context in contexts]
+    made = braid._engine._loop.runner.graphs
+    made.enlarge_batch(LiveRoom(items=4, words=256, partials=4))
+    honest, calls = made.enlarge_batch, []
+
+    def enlarge(room: LiveRoom) -> None:
+        calls.append(room)
+        if len(calls) == fails:
+            raise MemoryError("no room")
+        honest(room)
+
+    monkeypatch.setattr(made, "enlarge_batch", enlarge)
+    streams = [context.stream("Well?", max_new_tokens=6) for context in contexts]
+    for stream in streams:
+        with suppress(MemoryError):
+            next(stream)
+    for stream in streams:
+        with suppress(MemoryError):
+            list(stream)
+    assert calls
+    answers = braid.ask_many([(context, "Well?") for context in contexts], max_new_tokens=6)
+    assert [answer.token_ids for answer in answers] == want
+
+
+def test_a_pass_that_cannot_be_recorded_leaves_running_rows_alone(braid: Braid, contexts: list[Context]) -> None:
+    want = [context.ask("Well?", max_new_tokens=12).token_ids for context in contexts[:2]]
+    streams = [context.stream("Well?", max_new_tokens=12) for context in contexts[:2]]
+    for stream in streams:
+        next(stream)
+    made = braid._engine._loop.runner.graphs
+    honest = made._record
+
+    def record(run: Callable[[], None], what: str) -> SimpleNamespace:
+        honest(run, what)
+        raise MemoryError("no room")
+
+    def fail() -> None:
+        made._record = record
+        made._decodings.pop((16, False), None)
+        try:
+            made._decoding(16, False)
+        finally:
+            made._record = honest
+
+    with pytest.raises(MemoryError):
+        braid._engine.call(fail)
+    for stream in streams:
+        list(stream)
+    assert [stream.answer.token_ids for stream in streams] == want

@@ -1,5 +1,6 @@
 """The public fakes, used as an application's own tests would use them."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,3 +128,15 @@ def test_the_modules_own_example_passes(tmp_path: Path) -> None:
     example = [line[4:] for line in braidsdk.testing.__doc__.splitlines() if line.startswith("    ")]
     (tmp_path / "example.py").write_text("\n".join([*example, "", "test_the_bot_answers()"]))
     subprocess.run([sys.executable, "-W", "error", str(tmp_path / "example.py")], check=True)
+
+
+def test_a_fork_does_not_remove_the_store_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeBraid()
+    folder = Path(repr(fake).split("store=")[1].strip("')"))
+    assert folder.is_dir()
+    with monkeypatch.context() as fork:
+        fork.setattr(os, "getpid", lambda: -1)
+        fake.close()
+    assert folder.is_dir()
+    fake.close()
+    assert not folder.exists()

@@ -13,6 +13,9 @@ from braidsdk.prompt.lru import LRU, nbytes_of
 from braidsdk.store.keys import EntryKey, ModelIdentity
 from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
 
+KEY_BYTES, AFTER_BYTES = 2_000, 120
+"""What a remembered key takes beside its token ids: its record and hashes, and an id for each chunk before it."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -115,7 +118,7 @@ class Composition:
             if key is None:
                 key = EntryKey(model, namespace, *name)
                 if recent and chunk_id:
-                    recent.put(name, key, nbytes_of("", segment.token_ids))
+                    recent.put(name, key, nbytes_of("", segment.token_ids) + KEY_BYTES + AFTER_BYTES * len(after))
             keys.append(key)
         return tuple(keys)
 

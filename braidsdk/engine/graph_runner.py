@@ -1,8 +1,8 @@
 """Steps on CUDA graphs.
 
-A row joins or leaves the running batch by a write to its slot alone. Everything runs on one stream, in the order of the
-calls: what the pages of an ended request are used for next comes after its last write. A step is launched before the
-one before it was taken, so the device does not idle while the host looks at tokens.
+A row that joins or leaves the running batch changes its own slot alone. Everything runs on one stream, in the order of
+the calls: what the pages of an ended request are used for next comes after its last write. A step is launched before
+the one before it was taken, so the device does not idle while the host looks at tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,7 +61,7 @@ class GraphRunner:
         self._model, self._pool = model, pool
         self._rows: dict[Row, None] = {}
         self._apart: dict[Row, None] = {}  # those that the batch's attention does not know yet
-        self._sampling = 0  # how many of them are not greedy
+        self._sampling = 0  # how many of all rows are not greedy
         self._changed = False  # whether rows have joined or left since their places were last told to the device
         self._planned: DecodingPass | None = None  # the pass of one row whose tables hold the one that is here
 
@@ -177,19 +177,22 @@ class GraphRunner:
         batch.chosen[0].index_copy_(0, slots, tokens[lines[:, 1]])
         for at, row in joining:
             if not row.sampler.greedy:
-                self._sampling += 1
                 set_choices(batch.choices, row.slot, row.sampler, ahead=1)
                 batch.choices.seen[row.slot].scatter_(0, tokens[at : at + 1], True)
+            self._sampling += not row.sampler.greedy
             self._rows[row] = self._apart[row] = None
         self._planned, self._changed = None, True
 
     def _attention(self) -> LivePlan:
         """The running batch's attention, with all rows. Only a row beside others joins it."""
-        attention, joining = self.graphs.batch.attention, list(self._apart)
-        while room := next((more for row in joining if (more := attention.join(row.slot, _seen(row)))), None):
-            self.graphs.enlarge_batch(room)  # more than ever: all rows join a larger one
-            attention, joining = self.graphs.batch.attention, list(self._rows)
-        self._apart.clear()
+        attention = self.graphs.batch.attention
+        while self._apart:
+            row = next(iter(self._apart))
+            if room := attention.join(row.slot, _seen(row)):  # more than ever: all rows join a larger one
+                self.graphs.enlarge_batch(room)
+                attention, self._apart = self.graphs.batch.attention, dict.fromkeys(self._rows)
+            else:
+                del self._apart[row]
         return attention
 
     def _slots(self, pages: Tensor, tokens: "np.ndarray[Any, np.dtype[np.int64]]") -> Any:
@@ -198,10 +201,13 @@ class GraphRunner:
         return np.frombuffer(page_ids(pages), np.int32)[tokens // size] * size + tokens % size
 
     def _leave(self, rows: Sequence[Row]) -> None:
-        """Take rows out of their slots. What lies in these is read no more: a row that does not grow writes nowhere."""
-        attention = self.graphs.batch.attention
+        """Take rows out of their slots. What lies there stays: a row that does not grow writes nowhere. Only how it was
+        sampled goes, so that the slot's next row is greedy unless it says otherwise."""
+        attention, choices = self.graphs.batch.attention, self.graphs.batch.choices
         for row in rows:
-            self._sampling -= not row.sampler.greedy
+            if not row.sampler.greedy:
+                self._sampling -= 1
+                choices.shape[:, row.slot] = torch.tensor((0.0, 1.0, 0.0, 1.0), dtype=torch.float64)
             if row in self._apart:
                 del self._apart[row]
             else:

@@ -257,9 +257,11 @@ class Graphs:
 
             batch.state[2], batch.state[3] = 0, -1
             batch.attention.blank()  # rows beyond this pass may be running, and it has no memory for their results
-            graph = self._record(run, f"decoding of {rows}")
-            for part, value in zip(mine, kept, strict=True):
-                part.copy_(value)
+            try:
+                graph = self._record(run, f"decoding of {rows}")
+            finally:
+                for part, value in zip(mine, kept, strict=True):
+                    part.copy_(value)
             self._decodings[rows, drawn] = DecodingPass(graph, wanted, alone)
         return self._decodings[rows, drawn]
 

@@ -189,7 +189,8 @@ class Loop:
         try:
             if block:
                 deadline = self.scheduler.next_deadline()
-                mail = self._mail.get(timeout=None if deadline is None else max(0.0, deadline - perf_counter()))
+                left = None if deadline is None else min(threading.TIMEOUT_MAX, max(0.0, deadline - perf_counter()))
+                mail = self._mail.get(timeout=left)
             else:
                 mail = self._mail.get_nowait()
             while True:
@@ -480,6 +481,7 @@ class Loop:
                 self._fail(request, error)
             except Exception:  # after a failure nothing is certain; nobody waits for ever all the same
                 self.refuse(request, error)
+        self._wake_readers()  # what follows may wait long for a disk
         self.residency.close()
         self._flight = None
         del self.model, self.pool, self.runner

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from braidsdk.errors import InputError
 from braidsdk.prompt.lru import LRU, nbytes_of
-from braidsdk.prompt.text import normalise
+from braidsdk.prompt.text import check_length, normalise
 
 
 class Layout(Protocol):
@@ -78,16 +78,18 @@ class SpokenTurns:
         return self._known.get((tail, text))
 
 
-def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
+def parse_history(history: Sequence[Mapping[str, str]], window: int) -> tuple[Turn, ...]:
     """Check a history.
 
     Args:
         history: messages with "role" and "content". The roles alternate between "user" and "assistant", from the user's
             first question to an answer. No message holds the chunks, because they always stand before the first
             question.
+        window: tokens of the model's window.
 
     Raises:
         InputError: a role, a key or a content is wrong.
+        WindowExceededError: a content is too long to be encoded.
         EmptyTextError: a question holds nothing but white space.
     """
     wanted = (
@@ -108,6 +110,7 @@ def parse_history(history: Sequence[Mapping[str, str]]) -> tuple[Turn, ...]:
             raise InputError(
                 f"The content of message {index} of history must be text; got a {type(message['content']).__name__}."
             )
+        check_length(message["content"], window, f"Message {index} of history", "Shorten it, or leave it out.")
     if len(history) % 2:
         raise InputError("history must end with an answer; it ends with a user's message. Pass that as the question.")
     texts = [

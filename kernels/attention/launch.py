@@ -15,7 +15,6 @@ from braidsdk.kernels.rope import RotaryTable
 MANY_ROWS = 256
 """From so many rows in a batch on, every request's rows keep the machine busy without cutting its keys."""
 
-
 SMALL_M, LARGE_M = 16, 64
 """The least and the largest M of a product."""
 

@@ -130,11 +130,11 @@ class StaticPlan:
                 if segment.stop > segment.start:
                     ids, first, last = page_ids(segment.pages), segment.start // size, -(-segment.stop // size)
                     shown.append((segment, ids, first, last))
-                    words_of_pages += len(ids)
                     pages += last - first
             start, stop = request.rows.start, request.rows.stop
             if pages and stop > start:
                 asked.append((start, stop, shown, pages))
+                words_of_pages += sum([len(ids) for _, ids, _, _ in shown])
                 frame_count += len(shown)
                 total += pages * -(-(stop - start) // most)
         per_item = max(1, -(-total // self._work_items))

@@ -73,13 +73,20 @@ class Questions:
         assert not out[asked:].any()
 
 
-@pytest.mark.parametrize("group", [1, 2, 5])
+@pytest.mark.parametrize("group", [1, 2, 5, 8])  # with 8 an item holds 8 of the 12 rows
 def test_each_question_sees_its_own_segments(group: int, seed: int, poisoned: None) -> None:
     asking = Questions(group)
     shared = [(asking.entry(tokens), tokens) for tokens in (1, PAGE, 63, 150, 17)]
     asking.check(asking.ask((ROWS, shared)))
     asking.check(asking.ask((3, shared), (1, [shared[3], shared[0]]), (5, [])))
     asking.check(asking.ask((1, [shared[2], shared[2]]), (4, shared[::-1])))
+
+
+def test_a_request_without_rows_takes_no_part(seed: int, poisoned: None) -> None:
+    asking = Questions(2)
+    shared = [(asking.entry(tokens), tokens) for tokens in (40, 100)]
+    requests = asking.ask((3, shared), (2, shared[:1]))
+    asking.check([Request(slice(0, 0), requests[0].segments), *requests])
 
 
 def test_one_row_is_merged_by_its_last_program(seed: int, poisoned: None) -> None:

@@ -33,9 +33,11 @@ def add(store: ChunkStore, text: str, name: str | None = None, **more: object) -
 def test_chunks_are_read_once_while_nobody_writes(store: ChunkStore, reads: Callable[[], int]) -> None:
     one, two = add(store, "one\n", "first"), add(store, "two\n")
     for _ in range(3):
-        found = store.find_named("default", ["first", two, "nothing"])
+        found = store.find_named("default", ["first", two])
         assert {name: row.text for name, row in found.items()} == {"first": "one\n", two: "two\n"}
         assert store.known_chunks("default", [one, two]) == {one, two}
+    assert reads() == 1
+    assert store.find_named("default", ["nothing"]) == store.find_named("default", ["nothing"]) == {}
     assert reads() == 3, "what is not there is looked for each time"
     assert store.find_named("other", ["first", two]) == {}
     assert store.known_chunks("other", [one]) == set()
@@ -61,8 +63,11 @@ def test_a_write_is_seen_at_once(store: ChunkStore, folder: Path, by_itself: boo
 
 def test_metadata_belongs_to_who_asked(store: ChunkStore) -> None:
     add(store, "one\n", "name", metadata={"pages": [1]})
+    add(store, "two\n", "none")
     store.find_named("default", ["name"])["name"].metadata["pages"].append(2)  # type: ignore[attr-defined]
+    store.find_named("default", ["none"])["none"].metadata["pages"] = 1  # type: ignore[index]
     assert store.find_named("default", ["name"])["name"].metadata == {"pages": [1]}
+    assert store.find_named("default", ["none"])["none"].metadata == {}
 
 
 def test_long_texts_are_forgotten(store: ChunkStore, reads: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> None:
