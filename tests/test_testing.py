@@ -1,6 +1,5 @@
 """The public fakes, used as an application's own tests would use them."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -130,13 +129,26 @@ def test_the_modules_own_example_passes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", str(tmp_path / "example.py")], check=True)
 
 
-def test_a_fork_does_not_remove_the_store_of_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeBraid()
-    folder = Path(repr(fake).split("store=")[1].strip("')"))
-    assert folder.is_dir()
-    with monkeypatch.context() as fork:
-        fork.setattr(os, "getpid", lambda: -1)
-        fake.close()
+FORK = """
+import os, sys
+from pathlib import Path
+from braidsdk.testing import FakeBraid
+
+fake = FakeBraid()
+folder = Path(repr(fake).split("store=")[1].strip("')"))
+if child := os.fork():
+    assert os.waitpid(child, 0)[1] == 0
     assert folder.is_dir()
     fake.close()
     assert not folder.exists()
+else:
+    fake.close()
+"""
+
+
+def test_a_fork_does_not_remove_the_store_of_its_parent() -> None:
+    """Neither by closing it nor at its exit."""
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", FORK], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
