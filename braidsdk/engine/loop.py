@@ -48,12 +48,12 @@ STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens that one step prefills at most, by device; bounds the memory of activations."""
 
 PIECE_TOKENS = {"cpu": 64, "cuda": 512}
-"""The same while rows decode, so that they keep their pace. On one H200 smaller pieces (256, 128) made neither the gap
-between tokens shorter nor registering faster; the CPU's is an estimate."""
+"""The same while rows decode, so that they keep their pace. On one H200 pieces of 256 and 128 tokens changed
+the gaps between tokens and the time of registering by a tenth at most; the CPU's is an estimate."""
 
 JOINS = {"cpu": ROW_SLOTS, "cuda": 4}
-"""Requests that join the running rows in one step at most, by device. The GPU computes a step while the host prepares
-them, and waits if that takes longer."""
+"""Requests that join the running rows in one step at most, by device. Fewer shorten the longest gaps between tokens. On
+one H200, 3 to 16 gave the same requests/s of 64 callers."""
 
 FEW_READERS = 8
 """Up to so many readers are woken as soon as their tokens are there. More would compete with the engine for the

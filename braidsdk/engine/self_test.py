@@ -21,6 +21,20 @@ ENDED = "its process ended with"
 """How the trouble of a case begins that gave no result."""
 
 
+def geometry_of(model: Model) -> Geometry:
+    """The shapes that the self-test tries for a model."""
+    config = model.config
+    return Geometry(
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        q_heads=config.q_heads,
+        kv_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        vocab=config.vocab_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
 def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] | None = None) -> list[Result]:
     """Try every Triton kernel on a model's shapes, in processes of their own.
 
@@ -34,16 +48,7 @@ def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] |
     Returns:
         A result for each of `CASES`, in their order.
     """
-    config = model.config
-    geometry = Geometry(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        q_heads=config.q_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        vocab=config.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    geometry = geometry_of(model)
     command = [sys.executable, "-P", "-m", "braidsdk.kernels.selftest", json.dumps(asdict(geometry))]
     environment = dict(os.environ)
     if model.device.index:

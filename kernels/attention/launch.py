@@ -144,7 +144,7 @@ def _split(
     group: int,
     kv_heads: int,
     device: torch.device,
-    by_segment: bool = False,
+    by_segment: bool,
 ) -> Tables:
     size = block_m(group, rows)
     return split_tables(

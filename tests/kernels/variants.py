@@ -22,9 +22,10 @@ def main(dtype: str) -> None:
         sys.exit(77)
     from braidsdk.cache.pool import Pool
     from braidsdk.engine import graphs
+    from braidsdk.engine.self_test import geometry_of
     from braidsdk.kernels import launch
     from braidsdk.kernels.paths import Paths
-    from braidsdk.kernels.selftest import CASES, Bench, Geometry
+    from braidsdk.kernels.selftest import CASES, Bench
     from braidsdk.models.registry import find_checkpoint, load_model
 
     driver.set_active(Driver())
@@ -45,15 +46,7 @@ def main(dtype: str) -> None:
     torch.cuda.current_stream = lambda _: SimpleNamespace(synchronize=lambda: None)
     model = load_model(find_checkpoint("braid-tiny"), device=torch.device("cpu"), dtype=getattr(torch, dtype))
     pool, config = Pool.for_model(model, 2**26), model.config
-    shape = Geometry(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        q_heads=config.q_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        vocab=config.vocab_size,
-        dtype=dtype,
-    )
+    shape = geometry_of(model)
     with torch.inference_mode():
         for case in CASES:
             case.make(Bench(shape, torch.device("cpu"), timed=False)).run(0)
