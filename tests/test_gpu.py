@@ -239,10 +239,8 @@ def test_a_temperature_draws_among_what_may_be_drawn(contexts: list[Context]) ->
     assert contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0, top_k=1).token_ids == greedy
     drawn = {contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0, top_k=0, seed=n).token_ids for n in range(8)}
     assert len(drawn) > 4
-    assert (
-        contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0).token_ids
-        != contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0).token_ids
-    ), "without a seed each answer is another one"
+    unseeded = {contexts[0].ask("Well?", max_new_tokens=12, temperature=3.0, top_k=0).token_ids for _ in range(8)}
+    assert len(unseeded) > 4, "without a seed each answer is another one"
 
 
 def test_after_warming_up_no_question_captures_anything(opened: Callable[..., Braid]) -> None:

@@ -48,10 +48,6 @@ def _unit(
 
     half = tl.arange(0, HALF)
     query_at = queries + (row.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + half[None, :]
-    if USE_PDL and first_unit:  # all read so far was there before the kernels ahead of this one began
-        tl.extra.cuda.gdc_wait()
-        if FOLLOWED:
-            tl.extra.cuda.gdc_launch_dependents()
 
     d = tl.arange(0, HEAD_DIM)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -81,19 +77,27 @@ def _unit(
             seen = tl.where(live, tl.minimum(high, position - origin + 1), 0)
             start = tl.maximum(tl.min(low, 0), span_start)
         stop = tl.minimum(tl.max(seen, 0), span_stop)
+        turn = tl.maximum(position - origin, 0).to(tl.int64)[:, None] * HALF + half[None, :]
+        cosine = tl.load(cosines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
+        sine = tl.load(sines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
+        # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
+        listed = pages + first_page - span_start // PAGE
+        first = start // PAGE
+        ids = tl.load(listed + first + k, mask=(first + k) * PAGE < stop, other=0)
+        if USE_PDL and first_unit and span == first_span:
+            # All read so far was there before the kernels ahead of this one began.
+            tl.extra.cuda.gdc_wait()
+            if FOLLOWED:
+                tl.extra.cuda.gdc_launch_dependents()
         if stop > start:
-            turn = tl.maximum(position - origin, 0).to(tl.int64)[:, None] * HALF + half[None, :]
-            cosine = tl.load(cosines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
-            sine = tl.load(sines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
             # Read anew for each span, from the cache: kept, they would take the registers that the loop needs.
             query_a = tl.load(query_at, mask=live[:, None], other=0.0).to(tl.float32)
             query_b = tl.load(query_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
             halves = tl.join(query_a * cosine - query_b * sine, query_b * cosine + query_a * sine)
             turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, HEAD_DIM)).to(kv.dtype.element_ty)
-            listed = pages + first_page - span_start // PAGE
-            for some in range(start // PAGE, (stop + PAGE - 1) // PAGE, LISTED):
-                # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
-                ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
+            for some in range(first, (stop + PAGE - 1) // PAGE, LISTED):
+                if some > first:
+                    ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
                 blocks = tl.minimum((stop + BLOCK_N - 1) // BLOCK_N - some * BLOCKS, LISTED * BLOCKS)
                 for index in tl.range(0, blocks, num_stages=STAGES):
                     page = tl.sum(tl.where(k == index // BLOCKS, ids, 0), 0).to(tl.int64)
@@ -193,18 +197,15 @@ def cascade(
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
 
     MERGES: the last unit of a row merges it. FOLLOWED: another launch, which FOLLOWS, takes the other items; it begins
-    once this one has its queries, so it needs no wait of its own but the one that keeps completion in order.
+    once this one has its queries, so it needs no wait of its own but the one that keeps completion in order. One
+    program is enough for that: the others leave their places to units that still need one. Elsewhere programs without
+    a unit wait too, so that those of the next kernel don't come early into the way of this one.
     """
     q_heads: tl.constexpr = KV_HEADS * GROUP
     start = tl.load(counts + FROM) * KV_HEADS + tl.program_id(0)
     stop = tl.load(counts + TO) * KV_HEADS
-    if USE_PDL:
-        if not FOLLOWED:
-            tl.extra.cuda.gdc_launch_dependents()
-        else:
-            if start >= stop:
-                tl.extra.cuda.gdc_wait()
-                tl.extra.cuda.gdc_launch_dependents()
+    if USE_PDL and not FOLLOWED:
+        tl.extra.cuda.gdc_launch_dependents()
     for unit in range(start, stop, tl.num_programs(0)):
         item = unit // KV_HEADS
         head = unit % KV_HEADS
@@ -232,7 +233,7 @@ def cascade(
                             q_heads, 1, HEAD_DIM, MERGE_BLOCK, ".cg",
                         )  # fmt: skip
                 tl.store(arrived + row * KV_HEADS + head, 0)
-    if USE_PDL and (FOLLOWS or start >= stop):
+    if USE_PDL and (tl.program_id(0) == 0 if FOLLOWS else start >= stop):
         tl.extra.cuda.gdc_wait()
 
 

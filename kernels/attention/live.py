@@ -96,7 +96,7 @@ class LivePlan:
         few = work_items(device, kv_heads, SMALL_M)
         launch = Launch(
             block_m=size,
-            programs=2 * work_items(device, kv_heads, size) * kv_heads if size > SMALL_M else 0,
+            programs=4 * work_items(device, kv_heads, size) * kv_heads if size > SMALL_M else 0,
             small_programs=(4 * few if size > SMALL_M else 2 * few) * kv_heads,
             partials=rows * placed.room.partials,
             direct=False,

@@ -24,7 +24,8 @@ _FIELDS = ("items", "spans", "rows", "frames", "pages", "hidden", "counts", "mer
 class Tables:
     """Work of one forward pass; int32, on the CPU until moved.
 
-    An item is a block of rows against some pages; a span is a run of pages of one entry within an item.
+    An item is a block of rows against some pages; a span is a run of pages of one entry within an item, which has one
+    at least.
 
     Attributes:
         items: [items, 5]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
