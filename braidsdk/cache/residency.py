@@ -15,8 +15,10 @@ from functools import partial
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 import transformers
+from numpy.typing import NDArray
 from torch import Tensor
 
 from braidsdk.cache.pool import Pool, Resident, State
@@ -443,7 +445,7 @@ class Residency(Generic[N]):
             A function for an I/O thread. It waits for the copy and returns one slab per layer, with zero padding.
         """
         if self._copies is None:
-            return lambda: self._slabs(entry, self.pool.kv[:, :, entry.pages])
+            return lambda: self._slabs(entry, _bytes_of(self.pool.kv)[:, :, entry.pages.numpy()])
         computed = torch.cuda.Event()
         computed.record()
         return partial(self._copied_from_gpu, entry, computed)
@@ -469,14 +471,13 @@ class Residency(Generic[N]):
                 there.record()
                 there.synchronize()
                 some.copy_(staged)
-        return self._slabs(entry, tiles)
+        return self._slabs(entry, _bytes_of(tiles))
 
-    def _slabs(self, entry: Resident, tiles: Tensor) -> list[Slab]:
-        filled = entry.tokens - (len(entry.pages) - 1) * self.pool.page_size
-        with torch.inference_mode():
-            tiles[:, :, -1, :, filled:] = 0
-        shape = tuple(tiles.shape[1:])
-        return [Slab(self._identity.dtype, shape, layer.view(-1).view(torch.uint8).numpy().data) for layer in tiles]
+    def _slabs(self, entry: Resident, tiles: NDArray[np.uint8]) -> list[Slab]:
+        """One slab per layer of an entry's pages, as `_bytes_of` gives them; their padding is set to zero."""
+        tiles[:, :, -1, :, entry.tokens - (len(entry.pages) - 1) * self.pool.page_size :] = 0
+        shape = (*tiles.shape[1:-1], self.pool.kv.shape[-1])
+        return [Slab(self._identity.dtype, shape, layer.reshape(-1).data) for layer in tiles]
 
     def _scatter(self, found: Entry, slabs: Sequence[Slab], pages: Tensor) -> None:
         """Copy a stored entry into the pool, a layer slab at a time."""
@@ -498,6 +499,12 @@ class Residency(Generic[N]):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
+
+
+def _bytes_of(tiles: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor on the CPU, those of its last dimension in one. I/O threads copy them by numpy: a copy by
+    torch may start OpenMP threads of their own, beside which those of the engine sleep between operations."""
+    return tiles.view(torch.uint8).numpy()
 
 
 def _exiting(error: RuntimeError) -> ClosedError:

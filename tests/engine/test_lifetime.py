@@ -682,3 +682,30 @@ print("there")
         {**script_environment, "PYTHONWARNINGS": "ignore::ResourceWarning"},
     )
     assert (done.stdout, done.stderr, done.returncode) == ("there\n", "", 0)
+
+
+def test_only_the_engine_has_openmp_threads(script_environment: dict[str, str]) -> None:
+    """A second thread's would let its own sleep between operations: a fifth of the speed on a CPU."""
+    done = run(
+        """
+import psutil
+
+def native():
+    return len(psutil.Process().threads()) - threading.active_count()
+
+torch.set_num_threads(3)
+before = native()
+with Braid("braid-tiny", store=os.environ["STORE"], device="cpu", kernels="torch") as braid:
+    docs = braid.register_many([f"Line {n} of the text. " * 60 for n in range(4)], progress=False)
+    context = braid.compose(docs)
+    context.ask("Well?", max_new_tokens=4)
+    time.sleep(0.1)
+    print(native() - before)
+with Braid("braid-tiny", store=os.environ["STORE"], device="cpu", kernels="torch") as braid:
+    braid.ask("Well?", chunks=[chunk for chunk in braid.chunks], max_new_tokens=4)
+    time.sleep(0.1)
+    print(native() - before)
+""",
+        {**script_environment, "PYTHONWARNINGS": "ignore::UserWarning"},
+    )
+    assert (done.stdout, done.stderr) == ("2\n2\n", "")
