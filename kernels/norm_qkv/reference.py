@@ -1,6 +1,7 @@
 """Hidden states to unrotated queries and appended KV, torch reference (order as in transformers' Qwen3Attention)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,15 +21,14 @@ class NormQKVWeights:
         norm: input layer norm, [hidden].
         qkv: query, key and value projections stacked in this order, [(q_heads + 2 * kv_heads) * head_dim, hidden].
         bias: their biases, or None.
-        q_norm: [head_dim].
-        k_norm: [head_dim].
+        q_norm, k_norm: norms of each query's and key's head, [head_dim]; None in both for a model without them.
     """
 
     norm: Tensor
     qkv: Tensor
     bias: Tensor | None
-    q_norm: Tensor
-    k_norm: Tensor
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
 
 def norm_qkv_reference(
@@ -36,19 +36,20 @@ def norm_qkv_reference(
 ) -> Tensor:
     """Project normed hidden states, append keys and values to the paged memory, return the queries.
 
-    q_norm and k_norm are applied per head, before RoPE: per-dimension weights do not commute with a rotation. Keys are
-    rotated in their segment's frame; queries stay unrotated, since each segment wants its own rotation.
+    q_norm and k_norm, if there are any, are applied per head, before RoPE: per-dimension weights do not commute with a
+    rotation. Keys are rotated in their segment's frame; queries stay unrotated, since each segment wants its own
+    rotation.
 
     Args:
         hidden: [tokens, hidden].
         weights: the layer's packed weights.
-        eps: of all three norms.
+        eps: of all norms.
         cos, sin: at the position of each token in its segment's frame, [tokens, head_dim / 2].
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
         slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
 
     Returns:
-        Normed, unrotated queries [tokens, q_heads, head_dim].
+        Unrotated queries, normed if the model does that, [tokens, q_heads, head_dim].
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
     normed = in_blocks(lambda block: rms_norm_reference(block, weights.norm, eps), hidden)
@@ -56,11 +57,14 @@ def norm_qkv_reference(
     packed = packed.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
 
+    def normed_head(heads: Tensor, norm: Tensor | None) -> Tensor:
+        return heads if norm is None else rms_norm_reference(heads, norm, eps)
+
     def turned(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return rotate(rms_norm_reference(keys, weights.k_norm, eps), cos, sin)
+        return rotate(normed_head(keys, weights.k_norm), cos, sin)
 
     _append(kv, slots, in_blocks(turned, keys, cos, sin), values)
-    return in_blocks(lambda block: rms_norm_reference(block, weights.q_norm, eps), queries)
+    return queries if weights.q_norm is None else in_blocks(partial(normed_head, norm=weights.q_norm), queries)
 
 
 def _append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
