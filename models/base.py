@@ -55,6 +55,8 @@ class ModelConfig:
         rope: the whole RoPE configuration as canonical JSON. It is part of a KV entry's key.
         eos_ids: ids that end an answer.
         generation: how its tokens are chosen if the caller does not say.
+        qk_norm: whether each head of queries and keys has an RMSNorm.
+        qkv_bias: whether their projection, and that of the values, has biases.
     """
 
     layers: int
@@ -68,6 +70,8 @@ class ModelConfig:
     rope: str
     eos_ids: frozenset[int]
     generation: GenerationDefaults = field(default_factory=GenerationDefaults)
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,27 +160,6 @@ class Model(Protocol):
     rotary: RotaryTable
     paths: Paths
     """Which implementation each operation takes. It may be changed between passes."""
-
-    @classmethod
-    def load(
-        cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
-    ) -> "Model":
-        """Load a checkpoint strictly.
-
-        Args:
-            folder: the checkpoint.
-            device: the device that it will run on.
-            dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
-                are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
-                float16 exactly.
-            fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
-                weights again.
-
-        Raises:
-            UnsupportedModelError: the config asks for something that is not computed.
-            WeightsError: weights are missing, unexpected, misshapen or not finite.
-        """
-        ...
 
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens: append their keys and values, and return logits for the rows that want them.

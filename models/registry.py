@@ -6,14 +6,18 @@ import torch
 
 from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError, did_you_mean, shown
 from braidsdk.models.base import Model, read_json
+from braidsdk.models.config import Family
+from braidsdk.models.decoder import Decoder
+from braidsdk.models.families.llama import LLAMA, MISTRAL
+from braidsdk.models.families.qwen2 import QWEN2
+from braidsdk.models.families.qwen3 import QWEN3
 from braidsdk.models.hub import fetch, is_hub_id
-from braidsdk.models.qwen3 import Qwen3
 
 EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 """Checkpoints that ship with the package."""
 
-FAMILIES: dict[str, type[Model]] = {"qwen3": Qwen3}
-"""The class that computes each `model_type` of config.json."""
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+"""The families that are computed, by the `model_type` of config.json."""
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
@@ -57,13 +61,12 @@ def _is_file(path: Path) -> bool:
 def load_model(
     folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
 ) -> Model:
-    """Load a checkpoint with the family that its config names. For arguments and errors see
-    `models.base.Model.load`."""
+    """Load a checkpoint of the family that its config names. For arguments and errors see `Decoder.load`."""
     path = folder / "config.json"
     model_type = read_json(path).get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model_type in {path} must be one of {', '.join(sorted(FAMILIES))}; got {model_type!r}. Choose a "
             "checkpoint of such a family."
         )
-    return FAMILIES[model_type].load(folder, device=device, dtype=dtype, fingerprints=fingerprints)
+    return Decoder.load(folder, FAMILIES[model_type], device=device, dtype=dtype, fingerprints=fingerprints)

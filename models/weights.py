@@ -78,6 +78,12 @@ class Weights:
                         "Keep the shards of one save."
                     )
                 self._stored[name] = stored
+        if "embed_tokens.weight" in self._stored:  # saved without the head, as a base model
+            self._stored = {_of_a_head(name): stored for name, stored in self._stored.items()}
+        for name in [name for name in self._stored if name.endswith(".rotary_emb.inv_freq")]:
+            del self._stored[
+                name
+            ]  # old versions of transformers saved this buffer; new ones compute it from the config
         self._known = recall(fingerprints, self._stamp) if fingerprints else None
         # One buffer for all reads leaves no holes in the heap.
         self._buffer = torch.frombuffer(bytearray(PIECE_BYTES), dtype=torch.uint8)
@@ -245,6 +251,11 @@ def _pieces(stored: _Stored) -> Iterator[bytes]:
         while left > 0 and (piece := file.read(min(left, PIECE_BYTES))):
             yield piece
             left -= len(piece)
+
+
+def _of_a_head(name: str) -> str:
+    """The name of a base model's weight in a model with a language head."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def _first(faults: Iterator[str]) -> list[str]:

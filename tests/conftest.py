@@ -12,7 +12,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton, which reads it then
 
 from tokenizers import Tokenizer
-from transformers import Qwen3Config, Qwen3ForCausalLM, logging
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    logging,
+)
 
 from braidsdk import Braid
 from braidsdk.cache.pool import PAGE_SIZE, Pool
@@ -47,9 +55,34 @@ def pytest_report_header() -> str:
     return "cuda: " + ("yes" if torch.cuda.is_available() else "none, tests marked gpu are deselected")
 
 
-def save_random_checkpoint(folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """A Qwen3 of odd geometry with random weights, saved by transformers, with braid-tiny's tokenizer beside it."""
-    config = Qwen3Config(
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, object]]] = {
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "qwen2": (Qwen2Config, {"hidden_size": 112, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "llama": (
+        LlamaConfig,
+        {
+            "num_attention_heads": 6,
+            "head_dim": 24,
+            "attention_bias": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
+    "mistral": (MistralConfig, {"head_dim": 40, "sliding_window": None, "num_key_value_heads": 4}),
+}
+"""Of each family transformers' config, and an odd geometry."""
+
+
+def save_random_checkpoint(folder: Path, *, family: str = "qwen3", seed: int = 0, **changes: object) -> Path:
+    """A model of odd geometry with random weights, saved by transformers, with braid-tiny's tokenizer beside it."""
+    config_class, odd = FAMILIES[family]
+    config = config_class(
         **{
             "vocab_size": 1024,
             "hidden_size": 96,
@@ -57,17 +90,17 @@ def save_random_checkpoint(folder: Path, *, seed: int = 0, **changes: object) ->
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "head_dim": 32,
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
             "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": 1021,
+            **odd,
             **changes,
         }
     )
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     for name, weight in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 2.0)

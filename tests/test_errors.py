@@ -108,7 +108,7 @@ def no_hub(scene: Scene) -> None:
 
 def unsupported(scene: Scene) -> None:
     folder = scene.copy()
-    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
     scene.open(model=folder)
 
 
@@ -243,7 +243,7 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (unknown_mode, errors.UnknownModeError, "mode must be one of exact, isolated, anchored; got 'anchord"),
     (no_checkpoint, errors.ModelNotFoundError, r"No checkpoint at .* \[\.\.\.\] .* or one of braid-tiny"),
     (no_hub, errors.HubError, "HF_ENDPOINT"),
-    (unsupported, errors.UnsupportedModelError, "must be one of qwen3; got 'llama'. Choose"),
+    (unsupported, errors.UnsupportedModelError, "must be one of llama, mistral, qwen2, qwen3; got 'gpt2'. Choose"),
     (wrong_weights, errors.WeightsError, "such as .*Use the config.json that belongs to these weights"),
     (store_error, errors.StoreError, "Input/output error. Free some space or correct what fails"),
     (store_path, errors.StorePathError, "a file in the way. Choose another path"),

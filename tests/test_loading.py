@@ -17,8 +17,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from braidsdk import Braid
 from braidsdk.errors import UnsupportedModelError, WeightsError
 from braidsdk.kernels.paths import Paths
+from braidsdk.models import config as models_config
 from braidsdk.models.base import GenerationDefaults
-from braidsdk.models.qwen3.config import read_config, weight_shapes
+from braidsdk.models.config import CheckpointConfig, weight_shapes
+from braidsdk.models.families.qwen3 import QWEN3
 from braidsdk.models.registry import load_model
 from braidsdk.models.weights import WeightsWarning
 from braidsdk.prompt.layout import LayoutWarning, PromptLayout
@@ -29,6 +31,10 @@ TOLERANCE = 1e-4
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
 Weights = dict[str, torch.Tensor]
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    return models_config.read_config(folder, QWEN3)
 
 
 def edit_json(path: Path, *without: str, **changes: object) -> Path:
@@ -105,10 +111,8 @@ def test_a_wrong_rope_would_be_noticed(make_checkpoint: Make, tmp_path: Path, mo
     """The attention factor enters twice. Forgotten, it is orders above the tolerance."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     folder = make_checkpoint(rope_parameters=rope)
-    from braidsdk.models.qwen3 import model
-
-    true = model.rope_frequencies
-    monkeypatch.setattr(model, "rope_frequencies", lambda config: (true(config)[0], 1.0))
+    true = models_config._rope_frequencies
+    monkeypatch.setattr(models_config, "_rope_frequencies", lambda *given: (true(*given)[0], 1.0))
     assert min(errors_against_transformers(folder, tmp_path / "store", DOCUMENTS)) > 100 * TOLERANCE
 
 
@@ -117,7 +121,7 @@ def test_the_old_spelling_of_a_scaled_rope_is_the_same_model(make_checkpoint: Ma
     new = make_checkpoint("new", rope_parameters={**rope, "rope_theta": 1e6})
     old = shutil.copytree(new, new.parent / "old")
     edit_json(old / "config.json", "rope_parameters", rope_scaling=rope, rope_theta=1e6)
-    assert read_config(old)[0] == read_config(new)[0]
+    assert read_config(old).numbers == read_config(new).numbers
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_the_old_spelling_of_a_scaled_rope_is_the_same_model(make_checkpoint: Ma
 )
 def test_the_window_is_what_the_model_is_made_for(make_checkpoint: Make, rope: dict[str, object], window: int) -> None:
     folder = edit_json(make_checkpoint() / "config.json", rope_parameters={**rope, "rope_theta": 1e6})
-    assert read_config(folder)[0].window == window
+    assert read_config(folder).numbers.window == window
 
 
 @pytest.mark.parametrize(
@@ -154,6 +158,14 @@ def test_the_window_is_what_the_model_is_made_for(make_checkpoint: Make, rope: d
         ({"num_key_value_heads": 3}, "4 query heads over 3 KV heads"),
         ({"hidden_size": "many"}, "must be a config that transformers can read"),
         ({"model_type": "qwen3_moe"}, "got 'qwen3_moe'"),
+        ({"model_type": ["qwen3"]}, r"got \['qwen3'\]"),
+        ({"rope_parameters": None, "rope_scaling": 4}, "must be a config that transformers can read"),
+        ({"rope_parameters": None, "rope_scaling": "yarn"}, "must be a config that transformers can read"),
+        ({"partial_rotary_factor": [0.5]}, "partial rotary"),
+        ({"rope_scaling": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial rotary"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+        ({"dtype": "float8_e4m3fn"}, "dtype float8_e4m3fn"),
+        ({"dtype": "int8"}, "dtype int8"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -161,6 +173,45 @@ def test_what_is_not_computed_is_refused_by_name(make_checkpoint: Make, changes:
     folder = edit_json(make_checkpoint() / "config.json", **changes)
     with pytest.raises(UnsupportedModelError, match=says):
         load_model(folder, device=CPU, dtype=None)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "says"),
+    [
+        ("llama", {"mlp_bias": True}, r"biases in the MLP .* plain Llama checkpoint"),
+        ("mistral", {"sliding_window": 64}, "a sliding window of 64 tokens"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None},
+            "sliding",
+        ),
+        ("qwen2", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_type 'llama3'"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused_by_name(
+    make_checkpoint: Make, family: str, changes: dict[str, object], says: str
+) -> None:
+    folder = edit_json(make_checkpoint(family=family) / "config.json", **changes)
+    with pytest.raises(UnsupportedModelError, match=says):
+        load_model(folder, device=CPU, dtype=None)
+
+
+@torch.inference_mode()
+def test_a_base_models_weights_are_loaded_as_transformers_loads_them(make_checkpoint: Make, tmp_path: Path) -> None:
+    folder = make_checkpoint(tie_word_embeddings=True)
+    fingerprint = load_model(folder, device=CPU, dtype=None).fingerprint
+    edit_weights(
+        folder, lambda w: [w.update({name.removeprefix("model."): w.pop(name)}) for name in list(w) if "model." in name]
+    )
+    assert load_model(folder, device=CPU, dtype=None).fingerprint == fingerprint
+    assert max(errors_against_transformers(folder, tmp_path / "store", DOCUMENTS)) < TOLERANCE
+
+
+def test_rope_buffers_of_old_versions_of_transformers_are_no_weights(make_checkpoint: Make) -> None:
+    folder = make_checkpoint(family="llama")
+    fingerprint = load_model(folder, device=CPU, dtype=None).fingerprint
+    edit_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(12)}))
+    assert load_model(folder, device=CPU, dtype=None).fingerprint == fingerprint
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "can't be read"), ("[]", "must hold a JSON object")])
@@ -205,14 +256,14 @@ def test_generation_defaults_are_the_models_own(make_checkpoint: Make) -> None:
     path = folder / "generation_config.json"
     qwen3 = {"do_sample": True, "eos_token_id": [1021, 1019], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
     path.write_text(json.dumps(qwen3))
-    config, _ = read_config(folder)
+    config = read_config(folder).numbers
     assert config.eos_ids == {1021, 1019}
     assert config.generation == GenerationDefaults(top_k=20, top_p=0.95)
     path.write_text(json.dumps({"temperature": 0.0, "do_sample": True, "min_p": None}))
-    assert read_config(folder)[0].generation == GenerationDefaults()
+    assert read_config(folder).numbers.generation == GenerationDefaults()
     path.unlink()
-    assert read_config(folder)[0].generation == GenerationDefaults()
-    assert read_config(folder)[0].eos_ids == {1021}
+    assert read_config(folder).numbers.generation == GenerationDefaults()
+    assert read_config(folder).numbers.eos_ids == {1021}
 
 
 @pytest.mark.parametrize(
@@ -494,7 +545,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         architectures=["Qwen3ForCausalLM"],
     )
     config.save_pretrained(folder)
-    shapes = weight_shapes(config, tied=True)
+    shapes = weight_shapes(read_config(folder), tied=True)
     weights = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     names, shard = list(weights), "model-{}-of-2.safetensors"
     where = {name: shard.format(1 + (index > 20)) for index, name in enumerate(names)}

@@ -24,7 +24,7 @@ from braidsdk.fidelity.layers import compare_layers, in_float64, runs_in_frames
 from braidsdk.kernels.attention import op
 from braidsdk.kernels.paths import AMX, Paths
 from braidsdk.kernels.rope import RotaryTable
-from braidsdk.models.qwen3 import model as qwen3
+from braidsdk.models import decoder
 from braidsdk.models.registry import load_model
 
 SEEDS = 12
@@ -255,13 +255,13 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
             monkeypatch.setattr(op, name, unturned(getattr(op, name)))
         monkeypatch.setattr(op, "plan_for_amx", without_angles(op.plan_for_amx))
     else:
-        attend = qwen3.cascade_attention
+        attend = decoder.cascade_attention
         ours = peers.ours
         honest = type(ours)._finish_layer
 
         def finish(model: object, *args: object) -> Tensor:
             factor = 0.97 if model is ours else 1.0
-            monkeypatch.setattr(qwen3, "cascade_attention", lambda *rest: attend(*rest[:-1], rest[-1] * factor))
+            monkeypatch.setattr(decoder, "cascade_attention", lambda *rest: attend(*rest[:-1], rest[-1] * factor))
             return honest(model, *args)
 
         monkeypatch.setattr(type(ours), "_finish_layer", finish)

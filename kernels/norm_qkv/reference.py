@@ -64,7 +64,11 @@ def norm_qkv_reference(
         return rotate(normed_head(keys, weights.k_norm), cos, sin)
 
     _append(kv, slots, in_blocks(turned, keys, cos, sin), values)
-    return queries.contiguous() if weights.q_norm is None else in_blocks(partial(normed_head, norm=weights.q_norm), queries)
+    return (
+        queries.contiguous()
+        if weights.q_norm is None
+        else in_blocks(partial(normed_head, norm=weights.q_norm), queries)
+    )
 
 
 def _append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from braidsdk.cli import layer_checks
 from braidsdk.kernels import native
 from braidsdk.kernels.paging import append
-from braidsdk.models.qwen3 import model as qwen3
+from braidsdk.models import decoder
 from braidsdk.models.registry import load_model
 
 Cli = Callable[..., Any]
@@ -21,15 +21,15 @@ FAULTY = 1
 DTYPES = ["float32", "bfloat16"]
 
 
-def scaled(monkeypatch: pytest.MonkeyPatch, model: qwen3.Qwen3) -> None:
+def scaled(monkeypatch: pytest.MonkeyPatch, model: decoder.Decoder) -> None:
     """Attention's output projection times 0.97."""
     layer = model._layers[FAULTY]
     model._layers[FAULTY] = replace(layer, out=layer.out * 0.97)
 
 
-def normed_late(monkeypatch: pytest.MonkeyPatch, model: qwen3.Qwen3) -> None:
+def normed_late(monkeypatch: pytest.MonkeyPatch, model: decoder.Decoder) -> None:
     """Keys normed by their weights after RoPE, which differs wherever the weights do."""
-    honest = qwen3.norm_qkv
+    honest = decoder.norm_qkv
 
     def norm_qkv(hidden: Tensor, weights: Any, eps: float, cos: Tensor, sin: Tensor, kv: Tensor, slots: Tensor, **how):
         if weights is not model._layers[FAULTY].qkv:
@@ -40,18 +40,18 @@ def normed_late(monkeypatch: pytest.MonkeyPatch, model: qwen3.Qwen3) -> None:
         append(kv, slots, keys * weights.k_norm, values)
         return queries
 
-    monkeypatch.setattr(qwen3, "norm_qkv", norm_qkv)
+    monkeypatch.setattr(decoder, "norm_qkv", norm_qkv)
 
 
-def late_rows(monkeypatch: pytest.MonkeyPatch, model: qwen3.Qwen3) -> None:
+def late_rows(monkeypatch: pytest.MonkeyPatch, model: decoder.Decoder) -> None:
     """A MLP that is wrong where one row is computed by itself."""
-    honest = qwen3.norm_swiglu
+    honest = decoder.norm_swiglu
 
     def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, *rest: Any, **how: Any) -> Tensor:
         factor = 0.97 if gate_up is model._layers[FAULTY].gate_up and len(hidden) == 1 else 1.0
         return honest(hidden, norm, gate_up, *rest, **how) * factor
 
-    monkeypatch.setattr(qwen3, "norm_swiglu", norm_swiglu)
+    monkeypatch.setattr(decoder, "norm_swiglu", norm_swiglu)
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Qwen3 over paged KV memory: attention, MLP, layer, model. This file serves every device; `kernels` picks the path."""
+"""A dense decoder over paged KV memory: attention, MLP, layer, model. One serves all families and every device;
+`kernels` picks the path.
+"""
 
 import warnings
 from dataclasses import dataclass, replace
@@ -17,15 +19,7 @@ from braidsdk.kernels.projection import pack, unpack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
-from braidsdk.models.qwen3.config import (
-    EMBEDDING,
-    HEAD,
-    NORM,
-    read_config,
-    rope_frequencies,
-    switched_off,
-    weight_shapes,
-)
+from braidsdk.models.config import EMBEDDING, HEAD, NORM, Family, read_config, switched_off, weight_shapes
 from braidsdk.models.weights import Weights, WeightsWarning
 
 
@@ -34,7 +28,7 @@ class Layer:
     """Weights of one decoder layer, stacked and laid out for its operations.
 
     Attributes:
-        qkv: input norm, QKV projection and QK norms.
+        qkv: input norm, QKV projection, and QK norms if the family has them.
         out: attention's output projection, [hidden, q_heads * head_dim].
         out_bias: [hidden], or None.
         mlp_norm: [hidden].
@@ -50,8 +44,8 @@ class Layer:
     down: Tensor
 
 
-class Qwen3:
-    """A Qwen3 decoder (Qwen team 2025, arXiv:2505.09388; computed as transformers' modeling_qwen3 does)."""
+class Decoder:
+    """A decoder of grouped-query attention, RoPE, RMSNorm and SwiGLU, computed as transformers computes its family."""
 
     def __init__(
         self,
@@ -93,12 +87,34 @@ class Qwen3:
 
     @classmethod
     def load(
-        cls, folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
-    ) -> "Qwen3":
-        """Load a checkpoint strictly. See `models.base.Model.load`."""
-        config, source = read_config(folder)
+        cls,
+        folder: Path,
+        family: Family,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        fingerprints: Path | None = None,
+    ) -> "Decoder":
+        """Load a checkpoint strictly.
+
+        Args:
+            folder: the checkpoint.
+            family: what its architecture has of its own.
+            device: the device that it will run on.
+            dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
+                are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
+                float16 exactly.
+            fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
+                weights again.
+
+        Raises:
+            UnsupportedModelError: the config asks for something that is not computed.
+            WeightsError: weights are missing, unexpected, misshapen or not finite.
+        """
+        config = read_config(folder, family)
+        numbers = config.numbers
         weights = Weights(folder, fingerprints)
-        tied = source.tie_word_embeddings
+        tied = config.tied
         if tied and HEAD in weights and EMBEDDING in weights:
             tied = weights.drop_copy(HEAD, EMBEDDING)
             if not tied:
@@ -108,9 +124,9 @@ class Qwen3:
                     WeightsWarning,
                     stacklevel=4,
                 )
-        weights.expect(weight_shapes(source, tied=tied), unused=switched_off(source))
+        weights.expect(weight_shapes(config, tied=tied), unused=switched_off(config))
         if dtype is None:
-            named = source.dtype if isinstance(source.dtype, torch.dtype) else weights.stored_dtype(EMBEDDING)
+            named = config.dtype or weights.stored_dtype(EMBEDDING)
             dtype = torch.float32 if named in (None, torch.float16) else named
 
         def take(*names: str) -> Tensor:
@@ -119,34 +135,33 @@ class Qwen3:
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
             attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-            biased = source.attention_bias
             return Layer(
                 qkv=NormQKVWeights(
                     norm=take(f"{at}.input_layernorm.weight"),
                     qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
-                    bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if biased else None,
-                    q_norm=take(f"{attention}.q_norm.weight"),
-                    k_norm=take(f"{attention}.k_norm.weight"),
+                    bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if numbers.qkv_bias else None,
+                    q_norm=take(f"{attention}.q_norm.weight") if numbers.qk_norm else None,
+                    k_norm=take(f"{attention}.k_norm.weight") if numbers.qk_norm else None,
                 ),
                 out=take(f"{attention}.o_proj.weight"),
-                out_bias=take(f"{attention}.o_proj.bias") if biased else None,
+                out_bias=take(f"{attention}.o_proj.bias") if config.out_bias else None,
                 mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
                 gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
                 down=take(f"{mlp}.down_proj.weight"),
             )
 
         embedding = take(EMBEDDING)
-        layers = tuple(layer(index) for index in range(config.layers))
-        inv_freq, attention_factor = rope_frequencies(source)
+        layers = tuple(layer(index) for index in range(numbers.layers))
+        wide = torch.promote_types(dtype, torch.float32)
         return cls(
-            config,
-            eps=source.rms_norm_eps,
-            rotary=RotaryTable(inv_freq, attention_factor, torch.promote_types(dtype, torch.float32), device),
+            numbers,
+            eps=config.eps,
+            rotary=RotaryTable(config.inv_freq, config.attention_factor, wide, device),
             embedding=embedding,
             layers=layers,
             norm=take(NORM),
             head=embedding if tied else take(HEAD),
-            fingerprint=_fingerprint(weights.finish(), source.rms_norm_eps),
+            fingerprint=_fingerprint(weights.finish(), config.eps),
         )
 
     @property
