@@ -5,7 +5,7 @@ computed. A `Family` says what differs between architectures.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +83,20 @@ def read_config(folder: Path, family: Family) -> CheckpointConfig:
         UnsupportedModelError: it can't be read, or asks for something that is not computed here.
     """
     path = folder / "config.json"
-    raw = read_json(path)
-    _refuse(path, family, _refused_by_name(raw, family))
+    _refuse(path, family, _refused_by_name(read_json(path), family))
+    found = checked(path, family, lambda: family.config.from_pretrained(folder))
+    generation, eos_ids = _generation(folder, found.numbers.eos_ids)
+    return replace(found, numbers=replace(found.numbers, generation=generation, eos_ids=eos_ids))
+
+
+def checked(path: Path, family: Family, read: Callable[[], Any]) -> CheckpointConfig:
+    """The same of a config of transformers' class that `read` makes from what a file says.
+
+    Raises:
+        UnsupportedModelError: it can't be made, or asks for something that is not computed here.
+    """
     try:
-        config: Any = family.config.from_pretrained(folder)
+        config = read()
         rope: dict[str, Any] = dict(config.rope_parameters or {})
         _refuse(path, family, _refused_as_read(config, rope, family))
         q_heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
@@ -106,7 +116,6 @@ def read_config(folder: Path, family: Family) -> CheckpointConfig:
         ) from error
     if q_heads % kv_heads:
         _refuse(path, family, [f"{q_heads} query heads over {kv_heads} KV heads"])
-    generation, eos_ids = _generation(folder, config)
     return CheckpointConfig(
         numbers=ModelConfig(
             layers=config.num_hidden_layers,
@@ -119,8 +128,7 @@ def read_config(folder: Path, family: Family) -> CheckpointConfig:
             # Qwen's own instructions for YaRN do not change max_position_embeddings.
             window=max(config.max_position_embeddings, stretched),
             rope=json.dumps({**rope, "head_dim": head_dim}, sort_keys=True),
-            eos_ids=eos_ids,
-            generation=generation,
+            eos_ids=_ids(path, config.eos_token_id),
             qk_norm=family.qk_norm,
             qkv_bias=family.qkv_bias(config),
         ),
@@ -212,12 +220,10 @@ def _refuse(path: Path, family: Family, names: list[str]) -> None:
         )
 
 
-def _generation(folder: Path, config: Any) -> tuple[GenerationDefaults, frozenset[int]]:
-    """The checkpoint's defaults for choosing tokens, and the ids that end an answer."""
+def _generation(folder: Path, eos_ids: frozenset[int]) -> tuple[GenerationDefaults, frozenset[int]]:
+    """The checkpoint's defaults for choosing tokens, and the ids that end an answer: `eos_ids` unless it names some."""
     path = folder / "generation_config.json"
     found = {name: value for name, value in read_json(path).items() if value is not None} if path.is_file() else {}
-    eos = found.get("eos_token_id", config.eos_token_id)
-    ids = [eos] if isinstance(eos, int) else eos or []
     defaults = GenerationDefaults()
     chosen = {name: found.get(name, default) for name, default in vars(defaults).items()}
     ranges = {
@@ -234,9 +240,21 @@ def _generation(folder: Path, config: Any) -> tuple[GenerationDefaults, frozense
         or not low <= chosen[name] <= high
         or math.isinf(chosen[name])
     ]
-    if wrong or not all(type(each) is int for each in ids):
-        what = ", ".join(wrong) or f"eos_token_id {eos!r}"
-        raise UnsupportedModelError(
-            f"Values in {path} must be numbers in range; got {what}. Correct the value, or remove the file."
-        )
-    return GenerationDefaults(**{**chosen, "top_k": int(chosen["top_k"])}), frozenset(ids)
+    if wrong:
+        raise _out_of_range(path, ", ".join(wrong))
+    if "eos_token_id" in found:
+        eos_ids = _ids(path, found["eos_token_id"])
+    return GenerationDefaults(**{**chosen, "top_k": int(chosen["top_k"])}), eos_ids
+
+
+def _ids(path: Path, eos: object) -> frozenset[int]:
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(each) is int for each in ids):
+        raise _out_of_range(path, f"eos_token_id {eos!r}")
+    return frozenset(ids)
+
+
+def _out_of_range(path: Path, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Values in {path} must be numbers in range; got {what}. Correct the value, or remove the file."
+    )
