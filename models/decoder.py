@@ -4,7 +4,6 @@
 
 import warnings
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import xxhash
@@ -19,7 +18,7 @@ from braidsdk.kernels.projection import pack, unpack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
-from braidsdk.models.config import EMBEDDING, HEAD, NORM, Family, read_config, switched_off, weight_shapes
+from braidsdk.models.config import EMBEDDING, HEAD, NORM, CheckpointConfig, switched_off, weight_shapes
 from braidsdk.models.weights import Weights, WeightsWarning
 
 
@@ -87,40 +86,29 @@ class Decoder:
 
     @classmethod
     def load(
-        cls,
-        folder: Path,
-        family: Family,
-        *,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        fingerprints: Path | None = None,
+        cls, config: CheckpointConfig, weights: Weights, *, device: torch.device, dtype: torch.dtype | None
     ) -> "Decoder":
         """Load a checkpoint strictly.
 
         Args:
-            folder: the checkpoint.
-            family: what its architecture has of its own.
+            config: its configuration.
+            weights: its weights.
             device: the device that it will run on.
             dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
                 are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
                 float16 exactly.
-            fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
-                weights again.
 
         Raises:
-            UnsupportedModelError: the config asks for something that is not computed.
             WeightsError: weights are missing, unexpected, misshapen or not finite.
         """
-        config = read_config(folder, family)
         numbers = config.numbers
-        weights = Weights(folder, fingerprints)
         tied = config.tied
         if tied and HEAD in weights and EMBEDDING in weights:
             tied = weights.drop_copy(HEAD, EMBEDDING)
             if not tied:
                 warnings.warn(
-                    f"{folder} ties its embeddings, but holds another {HEAD!r}. That one is used, as in transformers. "
-                    "Set tie_word_embeddings to false in its config.json, or remove the weight.",
+                    f"{weights.path} ties its embeddings, but holds another {HEAD!r}. That one is used, as in "
+                    "transformers. Set tie_word_embeddings to false in its config.json, or remove the weight.",
                     WeightsWarning,
                     stacklevel=4,
                 )

@@ -6,12 +6,14 @@ import torch
 
 from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError, did_you_mean, shown
 from braidsdk.models.base import Model, read_json
-from braidsdk.models.config import Family
+from braidsdk.models.config import Family, read_config
 from braidsdk.models.decoder import Decoder
 from braidsdk.models.families.llama import LLAMA, MISTRAL
 from braidsdk.models.families.qwen2 import QWEN2
 from braidsdk.models.families.qwen3 import QWEN3
+from braidsdk.models.gguf import SUFFIX, GGUFFile, GGUFWeights
 from braidsdk.models.hub import fetch, is_hub_id
+from braidsdk.models.weights import Weights
 
 EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 """Checkpoints that ship with the package."""
@@ -21,11 +23,12 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, M
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
-    """The folder of an embedded checkpoint, of one on disk, or of one from the hub, which is downloaded if needed.
+    """The folder of an embedded checkpoint, of one on disk, or of one from the hub, which is downloaded if needed; or
+    a GGUF file.
 
     Args:
-        model: an embedded name, a folder, or a hub id. A name with one slash is a hub id if there is no such folder. A
-            `Path` is always a folder.
+        model: an embedded name, a folder, a GGUF file, or a hub id. A name with one slash is a hub id if there is no
+            such folder or file. A `Path` is never a hub id.
         revision: the branch, tag or commit of a hub checkpoint.
 
     Raises:
@@ -42,10 +45,12 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
             f"revision must be None unless the model comes from the hub; got one for the folder {str(model)!r}. Leave "
             "it out."
         )
+    if folder.suffix == SUFFIX and _is_file(folder):
+        return folder
     if not _is_file(folder / "config.json"):
         raise ModelNotFoundError(
             f"No checkpoint at {str(folder)!r}. model must be a folder with config.json, model.safetensors and "
-            f"tokenizer.json, a hub id such as 'Qwen/Qwen3-0.6B', or one of {', '.join(EMBEDDED)}."
+            f"tokenizer.json, a GGUF file, a hub id such as 'Qwen/Qwen3-0.6B', or one of {', '.join(EMBEDDED)}."
             f"{did_you_mean(model, EMBEDDED)}"
         )
     return folder
@@ -59,14 +64,32 @@ def _is_file(path: Path) -> bool:
 
 
 def load_model(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
+    path: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
 ) -> Model:
-    """Load a checkpoint of the family that its config names. For arguments and errors see `Decoder.load`."""
-    path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    """Load a checkpoint of the family that its config names.
+
+    Args:
+        path: its folder, or a GGUF file.
+        device, dtype: as in `Decoder.load`.
+        fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
+            weights again.
+
+    Raises:
+        UnsupportedModelError: the config asks for something that is not computed.
+        WeightsError: weights are missing, unexpected, misshapen or not finite.
+    """
+    if path.suffix == SUFFIX:
+        file = GGUFFile(path)
+        config = file.config(_family(f"general.architecture in {path}", file.architecture))
+        return Decoder.load(config, GGUFWeights(file, config, fingerprints), device=device, dtype=dtype)
+    named = path / "config.json"
+    config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")))
+    return Decoder.load(config, Weights(path, fingerprints), device=device, dtype=dtype)
+
+
+def _family(what: str, name: object) -> Family:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UnsupportedModelError(
-            f"model_type in {path} must be one of {', '.join(sorted(FAMILIES))}; got {model_type!r}. Choose a "
-            "checkpoint of such a family."
+            f"{what} must be one of {', '.join(sorted(FAMILIES))}; got {name!r}. Choose a checkpoint of such a family."
         )
-    return Decoder.load(folder, FAMILIES[model_type], device=device, dtype=dtype, fingerprints=fingerprints)
+    return FAMILIES[name]

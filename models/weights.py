@@ -50,7 +50,11 @@ class _Stored:
 
 
 class Weights:
-    """The tensors of one checkpoint: `expect` checks names and shapes, `take` reads, `finish` gives the fingerprint."""
+    """The tensors of one checkpoint: `expect` checks names and shapes, `take` reads, `finish` gives the fingerprint.
+
+    Attributes:
+        path: the checkpoint.
+    """
 
     def __init__(self, folder: Path, fingerprints: Path | None = None) -> None:
         """Open `model.safetensors`, or the shards that `model.safetensors.index.json` names.
@@ -64,7 +68,7 @@ class Weights:
             ModelNotFoundError: the folder holds neither.
             WeightsError: a file can't be read, a shard is missing, or two shards hold a weight of one name.
         """
-        self._folder = folder
+        self.path = folder
         self._remembered = fingerprints
         paths = _weight_files(folder)
         self._files = [*paths, folder / "config.json"]  # the config decides which weights are taken
@@ -97,7 +101,11 @@ class Weights:
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that a weight is stored in. None if it is not there, or has a dtype that is not read."""
         stored = self._stored.get(name)
-        return _DTYPES.get(stored.code) if stored else None
+        return stored.dtype if stored and self._reads(stored.code) else None
+
+    def _reads(self, code: str) -> bool:
+        """Whether weights that are stored so can be read."""
+        return code in _DTYPES
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], unused: Collection[str] = ()) -> None:
         """Check every name, shape and dtype against what the config asks for. Reads no weight.
@@ -121,17 +129,17 @@ class Weights:
         faults += _first(
             f"stores {name!r} as {stored.code}, but weights must be {', '.join(_DTYPES)} and not quantised"
             for name, stored in there.items()
-            if stored.code not in _DTYPES
+            if not self._reads(stored.code)
         )
         if left := [repr(name) for name in sorted(self._stored.keys() - shapes.keys() - set(unused))]:
             faults.append(f"holds {len(left)} weights that this architecture does not use, such as {_listed(left)}")
         if faults:
             raise WeightsError(
-                f"{self._folder} " + "; it ".join(faults) + ". Use the config.json that belongs to these weights, or "
+                f"{self.path} " + "; it ".join(faults) + ". Use the config.json that belongs to these weights, or "
                 "copy the checkpoint again."
             )
         if spare := [repr(name) for name in sorted(self._stored.keys() & set(unused))]:
-            self._warn(f"{self._folder} holds weights that its config.json switches off; they are not used", spare)
+            self._warn(f"{self.path} holds weights that its config.json switches off; they are not used", spare)
 
     def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Read the named tensors, and stack them along their first dimension in this order. Call `expect` first.
@@ -163,13 +171,11 @@ class Weights:
         """
         if self._not_finite:
             raise WeightsError(
-                f"Weights must be finite; {self._folder} holds NaN or infinity in {_listed(self._not_finite)}. Copy "
+                f"Weights must be finite; {self.path} holds NaN or infinity in {_listed(self._not_finite)}. Copy "
                 "the checkpoint again. If its source has them too, it can't be used."
             )
         if self._absurd:
-            self._warn(
-                f"{self._folder} holds weights above {ABSURD:g}, as if they were never initialised", self._absurd
-            )
+            self._warn(f"{self.path} holds weights above {ABSURD:g}, as if they were never initialised", self._absurd)
         if self._known:
             return self._known
         fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(sorted(self._digests.items())).encode())
@@ -203,7 +209,11 @@ class Weights:
         except OSError as error:
             raise WeightsError(f"{stored.path} can't be read: {error}. Copy the checkpoint again.") from error
         self._digests[name] = digest.hexdigest()
-        if not largest <= torch.finfo(target.dtype).max:
+        self._judge(name, float(largest), target.dtype)
+
+    def _judge(self, name: str, largest: float, dtype: torch.dtype) -> None:
+        """Note a weight whose largest magnitude is not finite in this dtype, or absurd."""
+        if not largest <= torch.finfo(dtype).max:
             self._not_finite.append(repr(name))
         elif largest > ABSURD:
             self._absurd.append(repr(name))

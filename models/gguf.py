@@ -1,0 +1,220 @@
+"""Reads a GGUF file: its config and weights as `models.decoder` wants them. Quantised weights are dequantised.
+
+The format and its names are those of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The package `gguf`
+reads it.
+"""
+
+import re
+from dataclasses import replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from braidsdk.errors import ModelError, UnsupportedModelError, WeightsError
+from braidsdk.models.config import EMBEDDING, HEAD, NORM, CheckpointConfig, Family, checked
+from braidsdk.models.fingerprints import recall, stamp
+from braidsdk.models.weights import Weights
+
+if TYPE_CHECKING:
+    from gguf import ReaderTensor
+
+SUFFIX = ".gguf"
+
+FACTORS = "rope_freqs.weight"
+"""A divisor for each of RoPE's frequencies, where a model scales them (Llama 3.1 and later)."""
+
+_NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": NORM, "output.weight": HEAD}
+_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_IN_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class _Stored(NamedTuple):
+    """A tensor of the file, as `Weights` asks about it. One that is quantised counts as bfloat16."""
+
+    code: str
+    shape: tuple[int, ...]
+    tensor: "ReaderTensor"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _PLAIN.get(self.code, torch.bfloat16)
+
+
+class GGUFFile:
+    """One GGUF file of one model.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read what the file says about itself, and no weight.
+
+        Raises:
+            ModelError: the package `gguf` is not installed.
+            UnsupportedModelError: it is no GGUF file, or only a part of one.
+        """
+        if find_spec("gguf") is None:
+            raise ModelError(f"{path} needs the package gguf. Install it: pip install 'braidsdk[gguf]'.")
+        from gguf import GGUFReader
+
+        self.path = path
+        try:
+            self._reader: GGUFReader = GGUFReader(path)
+        except Exception as error:  # of several types: no magic number, a wrong version, an end too early
+            raise UnsupportedModelError(
+                f"{path} must be a GGUF file; it can't be read: {str(error)[:200]}. Copy the file again."
+            ) from error
+        if self.value("split.count", 1) != 1:
+            raise UnsupportedModelError(
+                f"{path} must hold a whole model; it is one of {self.value('split.count')} parts. Merge them: "
+                "llama-gguf-split --merge."
+            )
+
+    @property
+    def architecture(self) -> str:
+        """The name of its architecture, such as "llama"."""
+        return str(self.value("general.architecture", ""))
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A value of the file's metadata."""
+        field = self._reader.fields.get(key)
+        return default if field is None else field.contents()
+
+    @cached_property
+    def tensors(self) -> dict[str, "ReaderTensor"]:
+        """Its tensors by the names in the file."""
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def config(self, family: Family) -> CheckpointConfig:
+        """Its configuration.
+
+        Raises:
+            UnsupportedModelError: it asks for something that is not computed.
+        """
+        found = checked(self.path, family, lambda: family.config(**self._numbers()))
+        if FACTORS not in self.tensors:
+            return found
+        factors = torch.from_numpy(np.array(self.tensors[FACTORS].data, dtype=np.float32)).view(-1)
+        rope = f"{found.numbers.rope} {xxhash.xxh3_64_hexdigest(factors.numpy().tobytes())}"
+        return replace(found, numbers=replace(found.numbers, rope=rope), inv_freq=found.inv_freq / factors)
+
+    def _numbers(self) -> dict[str, Any]:
+        """Its metadata under transformers' names.
+
+        Raises:
+            UnsupportedModelError: it asks for something that is not computed.
+        """
+
+        def own(key: str, default: Any = None) -> Any:
+            return self.value(f"{self.architecture}.{key}", default)
+
+        hidden, q_heads = own("embedding_length"), own("attention.head_count")
+        head_dim = own("attention.key_length", hidden // q_heads)
+        refused = {
+            "experts": own("expert_count"),
+            "a sliding window": own("attention.sliding_window"),
+            "values of another size than keys": own("attention.value_length", head_dim) != head_dim,
+            "partial rotary embedding": own("rope.dimension_count", head_dim) != head_dim,
+        }
+        if names := [name for name, is_set in refused.items() if is_set]:
+            raise UnsupportedModelError(
+                f"{self.path} asks for {', '.join(names)}, which BraidSDK does not compute. Use a plain dense model."
+            )
+        rope = {"rope_type": own("rope.scaling.type", "none").replace("none", "default")}
+        if factor := own("rope.scaling.factor"):
+            rope["factor"] = factor
+        if original := own("rope.scaling.original_context_length"):
+            rope["original_max_position_embeddings"] = original
+        return {
+            "max_position_embeddings": own("context_length"),
+            "num_hidden_layers": own("block_count"),
+            "hidden_size": hidden,
+            "intermediate_size": own("feed_forward_length"),
+            "num_attention_heads": q_heads,
+            "num_key_value_heads": own("attention.head_count_kv", q_heads),
+            "head_dim": head_dim,
+            "rms_norm_eps": own("attention.layer_norm_rms_epsilon"),
+            "rope_parameters": {**rope, "rope_theta": own("rope.freq_base", 10_000.0)},
+            "vocab_size": int(self.tensors["token_embd.weight"].shape[-1]),
+            "tie_word_embeddings": "output.weight" not in self.tensors,
+            "eos_token_id": [
+                value for key in ("eos", "eot") if (value := self.value(f"tokenizer.ggml.{key}_token_id")) is not None
+            ],
+            "attention_bias": "blk.0.attn_q.bias" in self.tensors,
+        }
+
+
+class GGUFWeights(Weights):
+    """`Weights` of a GGUF file: under the names of a checkpoint, dequantised as they are taken."""
+
+    def __init__(self, file: GGUFFile, config: CheckpointConfig, fingerprints: Path | None = None) -> None:
+        """Args:
+        file: the file.
+        config: its configuration.
+        fingerprints: as in `Weights`.
+        """
+        self.path = file.path
+        self._remembered = fingerprints
+        self._files = [file.path]
+        self._heads = {"q_proj": config.numbers.q_heads, "k_proj": config.numbers.kv_heads}
+        self._interleaved = file.architecture == "llama"
+        self._stored = {
+            _name(name): _Stored(tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape)), tensor)
+            for name, tensor in file.tensors.items()
+            if name != FACTORS
+        }
+        self._stamp = stamp(self._files)
+        self._known = recall(fingerprints, self._stamp) if fingerprints else None
+        self._digests, self._not_finite, self._absurd = {}, [], []
+
+    def _reads(self, _code: str) -> bool:
+        return True  # the package gguf says what it can't dequantise
+
+    def _read(self, name: str, target: Tensor) -> None:
+        from gguf import dequantize
+
+        stored = self._stored[name]
+        try:
+            values = np.array(dequantize(stored.tensor.data, stored.tensor.tensor_type), dtype=np.float32)
+        except Exception as error:
+            raise WeightsError(
+                f"{self.path} stores {name!r} as {stored.code}, which the package gguf can't dequantise: "
+                f"{str(error)[:200]}. Install a newer one, or use a file of another quantisation."
+            ) from error
+        if not self._known:
+            kind = f"{name} {stored.code} {list(stored.shape)}".encode()
+            self._digests[name] = xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(stored.tensor.data.tobytes()))
+        whole = torch.from_numpy(values).view(stored.shape)
+        heads = self._heads.get(name.split(".")[-2], 0) if self._interleaved else 0
+        if heads:  # llama.cpp pairs neighbouring dimensions for RoPE, transformers the halves of a head
+            whole = whole.view(heads, -1, 2, *whole.shape[1:]).transpose(1, 2).reshape(stored.shape)
+        target.copy_(whole.view(-1))
+        largest = float(whole.abs().max()) if whole.isfinite().all() else float("inf")
+        self._judge(name, largest, target.dtype)
+
+
+def _name(name: str) -> str:
+    """A tensor's name in a checkpoint; its own if it has none there."""
+    if (found := _LAYER.fullmatch(name)) and found[2] in _IN_LAYER:
+        return f"model.layers.{found[1]}.{_IN_LAYER[found[2]]}.{found[3]}"
+    return _NAMES.get(name, name)
