@@ -91,6 +91,16 @@ def check_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
         raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}.")
 
 
+def check_head_norms(op: str, q_norm: Tensor | None, k_norm: Tensor | None, head_dim: int) -> None:
+    """Raise ValueError unless the QK norms of `op` are both of shape [head_dim], or both None."""
+    if (q_norm is None) != (k_norm is None):
+        given = "k_norm" if q_norm is None else "q_norm"
+        raise ValueError(f"{op}: expected both q_norm and k_norm or neither, got {given} alone; pass the other, too.")
+    if q_norm is not None and k_norm is not None:
+        check_shape(op, "q_norm", q_norm, head_dim)
+        check_shape(op, "k_norm", k_norm, head_dim)
+
+
 @cache
 def dependent_launch(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

@@ -37,7 +37,8 @@ def norm_qkv_kernel(
     WARPS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """All of it, for ROWS rows and BLOCK_N rows of the weight a program; BLOCK_N divides HEAD_DIM.
+    """All of it, for ROWS rows and BLOCK_N rows of the weight a program; BLOCK_N divides HEAD_DIM. The bias may be
+    None, and so may both QK norms.
 
     A head is more weight than one multiprocessor should read alone, so HEAD_DIM / BLOCK_N programs share it: each
     leaves its products in `packed`, float32 [rows, heads * HEAD_DIM], and the last to arrive finishes the head.
@@ -49,7 +50,9 @@ def norm_qkv_kernel(
     d = tl.arange(0, HEAD_DIM // 2)
     n = own_rows(BLOCK_N, WARPS)
     weights = load_ahead(w_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
-    head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
+    head_norm = None
+    if q_norm_ptr is not None:
+        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
     wait_for_inputs(USE_PDL)
     products = gemv(
         hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
@@ -95,13 +98,16 @@ def finish_heads_kernel(
 ):
     """What follows the products: QK-norm, RoPE and append, for ROWS rows of one head a program.
 
-    parts: [SPLITS, rows, heads * HEAD_DIM], to which the bias is still to be added.
+    parts: [SPLITS, rows, heads * HEAD_DIM], to which the bias is still to be added. It may be None, and so may both QK
+    norms.
     """
     N: tl.constexpr = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
     d = tl.arange(0, HEAD_DIM // 2)[None, :]
-    head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
+    head_norm = None
+    if q_norm_ptr is not None:
+        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
     wait_for_inputs(USE_PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
     column, real = head * HEAD_DIM + d, row < rows
@@ -152,16 +158,19 @@ def _finish_head(
 ):
     """Both halves of one head's products: a query is normed, a key normed and rotated, a value copied.
 
+    Where `head_norm` is None, nothing is normed.
+
     `row` and `d` say which rows, and which dimensions of half a head: a number and a vector, or [ROWS, 1] and
     [1, HEAD_DIM / 2]. AXIS is that of the dimensions.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
     real = row < rows
-    if head < Q_HEADS + KV_HEADS:
+    # All of it is rounded once, at the end: less often than the reference, which rounds the product first.
+    if head_norm is not None and head < Q_HEADS + KV_HEADS:
         squares = tl.sum(first * first + second * second, AXIS, keep_dims=True)
         inverse_rms = tl.rsqrt(squares / HEAD_DIM + eps)
-        first *= inverse_rms * head_norm[0].to(tl.float32)  # rounded once, at the end: less often than the reference
+        first *= inverse_rms * head_norm[0].to(tl.float32)
         second *= inverse_rms * head_norm[1].to(tl.float32)
     if head < Q_HEADS:
         out = queries_ptr + row.to(tl.int64) * (Q_HEADS * HEAD_DIM) + head * HEAD_DIM + d

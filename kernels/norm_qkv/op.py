@@ -9,6 +9,7 @@ from braidsdk.kernels.launch import (
     Path,
     Tile,
     Tiles,
+    check_head_norms,
     check_shape,
     check_triton,
     counters,
@@ -74,7 +75,7 @@ def norm_qkv(
     Args:
         hidden: [tokens, hidden].
         weights: the layer's packed weights.
-        eps: of all three norms.
+        eps: of all norms.
         cos, sin: at the position of each token in its segment's frame, float32 [tokens, head_dim / 2].
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
         slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
@@ -83,12 +84,13 @@ def norm_qkv(
             and a head_dim that is a multiple of 32.
 
     Returns:
-        Normed, unrotated queries [tokens, q_heads, head_dim].
+        Unrotated queries, normed if the model does that, [tokens, q_heads, head_dim].
 
     Raises:
         RuntimeError: what was asked for can't run here.
         IndexError: "amx" was asked for, and a slot lies beyond the memory.
-        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above.
+        ValueError: Triton or "amx" was asked for, and shapes, dtypes or strides are not as above, or one of q_norm and
+            k_norm is given without the other.
     """
     if path == "torch":
         return norm_qkv_reference(hidden, weights, eps, cos, sin, kv, slots)
@@ -186,8 +188,7 @@ def _check(
     check_shape(op, "qkv", weights.qkv, heads * head_dim, size)
     if weights.bias is not None:
         check_shape(op, "bias", weights.bias, heads * head_dim)
-    check_shape(op, "q_norm", weights.q_norm, head_dim)
-    check_shape(op, "k_norm", weights.k_norm, head_dim)
+    check_head_norms(op, weights.q_norm, weights.k_norm, head_dim)
     check_shape(op, "slots", slots, rows)
     for name, tensor, dtype in (
         ("cos", cos, torch.float32),
