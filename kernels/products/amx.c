@@ -29,7 +29,7 @@ typedef struct {
     float eps;
     void *out;                   /* [rows, outputs] in bf16; of HEADS [rows, q_heads, head_dim]; of LOGITS float32 */
     const bf16 *residual;        /* SUMS: [rows, outputs] */
-    const bf16 *q_norm, *k_norm; /* HEADS, from here on: [head_dim] */
+    const bf16 *q_norm, *k_norm; /* HEADS, from here on: [head_dim], or both null: heads are not normed */
     const float *cos, *sin;      /* [rows, head_dim / 2] */
     const int64_t *slots;        /* [rows] */
     bf16 *kv;                    /* [2, pages, kv_heads, page_size, head_dim] */
@@ -295,12 +295,12 @@ static void finish_gates(const Arguments *a, const Finished *f) {
     }
 }
 
-/* A query is normed, a key normed and rotated, a value copied; each rounded once. */
+/* A query is normed, a key normed and rotated, a value copied; each rounded once. Without QK norms nothing is normed. */
 static void finish_head(const Arguments *a, const Finished *f) {
     int64_t size = a->head_dim, half = size / 2, head = f->first / size;
     int64_t q_heads = a->outputs / size - 2 * a->kv_heads, kv_head = (head - q_heads) % a->kv_heads;
     int is_query = head < q_heads, is_value = head >= q_heads + a->kv_heads;
-    const bf16 *norm = is_query ? a->q_norm : a->k_norm;
+    const bf16 *norm = is_value ? 0 : is_query ? a->q_norm : a->k_norm;
     for (int64_t row = 0; row < f->rows; row++) {
         float *product = f->product + row * f->width;
         int64_t slot = a->slots[f->row + row], part = is_value * a->pages + slot / a->page_size;
@@ -321,7 +321,7 @@ static void finish_head(const Arguments *a, const Finished *f) {
         const float *cos = a->cos + (f->row + row) * half, *sin = a->sin + (f->row + row) * half;
         for (int64_t i = 0; i < half; i += TILE) {
             __m512 low = _mm512_loadu_ps(product + i), high = _mm512_loadu_ps(product + half + i);
-            if (!is_value) {
+            if (norm) {
                 low = _mm512_mul_ps(_mm512_mul_ps(low, scale), load(norm + i, 0xffff));
                 high = _mm512_mul_ps(_mm512_mul_ps(high, scale), load(norm + half + i, 0xffff));
             }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels import native
-from braidsdk.kernels.launch import check_shape
+from braidsdk.kernels.launch import check_head_norms, check_shape
 
 if TYPE_CHECKING:
     from braidsdk.kernels.norm_qkv.reference import NormQKVWeights
@@ -45,8 +45,7 @@ def norm_qkv_amx(
     check_shape(op, "qkv", weights.qkv, heads * head_dim, size)
     if weights.bias is not None:
         check_shape(op, "bias", weights.bias, heads * head_dim)
-    check_shape(op, "q_norm", weights.q_norm, head_dim)
-    check_shape(op, "k_norm", weights.k_norm, head_dim)
+    check_head_norms(op, weights.q_norm, weights.k_norm, head_dim)
     check_shape(op, "slots", slots, rows)
     check_shape(op, "cos", cos, rows, head_dim // 2)
     check_shape(op, "sin", sin, rows, head_dim // 2)

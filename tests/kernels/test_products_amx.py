@@ -129,7 +129,17 @@ def test_gates_far_out_stay_finite(rows, factor, seed, assert_near) -> None:
 class Heads:
     """Arguments of norm_qkv; slots are scattered over pages, and every fifth row from the second is padding."""
 
-    def __init__(self, rows: int, hidden: int, q_heads: int, kv_heads: int, head_dim: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        rows: int,
+        hidden: int,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool = True,
+        head_norms: bool = True,
+    ) -> None:
         out = (q_heads + 2 * kv_heads) * head_dim
         pages = rows // PAGE + 3
         self.kv_shape = (2, pages, kv_heads, PAGE, head_dim)
@@ -142,8 +152,8 @@ class Heads:
             norm=draw(hidden).abs() + 0.5,
             qkv=draw(out, hidden, scale=hidden**-0.5),
             bias=draw(out) if bias else None,
-            q_norm=draw(head_dim).abs() / 50,
-            k_norm=draw(head_dim).abs() * 50,
+            q_norm=draw(head_dim).abs() / 50 if head_norms else None,
+            k_norm=draw(head_dim).abs() * 50 if head_norms else None,
         )
 
     def run(self, path: str, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
@@ -166,8 +176,11 @@ HEADS = [(96, 4, 2, 32), (160, 8, 1, 64), (64, 2, 2, 128), (896, 7, 1, 64), (41,
 @pytest.mark.parametrize("rows", [*ROWS, 600])
 @pytest.mark.parametrize("geometry", HEADS, ids=lambda g: f"{g[1]}/{g[2]} heads of {g[3]}, hidden {g[0]}")
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_queries_and_memory_equal_the_truth(rows, geometry, bias, seed, poisoned, assert_near) -> None:
-    case = Heads(rows, *geometry, bias=bias)
+@pytest.mark.parametrize("head_norms", [False, True], ids=["no QK norms", "QK norms"])
+def test_queries_and_memory_equal_the_truth(rows, geometry, bias, head_norms, seed, poisoned, assert_near) -> None:
+    """Without QK norms the room is the same: the result is still rounded once, after RoPE, and the reference rounds the
+    product first."""
+    case = Heads(rows, *geometry, bias=bias, head_norms=head_norms)
     (ours, kv), (queries, truth) = case.run("amx"), case.run("torch", torch.float64)
     assert_near(ours, queries, BF16)
     for mine, true in zip(case.written(kv), case.written(truth), strict=True):  # keys and values differ in size
@@ -201,16 +214,16 @@ def test_any_number_of_threads_gives_the_same_bits(name, rows, seed, threads) ->
 
 
 @pytest.mark.parametrize("rows", [1, 32, 100])
-@pytest.mark.parametrize("name", [*OPS, "queries", "memory"])
+@pytest.mark.parametrize("name", [*OPS, "queries", "memory", "queries without norms", "memory without norms"])
 def test_is_as_close_to_the_truth_as_torch(name, rows, assert_as_good) -> None:
     def results() -> tuple[Tensor, Tensor, Tensor]:
         if name in OPS:
             make, run = OPS[name]
             values = make(rows, 256, 64)
             return run(**values, path="amx"), run(**values), run(**wide(values))
-        case = Heads(rows, 256, 4, 2, 64)
+        case = Heads(rows, 256, 4, 2, 64, head_norms="without" not in name)
         runs = case.run("amx"), case.run("torch"), case.run("torch", torch.float64)
-        return tuple(queries if name == "queries" else case.written(kv) for queries, kv in runs)
+        return tuple(queries if name.startswith("queries") else case.written(kv) for queries, kv in runs)
 
     assert_as_good(results)
 
@@ -249,6 +262,11 @@ def test_heads_that_can_not_be_written_are_refused() -> None:
     case.slots[2] = 3 * PAGE
     with pytest.raises(IndexError, match=f"below {3 * PAGE}, got {3 * PAGE}"):
         case.run("amx")
+    for given, lost in (("q_norm", "k_norm"), ("k_norm", "q_norm")):
+        case = Heads(4, 64, 2, 1, 32)
+        case.weights = replace(case.weights, **{lost: None})
+        with pytest.raises(ValueError, match=f"q_norm and k_norm or neither, got {given} alone"):
+            case.run("amx")
     case = Heads(4, 64, 2, 1, 32)
     case.cos = case.cos[:2]
     with pytest.raises(ValueError, match=r"cos of shape \[4, 16\]"):
