@@ -49,7 +49,16 @@ COLD_BYTES = 256e6
 
 @dataclass(frozen=True)
 class Geometry:
-    """A model's shapes."""
+    """A model's shapes, and the form of its layers.
+
+    Attributes:
+        hidden, intermediate: widths of the residual stream and of the MLP.
+        q_heads, kv_heads, head_dim: heads of a layer, and the size of one.
+        vocab: rows of the LM head.
+        dtype: by its name in torch.
+        qk_norm: whether the heads of queries and keys are normed.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+    """
 
     hidden: int
     intermediate: int
@@ -58,6 +67,8 @@ class Geometry:
     head_dim: int
     vocab: int
     dtype: str
+    qk_norm: bool = True
+    qkv_bias: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -188,9 +199,9 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
         NormQKVWeights(
             norm=bench.random(shape.hidden),
             qkv=bench.random(outs, shape.hidden, scale=shape.hidden**-0.5),
-            bias=None,
-            q_norm=bench.random(shape.head_dim),
-            k_norm=bench.random(shape.head_dim),
+            bias=bench.random(outs) if shape.qkv_bias else None,
+            q_norm=bench.random(shape.head_dim) if shape.qk_norm else None,
+            k_norm=bench.random(shape.head_dim) if shape.qk_norm else None,
         )
         for _ in range(copies)
     ]
@@ -206,7 +217,8 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
 
     def truth() -> Tensor:
         own = weights[0]
-        wide = NormQKVWeights(own.norm.double(), own.qkv.double(), None, own.q_norm.double(), own.k_norm.double())
+        others = (None if each is None else each.double() for each in (own.bias, own.q_norm, own.k_norm))
+        wide = NormQKVWeights(own.norm.double(), own.qkv.double(), *others)
         memory, turn = torch.zeros_like(kv, dtype=torch.float64), angles.double()
         queries = norm_qkv(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
         return torch.cat((queries.flatten(), memory.flatten()))

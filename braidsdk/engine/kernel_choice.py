@@ -17,7 +17,7 @@ import xxhash
 from platformdirs import user_cache_dir
 
 from braidsdk import kernels
-from braidsdk.engine.self_test import ENDED, self_test
+from braidsdk.engine.self_test import ENDED, geometry_of, self_test
 from braidsdk.errors import InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.attention.amx import HEAD_DIMS
@@ -172,9 +172,7 @@ def _troubles(model: Model) -> dict[str, str]:
 
 
 def _setting(model: Model) -> str:
-    """Everything that decides whether the kernels work: device, versions, their source, and the model's shapes."""
-    config = model.config
-    shapes = (config.hidden_size, config.intermediate_size, config.q_heads, config.kv_heads, config.head_dim)
+    """Everything that decides whether the kernels work: device, versions, their source, and what is tried on them."""
     source = xxhash.xxh3_64()
     for file in sorted(FilePath(kernels.__file__).parent.rglob("*.py")):
         source.update(file.read_bytes())
@@ -183,8 +181,6 @@ def _setting(model: Model) -> str:
         torch.__version__,
         importlib.metadata.version("triton"),
         source.hexdigest(),
-        shapes,
-        config.vocab_size,
-        model.dtype,
+        geometry_of(model),
     )
     return " ".join(map(str, parts))

@@ -22,7 +22,7 @@ ENDED = "its process ended with"
 
 
 def geometry_of(model: Model) -> Geometry:
-    """The shapes that the self-test tries for a model."""
+    """The shapes that the self-test tries for a model, and the form of its layers."""
     config = model.config
     return Geometry(
         hidden=config.hidden_size,
@@ -32,6 +32,8 @@ def geometry_of(model: Model) -> Geometry:
         head_dim=config.head_dim,
         vocab=config.vocab_size,
         dtype=str(model.dtype).removeprefix("torch."),
+        qk_norm=config.qk_norm,
+        qkv_bias=config.qkv_bias,
     )
 
 

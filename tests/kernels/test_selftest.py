@@ -4,13 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from braidsdk.engine import kernel_choice
+from braidsdk.engine.self_test import geometry_of
 from braidsdk.kernels import selftest
+from braidsdk.kernels.norm_qkv import NormQKVWeights
 from braidsdk.kernels.selftest import CASES, Bench, Case, Geometry, check
+from braidsdk.models.base import ModelConfig
 
 SMALL = Geometry(hidden=32, intermediate=48, q_heads=2, kv_heads=1, head_dim=16, vocab=300, dtype="float32")
 
@@ -25,6 +31,46 @@ def test_each_case_is_right(bench: Bench) -> None:
         result = check(bench, case, 0.0)
         assert result.ok, (case, result)
         assert (result.op, result.case, result.us) == (case.op, case.name, None)
+
+
+FORMS = [(True, False), (True, True), (False, False), (False, True)]
+
+
+@pytest.mark.parametrize(("qk_norm", "qkv_bias"), FORMS)
+def test_layers_are_tried_in_the_models_own_form(
+    qk_norm: bool, qkv_bias: bool, device: torch.device, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[NormQKVWeights] = []
+    real = selftest.norm_qkv
+
+    def noted(hidden: torch.Tensor, weights: NormQKVWeights, *rest: object, **path: str) -> torch.Tensor:
+        given.append(weights)
+        return real(hidden, weights, *rest, **path)
+
+    monkeypatch.setattr(selftest, "norm_qkv", noted)
+    bench = Bench(replace(SMALL, qk_norm=qk_norm, qkv_bias=qkv_bias), device, timed=False)
+    for case in CASES:
+        if case.op == "norm_qkv":
+            assert check(bench, case, 0.0).ok
+    assert {(each.q_norm is not None, each.k_norm is not None, each.bias is not None) for each in given} == {
+        (qk_norm, qk_norm, qkv_bias)
+    }
+
+
+def test_each_form_of_layers_is_tried_and_remembered_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    shapes = {"hidden_size": 32, "intermediate_size": 48, "q_heads": 2, "kv_heads": 1, "head_dim": 16}
+    rest = {"layers": 1, "vocab_size": 300, "window": 64, "rope": "{}", "eos_ids": frozenset({1})}
+    models = [
+        SimpleNamespace(
+            config=ModelConfig(**shapes, **rest, qk_norm=qk_norm, qkv_bias=qkv_bias), dtype=torch.float32, device=None
+        )
+        for qk_norm, qkv_bias in FORMS
+    ]
+    assert [geometry_of(model) for model in models] == [
+        replace(SMALL, qk_norm=qk_norm, qkv_bias=qkv_bias) for qk_norm, qkv_bias in FORMS
+    ]
+    assert len({kernel_choice._setting(model) for model in models}) == len(FORMS)
 
 
 def the(op: str, name: str) -> Case:
