@@ -111,8 +111,11 @@ def new_batch(seed, poisoned) -> type[Batch]:
     return Batch
 
 
+GEOMETRIES = [(1, 1, 64), (2, 2, 16), (1, 5, 16), (2, 7, 16), (1, 32, 16)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), [(1, 1, 64), (2, 2, 16), (1, 5, 16), (1, 32, 16)])
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), GEOMETRIES)
 def test_rows_see_their_segments_and_slots_may_be_empty(new_batch, kv_heads, group, head_dim, dtype) -> None:
     batch = new_batch(8, group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     shared = [(batch.entry(tokens), tokens) for tokens in (1, PAGE, 63, 150)]
@@ -156,7 +159,7 @@ def test_more_users_than_an_item_holds(new_batch) -> None:
     batch.check(12)
 
 
-@pytest.mark.parametrize("group", [3, 4])
+@pytest.mark.parametrize("group", [3, 4, 7])
 def test_graphs_of_all_sizes_read_the_same_tables_after_joins_and_leaves(new_batch, group) -> None:
     batch = new_batch(8, group)
     entries = [(batch.entry(tokens), tokens) for tokens in (100, 64, 33, 5, 1)]

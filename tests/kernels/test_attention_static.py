@@ -73,7 +73,7 @@ class Questions:
         assert not out[asked:].any()
 
 
-@pytest.mark.parametrize("group", [1, 2, 5, 8])  # with 8 an item holds 8 of the 12 rows
+@pytest.mark.parametrize("group", [1, 2, 5, 7, 8])  # with 8 an item holds 8 of the 12 rows
 def test_each_question_sees_its_own_segments(group: int, seed: int, poisoned: None) -> None:
     asking = Questions(group)
     shared = [(asking.entry(tokens), tokens) for tokens in (1, PAGE, 63, 150, 17)]
@@ -89,8 +89,9 @@ def test_a_request_without_rows_takes_no_part(seed: int, poisoned: None) -> None
     asking.check([Request(slice(0, 0), requests[0].segments), *requests])
 
 
-def test_one_row_is_merged_by_its_last_program(seed: int, poisoned: None) -> None:
-    asking = Questions(2, rows=1)
+@pytest.mark.parametrize("group", [2, 7])
+def test_one_row_is_merged_by_its_last_program(group: int, seed: int, poisoned: None) -> None:
+    asking = Questions(group, rows=1)
     shared = [(asking.entry(tokens), tokens) for tokens in (100, 7, 300)]
     for entries in (shared, shared[:1], []):
         asking.check(asking.ask((1, entries)))
