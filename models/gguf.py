@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from braidsdk.errors import ModelError, UnsupportedModelError, WeightsError
 from braidsdk.models.config import EMBEDDING, HEAD, NORM, CheckpointConfig, Family, checked
 from braidsdk.models.fingerprints import recall, stamp
-from braidsdk.models.weights import Weights
+from braidsdk.models.weights import Stored, Weights
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor
@@ -44,19 +44,6 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class _Stored(NamedTuple):
-    """A tensor of the file, as `Weights` asks about it. One that is quantised counts as bfloat16."""
-
-    code: str
-    shape: tuple[int, ...]
-    tensor: "ReaderTensor"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _PLAIN.get(self.code, torch.bfloat16)
 
 
 class GGUFFile:
@@ -178,14 +165,24 @@ class GGUFWeights(Weights):
         self._files = [file.path]
         self._heads = {"q_proj": config.numbers.q_heads, "k_proj": config.numbers.kv_heads}
         self._interleaved = file.architecture == "llama"
+        self._tensors = {_name(name): tensor for name, tensor in file.tensors.items() if name != FACTORS}
         self._stored = {
-            _name(name): _Stored(tensor.tensor_type.name, tuple(int(n) for n in reversed(tensor.shape)), tensor)
-            for name, tensor in file.tensors.items()
-            if name != FACTORS
+            name: Stored(
+                path=file.path,
+                code=tensor.tensor_type.name,
+                shape=tuple(int(size) for size in reversed(tensor.shape)),
+                start=int(tensor.data_offset),
+                nbytes=int(tensor.n_bytes),
+            )
+            for name, tensor in self._tensors.items()
         }
         self._stamp = stamp(self._files)
         self._known = recall(fingerprints, self._stamp) if fingerprints else None
         self._digests, self._not_finite, self._absurd = {}, [], []
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that a weight is stored in; bfloat16 for one that is quantised. None if it is not there."""
+        return super().stored_dtype(name) or (torch.bfloat16 if name in self else None)
 
     def _reads(self, _code: str) -> bool:
         return True  # the package gguf says what it can't dequantise
@@ -193,9 +190,9 @@ class GGUFWeights(Weights):
     def _read(self, name: str, target: Tensor) -> None:
         from gguf import dequantize
 
-        stored = self._stored[name]
+        stored, tensor = self._stored[name], self._tensors[name]
         try:
-            values = np.array(dequantize(stored.tensor.data, stored.tensor.tensor_type), dtype=np.float32)
+            values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         except Exception as error:
             raise WeightsError(
                 f"{self.path} stores {name!r} as {stored.code}, which the package gguf can't dequantise: "
@@ -203,7 +200,7 @@ class GGUFWeights(Weights):
             ) from error
         if not self._known:
             kind = f"{name} {stored.code} {list(stored.shape)}".encode()
-            self._digests[name] = xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(stored.tensor.data.tobytes()))
+            self._digests[name] = xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(tensor.data.tobytes()))
         whole = torch.from_numpy(values).view(stored.shape)
         heads = self._heads.get(name.split(".")[-2], 0) if self._interleaved else 0
         if heads:  # llama.cpp pairs neighbouring dimensions for RoPE, transformers the halves of a head

@@ -37,7 +37,9 @@ class WeightsWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
+    """Where a weight lies."""
+
     path: Path
     code: str
     shape: tuple[int, ...]
@@ -72,7 +74,7 @@ class Weights:
         self._remembered = fingerprints
         paths = _weight_files(folder)
         self._files = [*paths, folder / "config.json"]  # the config decides which weights are taken
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, Stored] = {}
         self._stamp = stamp([file for file in self._files if file.exists()])
         for path in paths:
             for name, stored in _header(path).items():
@@ -101,7 +103,7 @@ class Weights:
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that a weight is stored in. None if it is not there, or has a dtype that is not read."""
         stored = self._stored.get(name)
-        return stored.dtype if stored and self._reads(stored.code) else None
+        return _DTYPES.get(stored.code) if stored else None
 
     def _reads(self, code: str) -> bool:
         """Whether weights that are stored so can be read."""
@@ -238,7 +240,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise WeightsError(f"{index} must name the shards; got {error!r}. Copy the checkpoint again.") from error
 
 
-def _header(path: Path) -> dict[str, _Stored]:
+def _header(path: Path) -> dict[str, Stored]:
     """Where each tensor of a file lies. The safetensors library has checked that the tensors fill the file exactly."""
     try:
         with safe_open(path, framework="pt"), path.open("rb") as file:
@@ -250,11 +252,11 @@ def _header(path: Path) -> dict[str, _Stored]:
     found = {}
     for name, info in header.items():
         begin, end = info["data_offsets"]
-        found[name] = _Stored(path, info["dtype"], tuple(info["shape"]), 8 + size + begin, end - begin)
+        found[name] = Stored(path, info["dtype"], tuple(info["shape"]), 8 + size + begin, end - begin)
     return found
 
 
-def _pieces(stored: _Stored) -> Iterator[bytes]:
+def _pieces(stored: Stored) -> Iterator[bytes]:
     left = stored.nbytes
     with stored.path.open("rb") as file:
         file.seek(stored.start)
