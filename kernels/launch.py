@@ -55,6 +55,11 @@ def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
     return block_rows, by_rows[block_rows]
 
 
+def padded(head_dim: int) -> int:
+    """The power of two that device code takes for a head: it masks what lies beyond `head_dim`."""
+    return 1 << (head_dim - 1).bit_length()
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -77,8 +77,8 @@ def obstacle(model: Model) -> str | None:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere, compute capability 8.0"
     if model.dtype not in (torch.float32, torch.bfloat16):
         return f"the model is in {model.dtype}; Triton kernels need bfloat16 or float32"
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        return f"the model's head_dim is {head_dim}; Triton kernels need a power of two, at least 16"
+    if head_dim % 16:
+        return f"the model's head_dim is {head_dim}; Triton kernels need a multiple of 16"
     return None
 
 

@@ -21,12 +21,13 @@ No load from them is wider for being aligned."""
 def _unit(
     item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
     hidden, partials, lses, out, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, FOLLOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One item, one KV head."""
     HALF: tl.constexpr = HEAD_DIM // 2
+    PADDED: tl.constexpr = BLOCK_D != HEAD_DIM
     BLOCKS: tl.constexpr = PAGE // BLOCK_N
     q_heads: tl.constexpr = KV_HEADS * GROUP
     first_row = tl.load(items + item * 5)
@@ -46,13 +47,17 @@ def _unit(
         place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0) + tl.load(items + item * 5 + 4)
     position = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
 
-    half = tl.arange(0, HALF)
+    half = tl.arange(0, BLOCK_D // 2)
+    half_live = _both(live[:, None], (half < HALF)[None, :], PADDED)
     query_at = queries + (row.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + half[None, :]
 
-    d = tl.arange(0, HEAD_DIM)
+    d = tl.arange(0, BLOCK_D)
+    d_real = d % (BLOCK_D // 2) < HALF
+    if PADDED:  # each half by itself, as queries are turned
+        d = d // (BLOCK_D // 2) * HALF + d % (BLOCK_D // 2)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, LISTED)
     for span in range(first_span, last_span):
@@ -78,8 +83,8 @@ def _unit(
             start = tl.maximum(tl.min(low, 0), span_start)
         stop = tl.minimum(tl.max(seen, 0), span_stop)
         turn = tl.maximum(position - origin, 0).to(tl.int64)[:, None] * HALF + half[None, :]
-        cosine = tl.load(cosines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
-        sine = tl.load(sines + turn, mask=live[:, None], other=0.0) * (scale * LOG2_E)
+        cosine = tl.load(cosines + turn, mask=half_live, other=0.0) * (scale * LOG2_E)
+        sine = tl.load(sines + turn, mask=half_live, other=0.0) * (scale * LOG2_E)
         # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
         listed = pages + first_page - span_start // PAGE
         first = start // PAGE
@@ -91,10 +96,10 @@ def _unit(
                 tl.extra.cuda.gdc_launch_dependents()
         if stop > start:
             # Read anew for each span, from the cache: kept, they would take the registers that the loop needs.
-            query_a = tl.load(query_at, mask=live[:, None], other=0.0).to(tl.float32)
-            query_b = tl.load(query_at + HALF, mask=live[:, None], other=0.0).to(tl.float32)
+            query_a = tl.load(query_at, mask=half_live, other=0.0).to(tl.float32)
+            query_b = tl.load(query_at + HALF, mask=half_live, other=0.0).to(tl.float32)
             halves = tl.join(query_a * cosine - query_b * sine, query_b * cosine + query_a * sine)
-            turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, HEAD_DIM)).to(kv.dtype.element_ty)
+            turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, BLOCK_D)).to(kv.dtype.element_ty)
             for some in range(first, (stop + PAGE - 1) // PAGE, LISTED):
                 if some > first:
                     ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
@@ -105,7 +110,8 @@ def _unit(
                     inside = (token >= start) & (token < stop)
                     inner = (index % BLOCKS * BLOCK_N + n) * HEAD_DIM
                     tile = kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM) + inner[:, None] + d[None, :]
-                    key = tl.load(tile, mask=inside[:, None], other=0.0)
+                    stored = _both(inside[:, None], d_real[None, :], PADDED)
+                    key = tl.load(tile, mask=stored, other=0.0)
                     score = tl.dot(turned, tl.trans(key), input_precision="ieee")
                     visible = token[None, :] < seen[:, None]
                     if SHARED:
@@ -130,30 +136,42 @@ def _unit(
                     decay = tl.exp2(top - finite_top)
                     total = total * decay + tl.sum(weight, 1)
                     mixed = mixed * decay[:, None]
-                    value = tl.load(tile + values_at, mask=inside[:, None], other=0.0)
+                    value = tl.load(tile + values_at, mask=stored, other=0.0)
                     mixed = tl.dot(weight.to(value.dtype), value, mixed, input_precision="ieee")
                     top = new_top
 
     divisor = tl.where(total == 0.0, 1.0, total)
     mixed = mixed / divisor[:, None]
+    all_live = _both(live[:, None], d_real[None, :], PADDED)
     if DIRECT:
         at = (place.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=all_live)
     else:
         at = place.to(tl.int64) * q_heads + q_head
-        tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=live[:, None])
+        tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=all_live)
         tl.store(lses + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=live)
+
+
+@triton.jit
+def _both(mask, dims, PADDED: tl.constexpr):
+    """`mask`, and `dims` where heads are padded to a power of two."""
+    return mask & dims if PADDED else mask
 
 
 @triton.jit
 def _merge(
     row, head, partials, lses, out, first, count,
-    q_heads: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr, CACHE: tl.constexpr,
+    q_heads: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    CACHE: tl.constexpr,
 ):  # fmt: skip
     """The partials [first, first + count) of one row and HEADS query heads from `head` on, in their order."""
     k = tl.arange(0, BLOCK)
     h = tl.arange(0, HEADS)
-    d = tl.arange(0, HEADS * HEAD_DIM)
+    PADDED: tl.constexpr = BLOCK_D != HEAD_DIM
+    d = tl.arange(0, HEADS * BLOCK_D)
+    d_real = d % BLOCK_D < HEAD_DIM
+    if PADDED:
+        d = d // BLOCK_D * HEAD_DIM + d % BLOCK_D
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     for start in range(0, count, BLOCK):
@@ -170,25 +188,28 @@ def _merge(
         top = new_top
     finite_top = tl.where(top == float("-inf"), 0.0, top)
     divisor = tl.where(total == 0.0, 1.0, total)
-    mixed = tl.zeros([HEADS * HEAD_DIM], tl.float32)
+    mixed = tl.zeros([HEADS * BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK):
         at = (first + start + k).to(tl.int64) * q_heads + head
         there = start + k < count
         lse = tl.load(lses + at[:, None] + h[None, :], mask=there[:, None], other=float("-inf"), cache_modifier=CACHE)
         weight = tl.exp2(lse - finite_top[None, :]) / divisor[None, :]
-        part = tl.load(
-            partials + at[:, None] * HEAD_DIM + d[None, :], mask=there[:, None], other=0.0, cache_modifier=CACHE
-        )
-        part = tl.reshape(part, (BLOCK, HEADS, HEAD_DIM)) * weight[:, :, None]
-        mixed += tl.sum(tl.reshape(part, (BLOCK, HEADS * HEAD_DIM)), 0)
-    tl.store(out + (row.to(tl.int64) * q_heads + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty))
+        stored = _both(there[:, None], d_real[None, :], PADDED)
+        part = tl.load(partials + at[:, None] * HEAD_DIM + d[None, :], mask=stored, other=0.0, cache_modifier=CACHE)
+        part = tl.reshape(part, (BLOCK, HEADS, BLOCK_D)) * weight[:, :, None]
+        mixed += tl.sum(tl.reshape(part, (BLOCK, HEADS * BLOCK_D)), 0)
+    out_at = out + (row.to(tl.int64) * q_heads + head) * HEAD_DIM + d
+    if PADDED:
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=d_real)
+    else:
+        tl.store(out_at, mixed.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def cascade(
     queries, kv, values_at: tl.int64, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
     partials, lses, out, arrived, merges, scale,
-    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     FOLLOWED: tl.constexpr, FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr,
     MERGES: tl.constexpr,
@@ -211,8 +232,8 @@ def cascade(
         head = unit % KV_HEADS
         _unit(
             item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
-            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, PAGE, BLOCK_M, BLOCK_N, STAGES,
-            DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and not FOLLOWS,
+            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M, BLOCK_N,
+            STAGES, DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and not FOLLOWS,
         )  # fmt: skip
         if MERGES:
             tl.debug_barrier()
@@ -224,13 +245,13 @@ def cascade(
                 if MERGE_HEADS == GROUP:
                     _merge(
                         row, head * GROUP, partials, lses, out, first, count,
-                        q_heads, GROUP, HEAD_DIM, MERGE_BLOCK, ".cg",
+                        q_heads, GROUP, HEAD_DIM, BLOCK_D, MERGE_BLOCK, ".cg",
                     )  # fmt: skip
                 else:
                     for g in range(GROUP):
                         _merge(
                             row, head * GROUP + g, partials, lses, out, first, count,
-                            q_heads, 1, HEAD_DIM, MERGE_BLOCK, ".cg",
+                            q_heads, 1, HEAD_DIM, BLOCK_D, MERGE_BLOCK, ".cg",
                         )  # fmt: skip
                 tl.store(arrived + row * KV_HEADS + head, 0)
     if USE_PDL and (tl.program_id(0) == 0 if FOLLOWS else start >= stop):
@@ -240,7 +261,8 @@ def cascade(
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def merge(
     partials, lses, out, merges,
-    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, MERGE_BLOCK: tl.constexpr, USE_PDL: tl.constexpr,
+    Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MERGE_BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row and query head; a row without partials is zero."""
     row = tl.program_id(0)
@@ -248,17 +270,20 @@ def merge(
     first = tl.load(merges + row * 2)
     count = tl.load(merges + row * 2 + 1)
     k = tl.arange(0, MERGE_BLOCK)
-    d = tl.arange(0, HEAD_DIM)
+    PADDED: tl.constexpr = BLOCK_D != HEAD_DIM
+    d = tl.arange(0, BLOCK_D)
+    d_real = d < HEAD_DIM
     top = float("-inf")
     total = 0.0
-    mixed = tl.zeros([HEAD_DIM], tl.float32)
+    mixed = tl.zeros([BLOCK_D], tl.float32)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     for start in range(0, count, MERGE_BLOCK):
         at = (first + start + k).to(tl.int64) * Q_HEADS + head
         there = start + k < count
-        part = tl.load(partials + at[:, None] * HEAD_DIM + d[None, :], mask=there[:, None], other=0.0)
+        stored = _both(there[:, None], d_real[None, :], PADDED)
+        part = tl.load(partials + at[:, None] * HEAD_DIM + d[None, :], mask=stored, other=0.0)
         lse = tl.load(lses + at, mask=there, other=float("-inf"))
         new_top = tl.maximum(top, tl.max(lse, 0))
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -268,4 +293,8 @@ def merge(
         mixed = mixed * decay + tl.sum(part * weight[:, None], 0)
         top = new_top
     mixed = mixed / tl.where(total == 0.0, 1.0, total)
-    tl.store(out + (row.to(tl.int64) * Q_HEADS + head) * HEAD_DIM + d, mixed.to(out.dtype.element_ty))
+    out_at = out + (row.to(tl.int64) * Q_HEADS + head) * HEAD_DIM + d
+    if PADDED:
+        tl.store(out_at, mixed.to(out.dtype.element_ty), mask=d_real)
+    else:
+        tl.store(out_at, mixed.to(out.dtype.element_ty))

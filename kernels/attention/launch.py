@@ -8,7 +8,7 @@ from torch import Tensor
 
 from braidsdk.kernels.attention.lse import merged_lse
 from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
-from braidsdk.kernels.launch import check_triton, counters, launch_options
+from braidsdk.kernels.launch import check_triton, counters, launch_options, padded
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
@@ -200,8 +200,8 @@ def cascade_attention_triton(
     _, pages, kv_heads, page_size, head_dim = kv.shape
     rows, q_heads, _ = queries.shape
     check_triton("cascade_attention", queries, kv)
-    if head_dim < 16 or head_dim & (head_dim - 1):
-        raise ValueError(f"cascade_attention: expected a head_dim that is a power of two, at least 16; got {head_dim}.")
+    if head_dim < 16 or head_dim % 16:
+        raise ValueError(f"cascade_attention: expected a head_dim that is a multiple of 16, got {head_dim}.")
     out = torch.empty_like(queries) if tables.complete else torch.zeros_like(queries)
     partials = torch.empty(launch.partials, q_heads, head_dim, dtype=torch.float32, device=kv.device)
     if lses is None:
@@ -241,6 +241,7 @@ def cascade_attention_triton(
             KV_HEADS=kv_heads,
             GROUP=group,
             HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
             PAGE=page_size,
             BLOCK_M=size,
             BLOCK_N=min(config.keys or page_size, page_size),
@@ -267,6 +268,7 @@ def cascade_attention_triton(
             tables.merges,
             Q_HEADS=q_heads,
             HEAD_DIM=head_dim,
+            BLOCK_D=padded(head_dim),
             MERGE_BLOCK=32,
             num_warps=1,
             **options,

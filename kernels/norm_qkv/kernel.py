@@ -28,6 +28,7 @@ def norm_qkv_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     HIDDEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -38,7 +39,7 @@ def norm_qkv_kernel(
     USE_PDL: tl.constexpr,
 ):
     """All of it, for ROWS rows and BLOCK_N rows of the weight a program; BLOCK_N divides HEAD_DIM. The bias may be
-    None, and so may both QK norms.
+    None, and so may both QK norms. BLOCK_D is the power of two that holds HEAD_DIM; what is beyond is masked.
 
     A head is more weight than one multiprocessor should read alone, so HEAD_DIM / BLOCK_N programs share it: each
     leaves its products in `packed`, float32 [rows, heads * HEAD_DIM], and the last to arrive finishes the head.
@@ -47,12 +48,12 @@ def norm_qkv_kernel(
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
     N: tl.constexpr = HEADS * HEAD_DIM
     head, row0 = tl.program_id(0) // PARTS, tl.program_id(1) * ROWS
-    d = tl.arange(0, HEAD_DIM // 2)
+    d = tl.arange(0, BLOCK_D // 2)
     n = own_rows(BLOCK_N, WARPS)
     weights = load_ahead(w_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
     head_norm = None
     if q_norm_ptr is not None:
-        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
+        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM, BLOCK_D)
     wait_for_inputs(USE_PDL)
     products = gemv(
         hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
@@ -65,12 +66,12 @@ def norm_qkv_kernel(
     if arrive_last(counters_ptr + tl.program_id(1) * HEADS + head, PARTS):
         for m in tl.static_range(ROWS):
             at = (row0 + m).to(tl.int64) * N + head * HEAD_DIM + d
-            real = row0 + m < rows
+            real = _of_a_head(row0 + m < rows, d, HEAD_DIM, BLOCK_D)
             first = tl.load(packed_ptr + at, real, other=0.0, cache_modifier=".cg")
             second = tl.load(packed_ptr + at + HEAD_DIM // 2, real, other=0.0, cache_modifier=".cg")
             _finish_head(
                 first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
-                head, row0 + m, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 0,
+                head, row0 + m, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_D, PAGE, 0,
             )  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def finish_heads_kernel(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -104,33 +106,49 @@ def finish_heads_kernel(
     N: tl.constexpr = (Q_HEADS + 2 * KV_HEADS) * HEAD_DIM
     HALF: tl.constexpr = HEAD_DIM // 2
     head = tl.program_id(0)
-    d = tl.arange(0, HEAD_DIM // 2)[None, :]
+    d = tl.arange(0, BLOCK_D // 2)[None, :]
     head_norm = None
     if q_norm_ptr is not None:
-        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM)
+        head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM, BLOCK_D)
     wait_for_inputs(USE_PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
-    column, real = head * HEAD_DIM + d, row < rows
+    column, real = head * HEAD_DIM + d, _of_a_head(row < rows, d, HEAD_DIM, BLOCK_D)
     at = row.to(tl.int64) * N + column
     first = sum_parts(parts_ptr, at, real, rows, N, SPLITS)
     second = sum_parts(parts_ptr, at + HALF, real, rows, N, SPLITS)
     if bias_ptr is not None:
-        first += tl.load(bias_ptr + column).to(tl.float32)
-        second += tl.load(bias_ptr + column + HALF).to(tl.float32)
+        first += _load_half(bias_ptr + column, d, HEAD_DIM, BLOCK_D).to(tl.float32)
+        second += _load_half(bias_ptr + column + HALF, d, HEAD_DIM, BLOCK_D).to(tl.float32)
     _finish_head(
         first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
-        head, row, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 1,
+        head, row, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_D, PAGE, 1,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+def _of_a_head(real, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`real`, for those of the dimensions `d` of half a head that there are."""
+    return real if BLOCK_D == HEAD_DIM else real & (d < HEAD_DIM // 2)
+
+
+@triton.jit
+def _load_half(at, d, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Dimensions `d` of half a head, zero where there are none."""
+    return tl.load(at) if BLOCK_D == HEAD_DIM else tl.load(at, d < HEAD_DIM // 2, other=0.0)
+
+
+@triton.jit
+def _load_head_norm(
+    q_norm_ptr, k_norm_ptr, head, d, Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+):
     """Both halves of the norm's weight for this head; a value head has none, and gets the keys'."""
     HALF: tl.constexpr = HEAD_DIM // 2
     if head < Q_HEADS:
-        first, second = tl.load(q_norm_ptr + d), tl.load(q_norm_ptr + HALF + d)
+        first = _load_half(q_norm_ptr + d, d, HEAD_DIM, BLOCK_D)
+        second = _load_half(q_norm_ptr + HALF + d, d, HEAD_DIM, BLOCK_D)
     else:
-        first, second = tl.load(k_norm_ptr + d), tl.load(k_norm_ptr + HALF + d)
+        first = _load_half(k_norm_ptr + d, d, HEAD_DIM, BLOCK_D)
+        second = _load_half(k_norm_ptr + HALF + d, d, HEAD_DIM, BLOCK_D)
     return first, second
 
 
@@ -153,6 +171,7 @@ def _finish_head(
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PAGE: tl.constexpr,
     AXIS: tl.constexpr,
 ):
@@ -161,7 +180,7 @@ def _finish_head(
     Where `head_norm` is None, nothing is normed.
 
     `row` and `d` say which rows, and which dimensions of half a head: a number and a vector, or [ROWS, 1] and
-    [1, HEAD_DIM / 2]. AXIS is that of the dimensions.
+    [1, BLOCK_D / 2]. AXIS is that of the dimensions; products beyond the head's are zero.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
@@ -174,16 +193,17 @@ def _finish_head(
         second *= inverse_rms * head_norm[1].to(tl.float32)
     if head < Q_HEADS:
         out = queries_ptr + row.to(tl.int64) * (Q_HEADS * HEAD_DIM) + head * HEAD_DIM + d
-        tl.store(out, first.to(dtype), real)
-        tl.store(out + HALF, second.to(dtype), real)
+        there = _of_a_head(real, d, HEAD_DIM, BLOCK_D)
+        tl.store(out, first.to(dtype), there)
+        tl.store(out + HALF, second.to(dtype), there)
     else:
         slot = tl.load(slots_ptr + row, real, other=-1)
-        real = slot >= 0
+        there = _of_a_head(slot >= 0, d, HEAD_DIM, BLOCK_D)
         part, kv_head = 0, head - Q_HEADS
         if kv_head < KV_HEADS:
             angles = row.to(tl.int64) * HALF + d
-            cos = tl.load(cos_ptr + angles, real, other=0.0)
-            sin = tl.load(sin_ptr + angles, real, other=0.0)
+            cos = tl.load(cos_ptr + angles, there, other=0.0)
+            sin = tl.load(sin_ptr + angles, there, other=0.0)
             turned = first * cos - second * sin
             second = second * cos + first * sin
             first = turned
@@ -191,5 +211,5 @@ def _finish_head(
             part, kv_head = 1, kv_head - KV_HEADS
         page = part * pages.to(tl.int64) + slot // PAGE
         out = kv_ptr + ((page * KV_HEADS + kv_head) * PAGE + slot % PAGE) * HEAD_DIM + d
-        tl.store(out, first.to(dtype), real)
-        tl.store(out + HALF, second.to(dtype), real)
+        tl.store(out, first.to(dtype), there)
+        tl.store(out + HALF, second.to(dtype), there)

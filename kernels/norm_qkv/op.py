@@ -1,5 +1,7 @@
 """RMSNorm, QKV projection, QK-norm, RoPE and KV append: checks, and which implementation runs."""
 
+from math import gcd
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -14,6 +16,7 @@ from braidsdk.kernels.launch import (
     check_triton,
     counters,
     launch_options,
+    padded,
     tile_for,
 )
 from braidsdk.kernels.measure import measured
@@ -80,8 +83,8 @@ def norm_qkv(
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
         slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
         path: which implementation; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
-            float16, and a head_dim that is a power of two, 16 at least; "amx" contiguous ones in bfloat16 on the CPU,
-            and a head_dim that is a multiple of 32.
+            float16, and a head_dim that is a multiple of 16; "amx" contiguous ones in bfloat16 on the CPU, and a
+            head_dim that is a multiple of 32.
 
     Returns:
         Unrotated queries, normed if the model does that, [tokens, q_heads, head_dim].
@@ -108,7 +111,7 @@ def norm_qkv(
     from braidsdk.kernels.norm_qkv.kernel import finish_heads_kernel, norm_qkv_kernel
 
     options = launch_options(hidden.device)
-    geometry = (q_heads, kv_heads, head_dim, page_size)
+    geometry = (q_heads, kv_heads, head_dim, padded(head_dim), page_size)
     block_rows, tile = tile_for(TILES, rows, hidden.shape[1])
     if block_rows >= MATRIX_ROWS:
         normed = rms_norm(hidden, weights.norm, eps, path="triton")
@@ -139,7 +142,7 @@ def norm_qkv(
         )
         return queries
     blocks = -(-rows // block_rows)
-    block_n = min(tile.block_n, head_dim)
+    block_n = gcd(tile.block_n, head_dim)
     packed = torch.empty(rows, heads * head_dim, dtype=torch.float32, device=hidden.device)
     norm_qkv_kernel[(heads * head_dim // block_n, blocks)](
         hidden,
@@ -179,10 +182,10 @@ def _check(
     check_triton(op, hidden, weights.norm, weights.qkv, weights.bias, weights.q_norm, weights.k_norm, kv)
     (rows, size), head_dim = hidden.shape, kv.shape[4]
     heads = q_heads + 2 * kv.shape[2]
-    if q_heads < 1 or head_dim < 16 or head_dim & (head_dim - 1):
+    if q_heads < 1 or head_dim < 16 or head_dim % 16:
         raise ValueError(
-            f"{op}: expected query heads and a head_dim that is a power of two from 16 up, got {q_heads} query heads "
-            f"of {head_dim}; pass path='torch'."
+            f"{op}: expected query heads and a head_dim that is a multiple of 16, got {q_heads} query heads of "
+            f"{head_dim}; pass path='torch'."
         )
     check_shape(op, "norm", weights.norm, size)
     check_shape(op, "qkv", weights.qkv, heads * head_dim, size)

@@ -81,7 +81,7 @@ def case(request: pytest.FixtureRequest) -> Callable[..., Case]:
     return Case
 
 
-GEOMETRIES = [(1, 1, 64), (2, 2, 128), (1, 8, 64), (2, 5, 64), (2, 7, 64)]
+GEOMETRIES = [(1, 1, 64), (2, 2, 128), (1, 8, 64), (2, 5, 64), (2, 7, 64), (1, 2, 80), (1, 3, 96)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -97,9 +97,9 @@ def test_one_row_over_ragged_segments(case, kv_heads, group, head_dim, dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group", [2, 7])
-def test_rows_of_a_question_see_their_past_only(case, group, dtype) -> None:
-    made = case(2, group, 64, dtype)
+@pytest.mark.parametrize(("group", "head_dim"), [(2, 64), (7, 64), (2, 80)])
+def test_rows_of_a_question_see_their_past_only(case, group, head_dim, dtype) -> None:
+    made = case(2, group, head_dim, dtype)
     first, second = made.entry(100), made.entry(70)
     tail = PagedSegment(made.entry(40), 0, 60, 170)  # reserved further than it is filled
     made.ask([PagedSegment(first, 0, 100, 0), PagedSegment(second, 0, 70, 100), tail], list(range(190, 207)))
@@ -133,9 +133,13 @@ def test_slices_hidden_keys_and_empty_segments(case) -> None:
     made.check()
 
 
-@pytest.mark.parametrize(("group", "dtype"), [*((2, dtype) for dtype in DTYPES), (7, torch.float32)], ids=str)
-def test_many_rows(case, group, dtype) -> None:
-    made = case(1, group, 64, dtype)
+@pytest.mark.parametrize(
+    ("group", "head_dim", "dtype"),
+    [*((2, 64, dtype) for dtype in DTYPES), (7, 64, torch.float32), (2, 96, torch.float32)],
+    ids=str,
+)
+def test_many_rows(case, group, head_dim, dtype) -> None:
+    made = case(1, group, head_dim, dtype)
     anchor = PagedSegment(made.entry(40), 0, 40, 0)
     for tokens in (150, 70, 60):
         own = made.entry(tokens)

@@ -111,7 +111,7 @@ def new_batch(seed, poisoned) -> type[Batch]:
     return Batch
 
 
-GEOMETRIES = [(1, 1, 64), (2, 2, 16), (1, 5, 16), (2, 7, 16), (1, 32, 16)]
+GEOMETRIES = [(1, 1, 64), (2, 2, 16), (1, 5, 16), (2, 7, 16), (1, 32, 16), (2, 2, 48)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

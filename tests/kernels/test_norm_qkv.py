@@ -26,7 +26,8 @@ class Geometry:
 
 
 SMALL = Geometry(96, 4, 2, 32)
-GEOMETRIES = [SMALL, Geometry(160, 8, 1, 64), Geometry(64, 2, 2, 128), Geometry(40, 5, 1, 16)]
+PADDED = [Geometry(96, 2, 1, 80), Geometry(64, 3, 1, 96)]
+GEOMETRIES = [SMALL, Geometry(160, 8, 1, 64), Geometry(64, 2, 2, 128), Geometry(40, 5, 1, 16), *PADDED]
 QWEN3_06B = Geometry(1024, 16, 8, 128)
 
 
@@ -130,10 +131,12 @@ def test_sizes_over_several_blocks(rows, dtype, device, seed, poisoned, assert_n
     check(make(rows, Geometry(1304, 1, 1, 32), dtype, device), dtype, assert_near)
 
 
-@pytest.mark.parametrize("hidden", [896, 2048, 2560])
+@pytest.mark.parametrize(("hidden", "head_dim"), [(896, 16), (2048, 16), (2560, 16), (96, 80)])
 @pytest.mark.parametrize("rows", [1, 3, 17, 65])
-def test_nothing_is_read_past_the_ends(rows, hidden, dtype, device, seed, poisoned, fenced, assert_near) -> None:
-    case = make(rows, Geometry(hidden, 1, 1, 16), dtype, device, bias=True)
+def test_nothing_is_read_past_the_ends(
+    rows, hidden, head_dim, dtype, device, seed, poisoned, fenced, assert_near
+) -> None:
+    case = make(rows, Geometry(hidden, 1, 1, head_dim), dtype, device, bias=True)
     weights = NormQKVWeights(**{name: fenced(value) for name, value in vars(case.weights).items()})
     check(
         replace(case, hidden=fenced(case.hidden), weights=weights, cos=fenced(case.cos), sin=fenced(case.sin)),
@@ -211,7 +214,7 @@ def test_refuses_what_does_not_fit(device) -> None:
         replace(case, cos=case.cos[:2]).run("triton")
     with pytest.raises(ValueError, match=r"slots contiguous, torch.int64 .* got torch.int32"):
         replace(case, slots=case.slots.int()).run("triton")
-    with pytest.raises(ValueError, match="power of two"):
+    with pytest.raises(ValueError, match="multiple of 16"):
         replace(case, kv_shape=(*case.kv_shape[:4], 24)).run("triton")
 
 
