@@ -1,5 +1,6 @@
 """Downloads checkpoints from the Hugging Face hub into its cache, safetensors only. Its errors say what to do."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,11 +43,11 @@ def fetch(model: str, revision: str | None = None) -> Path:
         revision: branch, tag or commit; None is the default branch.
 
     Raises:
-        HubError: the hub can't be reached, does not have it, or does not allow it.
+        HubError: the hub can't be reached, does not have it or a part of it, or does not allow it.
     """
     what = model if revision is None else f"{model} at revision {revision!r}"
     try:
-        return Path(
+        folder = Path(
             huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=_FILES, ignore_patterns=["*/*"])
         )
     except GatedRepoError as error:
@@ -66,6 +67,33 @@ def fetch(model: str, revision: str | None = None) -> Path:
     except Exception as error:  # many libraries raise here: HTTP, file locks, a full disk
         reason = next(iter(str(error).strip().splitlines()), "")
         raise _error(f"{what} can't be downloaded: {type(error).__name__}: {reason}") from error
+    lacking = _lacking(folder)
+    if lacking:
+        lacks = f"{', '.join(lacking[:3])}{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}"
+        if constants.HF_HUB_OFFLINE:
+            raise _error(
+                f"{what} must be complete in the hub's cache; it lacks {lacks}, and HF_HUB_OFFLINE is set. Download it "
+                "once with a connection, or pass a folder"
+            )
+        raise _error(
+            f"{what} must have config.json, tokenizer.json and safetensors weights; there is no {lacks}. Either the "
+            "hub's repository lacks it, then choose another one; or the hub can't be reached and its cache holds only "
+            "a part, then download it once with a connection"
+        )
+    return folder
+
+
+def _lacking(folder: Path) -> list[str]:
+    """The files that a checkpoint can't do without and that a snapshot lacks. The hub's client takes a folder of the
+    cache for complete when it can't ask the hub, although another program may have fetched only the tokenizer."""
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors"]
+    if index.is_file():
+        try:
+            weights = sorted(set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            weights = []  # whoever reads the weights says what is wrong with their index
+    return [name for name in ("config.json", "tokenizer.json", *weights) if not (folder / name).is_file()]
 
 
 def _error(why: str) -> HubError:

@@ -1,5 +1,6 @@
 """Checkpoints from the hub: what is downloaded, and which error comes if it is not."""
 
+import json
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -107,6 +108,37 @@ def test_what_the_hub_refuses_is_a_typed_error_that_says_what_to_do(
         find_checkpoint("Qwen/Qwen3-0.6B", "v1")
     for name in (constants.ENDPOINT, "HF_ENDPOINT", constants.HF_HUB_CACHE, "HF_TOKEN", "hf auth login"):
         assert name in str(caught.value)
+
+
+def snapshot(cache: Path) -> Path:
+    return next((cache / "models--Qwen--Qwen3-0.6B" / "snapshots").iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_cache_that_holds_a_part_speaks_of_the_download(
+    hub_cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Another program fetched the tokenizer only, or the download broke off: the link is there and its file is not."""
+    (snapshot(hub_cache) / name).unlink()
+    (snapshot(hub_cache) / name).symlink_to(hub_cache / "blobs" / "none")
+    with pytest.raises(HubError, match=rf"complete in the hub's cache; it lacks {name}, and HF_HUB_OFFLINE is set"):
+        find_checkpoint("Qwen/Qwen3-0.6B")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(snapshot(hub_cache)))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(HubError, match=rf"there is no {name}. Either the hub's repository lacks it"):
+        find_checkpoint("Qwen/Qwen3-0.6B")
+
+
+def test_shards_that_the_cache_lacks_are_named(hub_cache: Path) -> None:
+    folder = snapshot(hub_cache)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00005.safetensors")
+    where = {f"w{shard}": f"model-{shard:05}-of-00005.safetensors" for shard in range(1, 6)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    lacks = r"lacks model-00002-of-00005.safetensors, .*, model-00004-of-00005.safetensors and 1 more"
+    with pytest.raises(HubError, match=lacks):
+        find_checkpoint("Qwen/Qwen3-0.6B")
+    (folder / "model.safetensors.index.json").write_text("[]")
+    assert find_checkpoint("Qwen/Qwen3-0.6B") == folder, "the loader says what is wrong with an index"
 
 
 def test_a_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
