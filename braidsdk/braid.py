@@ -25,7 +25,7 @@ from braidsdk.engine.kernel_choice import choose_paths, parse_kernels
 from braidsdk.engine.loop import HITS, MISSES
 from braidsdk.engine.sampling import SamplingOptions
 from braidsdk.engine.scheduler import ROW_SLOTS
-from braidsdk.errors import InputError, did_you_mean, shown
+from braidsdk.errors import EmptyTextError, InputError, did_you_mean, shown
 from braidsdk.ingest.check import check_anchor, check_texts
 from braidsdk.ingest.plan import check_disk, estimate, plan
 from braidsdk.ingest.register import compute_missing, store_chunks
@@ -36,7 +36,7 @@ from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
 from braidsdk.models.tiny.outside import warn_once
 from braidsdk.progress import ProgressBar, steps_bar
 from braidsdk.prompt.layout import PromptLayout
-from braidsdk.prompt.text import check_window, is_unicode
+from braidsdk.prompt.text import check_window, is_unicode, normalise
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore
 from braidsdk.types import (
@@ -443,9 +443,17 @@ class Braid:
                 report(len(work), len(work))
 
     def count_tokens(self, text: str) -> int:
-        """How many tokens a text takes as a context chunk, the newline that closes it included."""
+        """How many tokens a text takes as a context chunk, the newline that closes it included. White space alone is no
+        chunk and takes none.
+
+        Raises:
+            InputError: it is no text that can be registered.
+        """
         self._engine.check_open()
-        return len(self._engine.layout.plain_ids(text))
+        try:
+            return len(self._engine.layout.plain_ids(normalise(text)))
+        except EmptyTextError:
+            return 0
 
     async def aask(
         self,

@@ -323,3 +323,9 @@ def test_a_chunk_survives_pickling(random_braid: Braid) -> None:
     assert (copy, copy.name, copy.metadata) == (chunk, "a", {"v": [1]})
     assert copy.token_ids == chunk.token_ids != ()
     assert random_braid.compose([copy]).input_ids == random_braid.compose([chunk]).input_ids
+
+
+def test_tokens_are_counted_as_they_are_registered(random_braid: Braid) -> None:
+    for text in ("Oslo is a city.", "\n Oslo is a city. \n\n", "e\u0301tude"):
+        assert random_braid.count_tokens(text) == len(random_braid.register(text).token_ids)
+    assert random_braid.count_tokens(" \n") == 0, "it can't be registered"
