@@ -167,3 +167,43 @@ def test_our_own_template_does_not_warn_and_another_has_another_fingerprint(fold
     spec["model"]["merges"].pop()
     (copied / "tokenizer.json").write_text(json.dumps(spec))
     assert PromptLayout(copied).fingerprint != first.fingerprint
+
+
+# What real tokenizers come with
+
+
+def edit_tokenizer(folder: Path, **changes: object) -> Path:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+CUT = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+FILLED = {
+    "strategy": {"Fixed": 64},
+    "direction": "Left",
+    "pad_to_multiple_of": None,
+    "pad_id": 1019,
+    "pad_type_id": 0,
+    "pad_token": "<|endoftext|>",
+}
+
+
+@pytest.mark.parametrize("saved", [{"truncation": CUT}, {"padding": FILLED}, {"truncation": CUT, "padding": FILLED}])
+def test_truncation_and_padding_that_were_saved_on_change_no_text(
+    layout: PromptLayout, folder: Path, tmp_path: Path, saved: dict[str, object]
+) -> None:
+    other = PromptLayout(edit_tokenizer(copy_tokenizer(folder, tmp_path / "t"), **saved))
+    for text in ("Oslo.", "Oslo is a city in Norway. " * 20):
+        assert other.chunk_ids(0, text) == layout.chunk_ids(0, text)
+        assert other.plain_ids(text) == layout.plain_ids(text)
+        assert other.question_ids(text) == layout.question_ids(text)
+    assert other.fingerprint == layout.fingerprint, "entries serve both"
+
+
+def test_a_tokenizer_that_gives_other_ids_each_time_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    model = json.loads((copied / "tokenizer.json").read_text())["model"]
+    PromptLayout(edit_tokenizer(copied, model=model | {"dropout": 0.0}))
+    with pytest.raises(UnsupportedModelError, match=r"must have no BPE dropout.* dropout 0\.1"):
+        PromptLayout(edit_tokenizer(copied, model=model | {"dropout": 0.1}))

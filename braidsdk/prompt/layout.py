@@ -90,7 +90,14 @@ class PromptLayout:
             raise UnsupportedModelError(
                 f"{folder} must hold a chat template; it holds none. Save the tokenizer of an instruct model there."
             )
-        spec = json.loads(self._hf.backend_tokenizer.to_str())
+        # They are settings of a training run or a pipeline, and cut or fill documents. transformers ignores them, too.
+        unbounded = {"truncation": None, "padding": None}
+        spec = json.loads(self._hf.backend_tokenizer.to_str()) | unbounded
+        if spec["model"].get("dropout"):
+            raise UnsupportedModelError(
+                f"The tokenizer in {folder} must have no BPE dropout, because the same text would have other ids each "
+                f"time; it has dropout {spec['model']['dropout']}. Set dropout to null in tokenizer.json."
+            )
         self._with_control = Tokenizer.from_str(json.dumps(spec))
         self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         self.vocab_size = self._with_control.get_vocab_size(with_added_tokens=True)
@@ -101,7 +108,7 @@ class PromptLayout:
         self._system_open, self._system_close, self._closing = map(self._control_ids, (head, between, closing))
         self.header_ids = self._control_ids(header)
         self.fingerprint = xxhash.xxh3_128_hexdigest(
-            json.dumps([written, head, between, header], sort_keys=True).encode()
+            json.dumps([written | unbounded, head, between, header], sort_keys=True).encode()
         )
         self._encode = remembering(self._encode_plain)
         self._check_seams()
