@@ -207,3 +207,32 @@ def test_a_tokenizer_that_gives_other_ids_each_time_is_refused(folder: Path, tmp
     PromptLayout(edit_tokenizer(copied, model=model | {"dropout": 0.0}))
     with pytest.raises(UnsupportedModelError, match=r"must have no BPE dropout.* dropout 0\.1"):
         PromptLayout(edit_tokenizer(copied, model=model | {"dropout": 0.1}))
+
+
+def test_words_that_a_fine_tune_added_are_tokens_of_texts_and_its_marks_are_not(folder: Path, tmp_path: Path) -> None:
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens(["hemoglobinopathy", "    ", "don't-know"])
+    tokenizer.add_tokens(["<gene>", "[CITE]", "</gene>"])
+    tokenizer.add_tokens(["STOPWORD"], special_tokens=True)
+    tokenizer.save_pretrained(copied)
+    layout = PromptLayout(copied)
+    text = "The hemoglobinopathy unit,    and hemoglobinopathy: don't-know."
+    assert layout.plain_ids(text) == tuple(tokenizer(f"{text}\n", add_special_tokens=False).input_ids)
+    assert len(set(layout.plain_ids(text)) & set(range(1024, 1031))) == 3
+    assert layout.decode(layout.plain_ids(text)) == f"{text}\n"
+    assert layout.question_ids(text)[:9] == layout.plain_ids(text)[:9]
+    marks = f"a <gene>b</gene> [CITE] STOPWORD {CONTROL}"
+    assert max(layout.plain_ids(marks)) < 1019
+    assert layout.decode(layout.plain_ids(marks)) == f"{marks}\n"
+
+
+def test_a_tokenizer_that_makes_control_of_plain_text_is_refused(folder: Path, tmp_path: Path) -> None:
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    spec = json.loads((copied / "tokenizer.json").read_text())
+    spec["model"]["vocab"] |= {"<|endoftext|>": 1019}
+    spec["model"]["ignore_merges"] = True
+    spec["pre_tokenizer"] = None
+    (copied / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UnsupportedModelError, match=r"must make plain tokens .* '<\|endoftext\|>' itself"):
+        PromptLayout(copied)

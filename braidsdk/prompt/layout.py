@@ -1,9 +1,9 @@
 """Text to token ids and back: the prompt's layout, taken from the model's own chat template.
 
-Text never becomes control. Documents and questions are encoded by a copy of the tokenizer that has no added tokens, so
-`<|im_end|>` or `<think>` in a text are plain characters; only the template's own parts hold control tokens. Pieces are
-encoded one by one and their ids are joined; ids are never decoded and encoded again. Each piece is NFC-normalised and
-stripped. A piece that no control token follows is closed with a newline. So the joined ids are those that the tokenizer
+Text never becomes control. Documents and questions are encoded by a copy of the tokenizer that makes no control
+tokens, so `<|im_end|>` or `<think>` in a text are plain characters; only the template's own parts hold control tokens.
+Pieces are encoded one by one and their ids are joined; ids are never decoded and encoded again. Each piece is
+NFC-normalised and stripped. A piece that no control token follows is closed with a newline. So the joined ids are those that the tokenizer
 gives for the joined text.
 
 Knows nothing about models, caches or chunks.
@@ -11,20 +11,18 @@ Knows nothing about models, caches or chunks.
 
 import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import xxhash
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
 
-from braidsdk.errors import ModelNotFoundError, UnsupportedModelError
+from braidsdk.errors import UnsupportedModelError
 from braidsdk.prompt.answer_text import Detokenizer
 from braidsdk.prompt.lru import remembering
 from braidsdk.prompt.text import normalise
+from braidsdk.prompt.tokenizer import TextTokenizer
 from braidsdk.types import LEVEL_SYSTEM
 
 _MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
@@ -32,25 +30,6 @@ _MARKS = ("SYSTEM-GOES-HERE", "USER-GOES-HERE")
 
 class LayoutWarning(UserWarning):
     """The ids of a composed prompt differ from what the model's chat template gives for the same text."""
-
-
-class _Detokenizer:
-    """`prompt.answer_text.Detokenizer` of a tokenizer: characters are never split."""
-
-    def __init__(self, tokenizer: Tokenizer, decode: Callable[[Sequence[int]], str]) -> None:
-        self._tokenizer, self._decode = tokenizer, decode
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._seen: list[int] = []
-        self._shown = 0
-
-    def feed(self, token_id: int) -> str:
-        self._seen.append(token_id)
-        piece = self._stream.step(self._tokenizer, token_id) or ""
-        self._shown += len(piece)
-        return piece
-
-    def flush(self) -> str:
-        return self._decode(self._seen)[self._shown :]
 
 
 class PromptLayout:
@@ -74,45 +53,21 @@ class PromptLayout:
             ModelNotFoundError: the folder holds no `tokenizer.json`.
             UnsupportedModelError: there is no chat template, or it has no place for a system prompt.
         """
-        if not (folder / "tokenizer.json").is_file():
-            raise ModelNotFoundError(
-                f"{folder} holds no tokenizer.json. Save the tokenizer beside the weights: "
-                "tokenizer.save_pretrained(folder)."
-            )
-        try:
-            self._hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # of several libraries: JSON, tokenizers, transformers
-            raise UnsupportedModelError(
-                f"The tokenizer in {folder} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it again."
-            ) from error
-        if not self._hf.chat_template:
-            raise UnsupportedModelError(
-                f"{folder} must hold a chat template; it holds none. Save the tokenizer of an instruct model there."
-            )
-        # They are settings of a training run or a pipeline, and cut or fill documents. transformers ignores them, too.
-        unbounded = {"truncation": None, "padding": None}
-        spec = json.loads(self._hf.backend_tokenizer.to_str()) | unbounded
-        if spec["model"].get("dropout"):
-            raise UnsupportedModelError(
-                f"The tokenizer in {folder} must have no BPE dropout, because the same text would have other ids each "
-                f"time; it has dropout {spec['model']['dropout']}. Set dropout to null in tokenizer.json."
-            )
-        self._with_control = Tokenizer.from_str(json.dumps(spec))
-        self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
-        self.vocab_size = self._with_control.get_vocab_size(with_added_tokens=True)
-
+        self._tokenizer = TextTokenizer(folder)
+        self.vocab_size = self._tokenizer.vocab_size
         self._thinking = thinking
         head, between, closing = self._parts(with_system=True)
         header, _, _ = self._parts(with_system=False)
-        self._system_open, self._system_close, self._closing = map(self._control_ids, (head, between, closing))
-        self.header_ids = self._control_ids(header)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(
-            json.dumps([written | unbounded, head, between, header], sort_keys=True).encode()
+        self._system_open, self._system_close, self._closing = map(
+            self._tokenizer.with_control, (head, between, closing)
         )
-        self._encode = remembering(self._encode_plain)
+        self.header_ids = self._tokenizer.with_control(header)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(
+            json.dumps([self._tokenizer.written, head, between, header], sort_keys=True).encode()
+        )
+        self._encode = remembering(self._tokenizer.plain)
         self._check_seams()
-        if thinking and "enable_thinking" not in str(self._hf.chat_template):
+        if thinking and "enable_thinking" not in str(self._tokenizer.hf.chat_template):
             warnings.warn(
                 "thinking=True changes nothing: this model's chat template has no enable_thinking. Leave it out. The "
                 "template decides whether the model thinks.",
@@ -155,21 +110,15 @@ class PromptLayout:
                 "The chat template must show past messages as they are given; this one does not. Ask without history, "
                 "or use a checkpoint with Qwen3's template."
             )
-        return self._control_ids(between)
+        return self._tokenizer.with_control(between)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
-        return str(self._with_control.decode(list(token_ids), skip_special_tokens=True))
+        return self._tokenizer.decode(token_ids)
 
     def detokenizer(self) -> Detokenizer:
         """A detokenizer for one answer. Its pieces joined equal `decode` of all ids."""
-        return _Detokenizer(self._with_control, self.decode)
-
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        return tuple(self._plain.encode(text, add_special_tokens=False).ids)
-
-    def _control_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self._with_control.encode(text, add_special_tokens=False).ids)
+        return self._tokenizer.detokenizer()
 
     def _render(self, system: str | None, user: str) -> str:
         messages = [{"role": "user", "content": user}]
@@ -180,7 +129,7 @@ class PromptLayout:
     def _rendered(self, messages: list[dict[str, str]]) -> str:
         try:
             return str(
-                self._hf.apply_chat_template(
+                self._tokenizer.hf.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True, enable_thinking=self._thinking
                 )
             )
@@ -208,9 +157,9 @@ class PromptLayout:
     def _check_seams(self) -> None:
         system, document, question = "Answer briefly.", "First fact: 12.\nSecond (fact)", "Which one?"
         ours = self.chunk_ids(LEVEL_SYSTEM, system) + self.plain_ids(document) + self.question_ids(question)
-        theirs = self._control_ids(self._render(system, f"{document}\n{question}"))
+        theirs = self._tokenizer.with_control(self._render(system, f"{document}\n{question}"))
         bare = self.header_ids + self.plain_ids(document) + self.question_ids(question)
-        if ours != theirs or bare != self._control_ids(self._render(None, f"{document}\n{question}")):
+        if ours != theirs or bare != self._tokenizer.with_control(self._render(None, f"{document}\n{question}")):
             warnings.warn(
                 "Composed prompts differ by some tokens from what this model's chat template gives for the same text. "
                 "Answers may differ from a plain transformers prompt; check the template's white space.",
