@@ -276,7 +276,7 @@ class Context:
         composition = self._composition
         for turn in past.turns:
             composition = composition.with_turn(turn)
-        composition = composition.with_tail(past.opening + layout.question_ids(question))
+        composition = composition.with_tail(past.opening + layout.question_ids(question, follows=bool(past.turns)))
         check_window(
             composition.tokens,
             self._engine.config.window,

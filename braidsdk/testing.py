@@ -36,7 +36,7 @@ from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.models.base import Batch, Model, ModelConfig
 from braidsdk.prompt.answer_text import Detokenizer
-from braidsdk.prompt.layout import PromptLayout
+from braidsdk.prompt.layout import Past, PromptLayout
 from braidsdk.prompt.lru import remembering
 from braidsdk.store import ChunkStore
 
@@ -129,10 +129,18 @@ class FakeLayout(PromptLayout):
     def __init__(self) -> None:
         self.vocab_size = _VOCABULARY
         self.fingerprint = "fake"
-        self.header_ids = (_USER,)
-        self.turn_ids = (_END, _USER)
+        self._header = (_USER,)
         self._system_open, self._system_close, self._closing = (_SYSTEM,), (_USER,), (_CLOSE, _ASSISTANT)
-        self._encode = remembering(_encode)
+        self._encode_system = self._encode = encode = remembering(_encode)
+        self.past = Past((_CLOSE, _ASSISTANT), (_END, _USER), encode, encode)
+
+    def answer_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of a past answer's text."""
+        return self._encode(text)
+
+    def thinks_on(self, answer_ids: Sequence[int]) -> bool:  # noqa: ARG002 - the fake model never thinks
+        """Whether an answer ends within a thought."""
+        return False
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of ids, without control tokens."""

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 from braidsdk import Answer, Braid, Context
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.compose.composition import Composition
-from braidsdk.errors import EmptyTextError, InputError, WindowExceededError
-from braidsdk.prompt.history import Spoken, SpokenTurns
+from braidsdk.errors import EmptyTextError, InputError, UnsupportedModelError, WindowExceededError
+from braidsdk.prompt.history import Spoken, SpokenTurns, Turn, conversation
 from braidsdk.prompt.layout import PromptLayout
 from braidsdk.types import LEVEL_QUERY
 
@@ -267,6 +267,69 @@ def test_a_template_with_thinking_blocks(make_checkpoint: Callable[..., Path], t
         prompt = context.prompt_ids("Why?", history=said("Which?", answer.text))
         past = answer.prompt_ids + answer.token_ids
         assert prompt[: len(past)] == past, "the conversation as it was, its empty thinking blocks included"
+
+
+OPEN = QWEN3_TEMPLATE.replace("assistant\\n' }}\n{%- if enable", "assistant\\n<think>\\n' }}\n{%- if enable")
+"""A template that opens the thought itself, as that of Qwen3's thinking models."""
+THOUGHT = "The user greets me.\n</think>\n\nHi there."
+
+
+@pytest.mark.parametrize("template", [QWEN3_TEMPLATE, OPEN], ids=["the model opens", "the template opens"])
+@pytest.mark.parametrize("answer", ["Hi there.", THOUGHT, f"<think>\n{THOUGHT}", "\u00ab</think>\u00bb <think>"])
+def test_a_past_answer_that_is_known_by_its_text_is_laid_out_as_the_template_does(
+    make_checkpoint: Callable[..., Path], template: str, answer: str
+) -> None:
+    folder = make_checkpoint()
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer, layout = AutoTokenizer.from_pretrained(folder), PromptLayout(folder, thinking=True)
+    past = conversation([Turn("Hello?", answer)] * 2, layout, SpokenTurns())
+    ids = layout.header_ids + past.turns[0] + past.turns[1] + past.opening + layout.question_ids("Why?", follows=True)
+    messages = [*said("Hello?", answer), *said("Hello?", answer), {"role": "user", "content": "Why?"}]
+    want = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, enable_thinking=True)
+    if answer.endswith("<think>"):
+        assert layout.decode(ids) == layout.decode(want), "a text can't open a thought"
+        assert ids.count(1022) == want.count(1022) - 2
+    else:
+        assert ids == tuple(want)
+
+
+def test_a_thought_that_the_template_shows_is_closed_by_a_control_token(make_checkpoint: Callable[..., Path]) -> None:
+    """braid-tiny's template shows answers as they are. The marks of the thought at the start are those of the model."""
+    layout, think, close = PromptLayout(make_checkpoint()), 1022, 1023
+    ids = layout.answer_ids(f"<think>\n{THOUGHT} <think> </think>")
+    assert ids[0] == think
+    assert (ids.count(think), ids.count(close)) == (1, 1)
+    assert layout.decode(ids) == f"<think>\n{THOUGHT} <think> </think>"
+    assert think not in layout.answer_ids("<think> is how thoughts begin.")
+
+
+def test_an_answer_cut_off_within_a_thought_does_not_leave_it_open(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint()
+    (folder / "chat_template.jinja").write_text(OPEN)
+    layout, spoken, close = PromptLayout(folder, thinking=True), SpokenTurns(), 1023
+    tail = layout.question_ids("Hello?")
+    for ids, kept in (((5, 6, 7), False), ((5, close, 6, 7), True)):
+        spoken.remember(tail, "text", Spoken(ids, 3))
+        past = conversation([Turn("Hello?", "text")], layout, spoken)
+        assert (past.turns[0] + past.opening == tail + ids + layout.turn_ids) == kept
+        assert past.turns[0].count(1022) == kept
+
+
+def test_a_template_that_moves_the_system_prompt_is_refused_with_a_history(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_checkpoint()
+    (folder / "chat_template.jinja").write_text(
+        "{%- set rules = messages[0].content if messages[0].role == 'system' else '' %}"
+        "{%- for m in messages %}{%- if m.role != 'system' %}{{- '<|im_start|>' + m.role + '\\n' }}"
+        "{%- if loop.last %}{{- rules + '\\n' }}{%- endif %}{{- m.content + '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    with Braid(folder, store=tmp_path / "store", device="cpu") as braid:
+        context = braid.compose([braid.register_system("Be brief.")])
+        assert context.prompt_ids("Well?")
+        with pytest.raises(UnsupportedModelError, match=r"a conversation must stand .* Ask without history"):
+            context.ask("Well?", history=said("Hello?", "Hi."))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
@@ -148,13 +149,15 @@ def test_a_template_that_drops_the_system_prompt_is_refused(folder: Path, tmp_pa
         PromptLayout(copied)
 
 
-def test_a_template_with_other_seams_warns(folder: Path, tmp_path: Path) -> None:
-    """No space after a colon: "user:" and the text melt into one word for the tokenizer, not for separate pieces."""
+def test_a_template_that_joins_a_colon_with_what_follows_is_followed(folder: Path, tmp_path: Path) -> None:
+    """A text's space is its own where words hold the space before them."""
     copied = copy_tokenizer(folder, tmp_path / "t")
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %} assistant is"
     (copied / "chat_template.jinja").write_text(template)
-    with pytest.warns(LayoutWarning, match="differ by some tokens"):
-        PromptLayout(copied)
+    layout = PromptLayout(copied)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Well?"}]
+    want = AutoTokenizer.from_pretrained(copied).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert list(layout.chunk_ids(0, "Be brief.") + layout.question_ids("Well?")) == want
 
 
 def test_our_own_template_does_not_warn_and_another_has_another_fingerprint(folder: Path, tmp_path: Path) -> None:
@@ -235,4 +238,48 @@ def test_a_tokenizer_that_makes_control_of_plain_text_is_refused(folder: Path, t
     spec["pre_tokenizer"] = None
     (copied / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(UnsupportedModelError, match=r"must make plain tokens .* '<\|endoftext\|>' itself"):
+        PromptLayout(copied)
+
+
+def test_ids_without_an_embedding_are_refused_where_a_prompt_needs_them(folder: Path, tmp_path: Path) -> None:
+    for rows in (1020, 1021):
+        with pytest.raises(
+            UnsupportedModelError, match=rf"vocab_size must be .* got {rows}, .* up to 1021 \('<\|im_end"
+        ):
+            PromptLayout(folder, rows=rows)
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(copied)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PromptLayout(folder, rows=1022)
+        assert PromptLayout(copied, rows=1024).vocab_size == 1025, "no prompt holds what only pads batches"
+    spec = json.loads((copied / "tokenizer.json").read_text())
+    last = max(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    spec["model"]["vocab"][last] = 1100
+    (copied / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(UnsupportedModelError, match="gives ids up to 1100"):
+        PromptLayout(copied, rows=1024)
+
+
+def test_words_without_an_embedding_are_spelt_as_before_and_that_is_said(
+    layout: PromptLayout, folder: Path, tmp_path: Path
+) -> None:
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens(["hemoglobin", "hemophilia"])
+    tokenizer.save_pretrained(copied)
+    with pytest.warns(LayoutWarning, match="no embedding for 1 words .* such as 'hemophilia'"):
+        other = PromptLayout(copied, rows=1025)
+    assert 1024 in other.plain_ids("hemoglobin")
+    assert other.plain_ids("hemophilia") == layout.plain_ids("hemophilia")
+
+
+def test_a_word_that_takes_the_newline_before_it_is_said(folder: Path, tmp_path: Path) -> None:
+    copied = copy_tokenizer(folder, tmp_path / "t")
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens([AddedToken("hemoglobin", lstrip=True)])
+    tokenizer.save_pretrained(copied)
+    with pytest.warns(LayoutWarning, match="'hemoglobin' takes the newline that stands before it"):
         PromptLayout(copied)

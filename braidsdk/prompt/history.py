@@ -17,8 +17,9 @@ class Layout(Protocol):
 
     @property
     def turn_ids(self) -> tuple[int, ...]: ...
-    def question_ids(self, question: str) -> tuple[int, ...]: ...
+    def question_ids(self, question: str, *, follows: bool = ..., past: bool = ...) -> tuple[int, ...]: ...
     def answer_ids(self, text: str) -> tuple[int, ...]: ...
+    def thinks_on(self, answer_ids: Sequence[int]) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ def parse_history(history: Sequence[Mapping[str, str]], window: int) -> tuple[Tu
 
 
 def conversation(turns: Sequence[Turn], layout: Layout, spoken: SpokenTurns) -> Conversation:
-    """The ids of past turns. An answer has the ids that it was generated with if they are known, else its text's.
+    """The ids of past turns. A turn has the ids that it was answered with if they are known, else those that the chat
+    template gives for its texts. So has a turn whose answer was cut off within a thought: all that follows would belong
+    to the thought.
 
     A turn's segment ends where the keys and values of the call that answered it end, so that they can be used as they
     are.
@@ -131,9 +134,11 @@ def conversation(turns: Sequence[Turn], layout: Layout, spoken: SpokenTurns) -> 
     pieces: list[tuple[int, ...]] = []
     opening: tuple[int, ...] = ()
     for turn in turns:
-        tail = opening + layout.question_ids(turn.question)
+        follows = bool(pieces)
+        tail = opening + layout.question_ids(turn.question, follows=follows)
         answer = spoken.recall(tail, turn.answer)
-        if answer is None:
+        if answer is None or layout.thinks_on(answer.token_ids):
+            tail = opening + layout.question_ids(turn.question, follows=follows, past=True)
             ids = layout.answer_ids(turn.answer)
             answer = Spoken(ids, len(ids))
         pieces.append(tail + answer.token_ids[: answer.computed])

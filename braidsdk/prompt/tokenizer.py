@@ -52,11 +52,16 @@ class TextTokenizer:
         written: what tokenizer.json holds, but for settings that change no ids here.
         control: id of each control token.
         words: the added tokens that are part of texts.
+        unknown: the added words that the model has no embedding for. Texts spell them, as before they were added.
         vocab_size: number of ids that it knows, added tokens included.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: int | None = None) -> None:
         """Read it from a checkpoint's folder.
+
+        Args:
+            folder: the checkpoint.
+            rows: rows of the model's embedding; None for as many as there are ids.
 
         Raises:
             ModelNotFoundError: the folder holds no `tokenizer.json`.
@@ -88,8 +93,10 @@ class TextTokenizer:
         added: list[dict[str, Any]] = spec["added_tokens"]
         template = str(self.hf.chat_template)
         self.control = {each["content"]: int(each["id"]) for each in added if _is_control(each, template)}
-        self.words = tuple(each["content"] for each in added if each["content"] not in self.control)
-        marked = [{**each, "special": each["content"] in self.control} for each in added]
+        words = {each["content"]: int(each["id"]) for each in added if each["content"] not in self.control}
+        self.unknown = tuple(word for word, token_id in words.items() if rows is not None and token_id >= rows)
+        self.words = tuple(word for word in words if word not in self.unknown)
+        marked = [{**each, "special": each["content"] not in self.words} for each in added]
         self._with_control = Tokenizer.from_str(json.dumps(spec))
         self._plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": marked}))
         self._plain.encode_special_tokens = True  # as plain text, that is
@@ -115,7 +122,7 @@ class TextTokenizer:
     def plain_vocabulary(self) -> dict[str, int]:
         """The tokens that texts may become, and their ids."""
         known: dict[str, int] = self._with_control.get_vocab(with_added_tokens=True)
-        return {token: token_id for token, token_id in known.items() if token not in self.control}
+        return {token: known[token] for token in known.keys() - self.control.keys() - set(self.unknown)}
 
     def token(self, token_id: int) -> str:
         """An id's token as the vocabulary spells it, for messages."""
