@@ -128,7 +128,7 @@ class Braid:
                 return model, Pool.for_model(model, left_for_entries(model, budget))
 
             loaded, pool = _in_a_thread(load)
-            layout = PromptLayout(folder, thinking=thinking)
+            layout = PromptLayout(folder, thinking=thinking, rows=loaded.config.vocab_size)
             engine = Engine(loaded, layout, opened, pool, namespace, max_queue=max_queue)
         except BaseException:
             opened.close()

@@ -337,6 +337,15 @@ def test_thinking_without_a_switch_in_the_template_warns(random_checkpoint: Path
         PromptLayout(random_checkpoint, thinking=True)
 
 
+# Where the tokenizer and the model meet
+
+
+def test_an_embedding_without_rows_for_control_tokens_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
+    folder = make_checkpoint(vocab_size=1000, eos_token_id=None)
+    with pytest.raises(UnsupportedModelError, match="vocab_size must be above every token id of a prompt; got 1000"):
+        Braid(folder, store=tmp_path / "store", device="cpu")
+
+
 # Strictly
 
 
