@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -129,6 +130,7 @@ class Braid:
 
             loaded, pool = _in_a_thread(load)
             layout = PromptLayout(folder, thinking=thinking, rows=loaded.config.vocab_size)
+            loaded.config = replace(loaded.config, eos_ids=loaded.config.eos_ids | layout.end_ids)
             engine = Engine(loaded, layout, opened, pool, namespace, max_queue=max_queue)
         except BaseException:
             opened.close()

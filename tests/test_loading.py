@@ -340,6 +340,18 @@ def test_thinking_without_a_switch_in_the_template_warns(random_checkpoint: Path
 # Where the tokenizer and the model meet
 
 
+def test_an_answer_ends_where_the_template_ends_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A tuned base model: its config names only the base model's end of text."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "tuned")
+    for name in ("config.json", "generation_config.json"):
+        edit_json(folder / name, eos_token_id=1019)
+    with Braid(folder, store=tmp_path / "store", device="cpu") as braid:
+        rules = braid.register_system("You answer questions from the documents.")
+        fact = braid.register("The capital of Aistonia is Flubarg.")
+        answer = braid.ask("What is the capital of Aistonia?", chunks=[rules, fact], max_new_tokens=60)
+    assert (answer.text, answer.finish_reason, answer.token_ids[-1]) == ("Flubarg.", "stop", 1021)
+
+
 def test_an_embedding_without_rows_for_control_tokens_is_refused(make_checkpoint: Make, tmp_path: Path) -> None:
     folder = make_checkpoint(vocab_size=1000, eos_token_id=None)
     with pytest.raises(UnsupportedModelError, match="vocab_size must be above every token id of a prompt; got 1000"):
