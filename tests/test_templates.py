@@ -159,7 +159,7 @@ TEMPLATES = {
     "upper": CHATML.replace("m.content", "m.content | upper"),
     "twice": CHATML.replace("m.content", "m.content + m.content"),
     "system last": "{% set messages = messages[::-1] %}" + CHATML,
-    "by chance": "{{ range(10**9) | random }}" + CHATML,
+    "by chance": "{{ range(90000) | random }}" + CHATML,
     "no system": "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML,
 }
 
@@ -357,6 +357,24 @@ def test_a_template_that_takes_a_date_but_has_one_of_its_own_does_not_warn(
         warnings.simplefilter("error")
         layout = PromptLayout(folder)
     assert "Today Date: 1 May 2020" in layout._tokenizer.decode(layout.header_ids, with_control=True)
+
+
+def test_a_template_that_changes_by_chance_is_refused_by_name(folders: Callable[[str, str], Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match="must give the same text each time"):
+        PromptLayout(folders("gpt2", "by chance"))
+
+
+def test_a_template_whose_beginning_depends_on_the_history_is_refused_with_one(
+    folders: Callable[[str, str], Path],
+) -> None:
+    """The chunks' entries stand after that beginning."""
+    folder = folders("gpt2", "chatml")
+    path = folder / "chat_template.jinja"
+    path.write_text("{% if messages | length > 2 %}{{ 'Go on.' }}{% endif %}" + path.read_text())
+    layout = opened(folder)
+    assert ours(layout, "Be brief.", DOCUMENTS, "Why?")
+    with pytest.raises(UnsupportedModelError, match="Ask without history"):
+        ours(layout, "Be brief.", DOCUMENTS, *PAST, "Why?")
 
 
 def test_the_default_system_prompt_stands_before_documents_without_another(

@@ -87,8 +87,9 @@ class ChatTemplate:
         except Exception as error:  # Jinja's, and whatever an expression of the template raises
             roles = ", ".join(message["role"] for message in messages)
             raise UnsupportedModelError(
-                f"The chat template must take messages of {roles}; got an error. The template fails: {type(error).__name__}: "
-                f"{str(error)[:200]}. Use the checkpoint's own template, or a checkpoint that takes a system message."
+                f"The chat template must take messages of {roles}; got an error. The template fails: "
+                f"{type(error).__name__}: {str(error)[:200]}. Use the checkpoint's own template, or a checkpoint that "
+                "takes a system message."
             ) from error
 
 
