@@ -1,5 +1,6 @@
 """GGUF files: the same model as the checkpoint that they were made of, and as transformers reads them."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from braidsdk import Braid
@@ -24,7 +26,7 @@ TOLERANCE = 1e-4
 Write = Callable[..., Path]
 
 
-def write(folder: Path, file: Path, *, kind: str = "F32", **changes: object) -> Path:
+def write(folder: Path, file: Path, *, kind: str = "F32", tokenizer: bool = False, **changes: object) -> Path:
     """A checkpoint as llama.cpp's converter writes it: `kind` is of matrices whose rows it fits, norms stay float32."""
     config = AutoConfig.from_pretrained(folder)
     name = "llama" if config.model_type == "mistral" else config.model_type
@@ -50,6 +52,16 @@ def write(folder: Path, file: Path, *, kind: str = "F32", **changes: object) -> 
         add = writer.add_string if isinstance(value, str) else writer.add_float32 if isinstance(value, float) else None
         (add or writer.add_uint32)(key if key.startswith("split") else f"{name}.{key}", value)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 1021)
+    if tokenizer:
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        ids = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        control = {each["content"] for each in spec["added_tokens"]}
+        tokens = sorted(ids, key=lambda token: ids[token])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.CONTROL if t in control else gguf.TokenType.NORMAL for t in tokens])
+        writer.add_token_merges([" ".join(pair) for pair in spec["model"]["merges"]])
+        writer.add_chat_template((folder / "chat_template.jinja").read_text())
     for weight, tensor in _as_in_llama_cpp(config, load_file(folder / "model.safetensors")):
         data = tensor.float().numpy()
         fits = data.ndim == 2 and data.shape[1] % 32 == 0
@@ -122,13 +134,30 @@ def test_quantised_weights_are_those_of_transformers(
     made: Callable[..., tuple[Path, Path]], tmp_path: Path, kind: str
 ) -> None:
     pytest.importorskip("accelerate")
-    _, file = made("qwen3", kind=kind)
+    _, file = made("mistral", kind=kind)  # transformers reads the head_dim of no other family
     peer = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     with Braid(file, store=tmp_path / "store", device="cpu", dtype="float32") as braid:
         context = braid.compose([braid.register("One fact stands here. " * 9)], mode="exact")
         want = peer(torch.tensor([context.prompt_ids("Which?")])).logits[0, -1]
         got = context.next_token_logits("Which?")
     assert float((got - want).abs().max() / want.abs().max()) < TOLERANCE
+
+
+def test_tokenizer_and_template_come_from_the_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint(family="qwen2")
+    (tmp_path / "alone").mkdir()
+    file = write(folder, tmp_path / "alone" / "model.gguf", tokenizer=True)
+    with (
+        Braid(folder, store=tmp_path / "a", device="cpu", dtype="float32") as want,
+        Braid(file, store=tmp_path / "b", device="cpu", dtype="float32") as got,
+    ):
+        for question in ("Which?", "What is the capital of Aistonia? 12 <|im_end|>"):
+            answers = [
+                braid.ask(question, chunks=[braid.register("One fact: 7 stands (here).")], max_new_tokens=8)
+                for braid in (want, got)
+            ]
+            assert answers[0].prompt_ids == answers[1].prompt_ids
+            assert answers[0].token_ids == answers[1].token_ids
 
 
 def test_a_quantised_file_opens_in_bfloat16(made: Callable[..., tuple[Path, Path]]) -> None:

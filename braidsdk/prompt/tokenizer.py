@@ -57,10 +57,10 @@ class TextTokenizer:
     """
 
     def __init__(self, folder: Path, rows: int | None = None) -> None:
-        """Read it from a checkpoint's folder.
+        """Read it from a checkpoint.
 
         Args:
-            folder: the checkpoint.
+            folder: the checkpoint's folder, or a GGUF file. Beside that, a tokenizer.json counts.
             rows: rows of the model's embedding; None for as many as there are ids.
 
         Raises:
@@ -68,18 +68,7 @@ class TextTokenizer:
             UnsupportedModelError: it can't be read, has no chat template, gives other ids each time, or makes control
                 tokens of plain text.
         """
-        if not (folder / "tokenizer.json").is_file():
-            raise ModelNotFoundError(
-                f"{folder} holds no tokenizer.json. Save the tokenizer beside the weights: "
-                "tokenizer.save_pretrained(folder)."
-            )
-        try:
-            self.hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.written = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) | _UNBOUNDED
-        except Exception as error:  # of several libraries: JSON, tokenizers, transformers
-            raise UnsupportedModelError(
-                f"The tokenizer in {folder} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it again."
-            ) from error
+        self.hf, self.written = _read(folder)
         if not self.hf.chat_template:
             raise UnsupportedModelError(
                 f"{folder} must hold a chat template; it holds none. Save the tokenizer of an instruct model there."
@@ -135,6 +124,30 @@ class TextTokenizer:
     def detokenizer(self) -> Detokenizer:
         """A detokenizer for one answer. Its pieces joined equal `decode` of all ids."""
         return _Detokenizer(self._with_control, self.decode)
+
+
+def _read(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
+    """transformers' tokenizer of a checkpoint, and what its tokenizer.json holds."""
+    is_file = checkpoint.is_file()
+    folder = checkpoint.parent if is_file else checkpoint
+    beside = folder / "tokenizer.json"
+    if not beside.is_file() and not is_file:
+        raise ModelNotFoundError(
+            f"{folder} holds no tokenizer.json. Save the tokenizer beside the weights: "
+            "tokenizer.save_pretrained(folder)."
+        )
+    try:
+        if beside.is_file():
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            written = json.loads(beside.read_text(encoding="utf-8"))
+        else:  # transformers makes one of what a GGUF file says
+            found = AutoTokenizer.from_pretrained(folder, gguf_file=checkpoint.name, trust_remote_code=False)
+            written = json.loads(found.backend_tokenizer.to_str())
+    except Exception as error:  # of several libraries: JSON, gguf, tokenizers, transformers
+        raise UnsupportedModelError(
+            f"The tokenizer in {checkpoint} can't be read: {type(error).__name__}: {str(error)[:200]}. Save it again."
+        ) from error
+    return found, written | _UNBOUNDED
 
 
 def _is_control(added: dict[str, Any], template: str) -> bool:
