@@ -131,7 +131,7 @@ class FakeLayout(PromptLayout):
         self.fingerprint = "fake"
         self._header = (_USER,)
         self._system_open, self._system_close, self._closing = (_SYSTEM,), (_USER,), (_CLOSE, _ASSISTANT)
-        self._encode_system = self._encode = encode = remembering(_encode)
+        self._encode_system = self._encode = self._encode_question = encode = remembering(_encode)
         self.past = Past((_CLOSE, _ASSISTANT), (_END, _USER), encode, encode)
 
     def answer_ids(self, text: str) -> tuple[int, ...]:

@@ -171,9 +171,6 @@ EXPECTED = {
     "mistral, system first": ANCHORED,
     "mistral, system last": NO_HISTORY,
     "colons": REFUSED,
-    # There a full stop and the newlines after it may be one token, and a colon and a space are two.
-    ("qwen2", "mistral, system first"): WARNS,
-    ("qwen2", "mistral, system last"): WARNS,
     ("qwen2", "colons"): WARNS,
     ("gpt2", "colons"): WARNS,
 }

@@ -24,7 +24,7 @@ import xxhash
 from braidsdk.errors import UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
 from braidsdk.prompt.lru import remembering
-from braidsdk.prompt.seams import Encode, Ids, fit, ways
+from braidsdk.prompt.seams import Encode, Ids, closed, fit, ways
 from braidsdk.prompt.template import ChatTemplate, LayoutWarning, between
 from braidsdk.prompt.text import normalise
 from braidsdk.prompt.tokenizer import TextTokenizer
@@ -161,7 +161,7 @@ class PromptLayout:
             UnsupportedModelError: see `past`.
         """
         clean = normalise(question, "The question")
-        ids = self.past.question(clean) if follows else self._encode(clean)
+        ids = self.past.question(clean) if follows else self._encode_question(clean)
         return ids + (self.past.closing if past else self._closing)
 
     def answer_ids(self, text: str) -> Ids:
@@ -211,10 +211,10 @@ class PromptLayout:
                 (self._encode_system(s.system), self._user_ids(s), answer(s.answer), question(s.next)) for s in _SAMPLES
             ]
 
-        found = fit(wholes, [self._ways, self._ways], pieces)
+        found = fit(wholes, [self._ways, closed(self._ways, self._turn_texts[3])], pieces)
         if found is not None:
-            (answer, question), (opened, closed, closing, turn, end) = found
-            if (opened, closed, end) == fixed:
+            (answer, question), (opened, middle, closing, turn, end) = found
+            if (opened, middle, end) == fixed:
                 return Past(closing, turn, answer, question)
         _, closing_text, turn_text, _ = self._turn_texts
         with_control, plain = self._tokenizer.with_control, self._tokenizer.plain
@@ -256,7 +256,7 @@ class PromptLayout:
         return self._tokenizer.detokenizer()
 
     def _user_ids(self, sample: _Sample) -> Ids:
-        return self.plain_ids(sample.document) + self._encode(sample.question)
+        return self.plain_ids(sample.document) + self._encode_question(sample.question)
 
     def _fit_prompt(self, head: str, middle: str, closing: str, header: str) -> None:
         """Find how texts are encoded and which ids stand around them, so that prompts are the template's.
@@ -269,19 +269,21 @@ class PromptLayout:
         wholes = [self._template.ids(messages) for messages in (*asked, *alone)]
 
         def pieces(chosen: Sequence[Encode]) -> list[tuple[Ids, ...]]:
-            system, user = chosen
-            long = [(system(s.system), user(f"{s.document}\n") + user(s.question)) for s in _SAMPLES]
-            return [*long, *((system(s.system), user(s.question)) for s in _SAMPLES)]
+            system, user, last = chosen
+            long = [(system(s.system), user(f"{s.document}\n") + last(s.question)) for s in _SAMPLES]
+            return [*long, *((system(s.system), last(s.question)) for s in _SAMPLES)]
 
-        found = fit(wholes, [self._ways, self._ways[:2]], pieces)
+        user_ways = self._ways[:2]
+        found = fit(wholes, [closed(self._ways, middle), user_ways, closed(user_ways, closing)], pieces)
         if found is not None:
-            (system, user), (self._system_open, self._system_close, self._closing) = found
-            self._encode_system, self._encode = system, remembering(user)
+            (system, user, last), (self._system_open, self._system_close, self._closing) = found
+            self._encode_system, self._encode, self._encode_question = system, remembering(user), last
             self._header = self._fit_header()
             return
         with_control, plain = self._tokenizer.with_control, self._tokenizer.plain
         self._system_open, self._system_close, self._closing = map(with_control, (head, middle, closing))
-        self._encode_system, self._encode, self._header = plain, remembering(plain), with_control(header)
+        self._encode_system, self._encode, self._encode_question = plain, remembering(plain), plain
+        self._header = with_control(header)
         ours = [self.chunk_ids(LEVEL_SYSTEM, s.system) + self._user_ids(s) + self._closing for s in _SAMPLES]
         ours += [self._header + self._user_ids(s) + self._closing for s in _SAMPLES]
         bare = [self._template.ids(messages[1:]) for messages in asked]
@@ -291,7 +293,7 @@ class PromptLayout:
         """The ids before the user's text without a system message; None if texts do not join to them."""
         short = [[{"role": "user", "content": sample.question}] for sample in _SAMPLES]
         wholes = [self._template.ids(messages) for messages in (*(s.messages()[1:] for s in _SAMPLES), *short)]
-        pieces = [(self._user_ids(s),) for s in _SAMPLES] + [(self._encode(s.question),) for s in _SAMPLES]
+        pieces = [(self._user_ids(s),) for s in _SAMPLES] + [(self._encode_question(s.question),) for s in _SAMPLES]
         found = fit(wholes, [], lambda _: pieces)
         return found[1][0] if found is not None and found[1][1] == self._closing else None
 

@@ -36,6 +36,22 @@ def ways(tokenizer: TextTokenizer) -> tuple[Encode, ...]:
     return (tokenizer.plain,) if joins else (tokenizer.plain, inside, spaced)
 
 
+def closed(encoders: Sequence[Encode], after: str) -> tuple[Encode, ...]:
+    """These ways, and the same with the white space that stands after the piece: it may be one token with the end of
+    the text. Then it is the piece's own.
+
+    Args:
+        encoders: ways to encode a piece.
+        after: what the template puts after it.
+    """
+    space = after[: len(after) - len(after.lstrip())]
+
+    def closing(encode: Encode) -> Encode:
+        return lambda text: encode(f"{text}{space}")
+
+    return (*encoders, *map(closing, encoders)) if space else tuple(encoders)
+
+
 def around(wholes: Sequence[Ids], pieces: Sequence[Sequence[Ids]]) -> tuple[Ids, ...] | None:
     """The ids before, between and after pieces that are the same in several prompts. None if there are no such ids.
 
