@@ -1,4 +1,4 @@
-"""BraidSDK: composable context caching for Qwen3.
+"""BraidSDK: composable context caching for Qwen3, Qwen2.5 and Llama-architecture models.
 
 Register documents once, compose their KV caches in any order, and answer without prefilling them again::
 

@@ -86,8 +86,9 @@ class Braid:
         """Load a model and open a store.
 
         Args:
-            model: "braid-tiny", a folder with a Qwen3 checkpoint (config.json, safetensors, tokenizer), or the id of
-                one on the Hugging Face hub, such as "Qwen/Qwen3-0.6B", which is downloaded into the hub's cache.
+            model: "braid-tiny", a folder with a checkpoint (config.json, safetensors, tokenizer) of Qwen3, Qwen2, Llama
+                or Mistral, a GGUF file of these, or the id of a checkpoint on the Hugging Face hub, such as
+                "Qwen/Qwen3-0.6B", which is downloaded into the hub's cache.
             store: the store's folder, made if it is not there. None is `BRAID_STORE`, or the user's data folder.
             device: "auto", "cpu", "cuda" or "cuda:N".
             dtype: "float32", "bfloat16", "float64", or "auto": what the checkpoint's config names, or else what its

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ class Family:
 
     Attributes:
         model_type, architecture: its names in config.json.
-        config: transformers' class that reads config.json.
+        config: the name of transformers' class that reads config.json. It is imported when a checkpoint is read: some
+            of them bring a thousand modules.
         qk_norm: whether each head of queries and keys has an RMSNorm.
         qkv_bias, out_bias: whether the projections of attention have biases, by config.
         rope_types: RoPE variants.
@@ -45,12 +47,18 @@ class Family:
 
     model_type: str
     architecture: str
-    config: type[PretrainedConfig]
+    config: str
     qk_norm: bool
     qkv_bias: Callable[[Any], bool]
     out_bias: Callable[[Any], bool]
     rope_types: tuple[str, ...] = ROPE_TYPES
     refused: Callable[[Any], list[str]] = lambda _: []
+
+    @property
+    def config_class(self) -> type[PretrainedConfig]:
+        """The class of that name."""
+        found: type[PretrainedConfig] = getattr(import_module("transformers"), self.config)
+        return found
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def read_config(folder: Path, family: Family) -> CheckpointConfig:
     """
     path = folder / "config.json"
     _refuse(path, family, _refused_by_name(read_json(path), family))
-    found = checked(path, family, lambda: family.config.from_pretrained(folder))
+    found = checked(path, family, lambda: family.config_class.from_pretrained(folder))
     generation, eos_ids = _generation(folder, found.numbers.eos_ids)
     return replace(found, numbers=replace(found.numbers, generation=generation, eos_ids=eos_ids))
 

@@ -98,7 +98,7 @@ class GGUFFile:
         Raises:
             UnsupportedModelError: it asks for something that is not computed.
         """
-        found = checked(self.path, family, lambda: family.config(**self._numbers()))
+        found = checked(self.path, family, lambda: family.config_class(**self._numbers()))
         if FACTORS not in self.tensors:
             return found
         factors = torch.from_numpy(np.array(self.tensors[FACTORS].data, dtype=np.float32)).view(-1)

@@ -258,12 +258,12 @@ def edit_config(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "got 'llama'"),
+        ({"model_type": "gpt2"}, "got 'gpt2'"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}}, "rope_type 'dynamic'"),
         ({"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 3}, "sliding"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ],
-    ids=["llama", "dynamic NTK", "sliding window", "gelu"],
+    ids=["gpt2", "dynamic NTK", "sliding window", "gelu"],
 )
 def test_architectures_that_are_not_computed(
     make_checkpoint: Callable[..., Path], tmp_path: Path, changes: dict[str, object], says: str

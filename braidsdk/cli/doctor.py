@@ -95,7 +95,7 @@ def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
             [
                 [
                     str(each.layer),
-                    f"{each.largest_k_norm:.3g}",
+                    "-" if each.largest_k_norm is None else f"{each.largest_k_norm:.3g}",
                     *(cell for found in each.passes for cell in (f"{found.ours:.1e}", f"{found.ratio:.2f}")),
                     "ok" if each.ok else "FAIL",
                 ]

@@ -62,12 +62,13 @@ class LayerReport:
 
     Attributes:
         layer: its index.
-        largest_k_norm: the largest magnitude among its K-norm weights. Tens to a hundred are normal in Qwen3.
+        largest_k_norm: the largest magnitude among its K-norm weights; None if it has none. Tens to a hundred are
+            normal in Qwen3.
         passes: its errors.
     """
 
     layer: int
-    largest_k_norm: float
+    largest_k_norm: float | None
     passes: tuple[PassError, ...]
 
     @property
@@ -97,6 +98,11 @@ def check_layers(model: str, device: str, dtype: str) -> LayersReport:
         BraidError: the model can't be opened, or does not fit in memory twice.
     """
     folder, target = find_checkpoint(model), parse_device(device)
+    if folder.is_file():
+        raise BraidError(
+            f"The model must be a folder, to be compared with transformers' layers; got the file {model!r}. "
+            "Check the checkpoint that it was made of."
+        )
     needed, free = 2 * weight_bytes(folder), free_memory(target)
     if needed > free:
         raise BraidError(
@@ -136,8 +142,9 @@ def reports(ours: Model, theirs: nn.Module, pieces: list[tuple[int, ...]]) -> tu
     for outputs in compare_layers(ours, theirs, pieces, answer_tokens=ANSWER_TOKENS):
         errors = (outputs.relative_errors(got).split(counts) for got in (outputs.ours, outputs.theirs))
         passes = (PassError(name, _rms(our), _rms(their)) for name, our, their in zip(names, *errors, strict=True))
-        k_norm = decoder.layers[outputs.index].self_attn.k_norm.weight
-        found.append(LayerReport(outputs.index, float(k_norm.detach().abs().max()), tuple(passes)))
+        k_norm = getattr(decoder.layers[outputs.index].self_attn, "k_norm", None)
+        largest = None if k_norm is None else float(k_norm.weight.detach().abs().max())
+        found.append(LayerReport(outputs.index, largest, tuple(passes)))
     return tuple(found)
 
 

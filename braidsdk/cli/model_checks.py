@@ -41,10 +41,12 @@ def check_model(subject: Subject) -> Finding:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         subject.braid = Braid(subject.model, store=subject.scratch, device=subject.device, dtype=subject.dtype)
-    config, weights = read_json(folder / "config.json"), weight_bytes(folder)
-    window = config.get("max_position_embeddings")
-    detail = f"{folder}: {config.get('num_hidden_layers')} layers, {size(weights)} of weights, window {window}"
-    facts = {"folder": str(folder), "weight_bytes": weights, "window": window}
+    weights = weight_bytes(folder)
+    detail, facts = f"{folder}: {size(weights)} of weights", {"folder": str(folder), "weight_bytes": weights}
+    if folder.is_dir():
+        config = read_json(folder / "config.json")
+        window = facts["window"] = config.get("max_position_embeddings")
+        detail = f"{folder}: {config.get('num_hidden_layers')} layers, {size(weights)} of weights, window {window}"
     if caught:
         words = "; ".join(str(each.message) for each in caught)
         return Finding("warn", f"{detail}; it warned: {words}", "See what the warnings ask for.", facts)
@@ -105,6 +107,8 @@ def check_numerics(subject: Subject) -> Finding:
     if braid is None:
         return _NOT_OPEN
     folder = find_checkpoint(subject.model)
+    if folder.is_file():
+        return Finding("skip", "a GGUF file is not compared with transformers; check the checkpoint it was made of")
     needed, free = 2 * weight_bytes(folder), free_memory(braid.device)
     if needed > free:
         detail = f"a second copy of the model needs about {size(needed)}; {size(free)} are free"
@@ -179,6 +183,8 @@ def _error(context: Context, peer: torch.nn.Module, question: str) -> float:
 
 def weight_bytes(folder: Path) -> int:
     """Size of a checkpoint's weights as stored."""
+    if folder.is_file():
+        return folder.stat().st_size
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 

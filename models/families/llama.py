@@ -3,27 +3,27 @@ transformers' modeling_llama computes them: Llama 2 and 3.x, TinyLlama, SmolLM a
 sliding window, whose modeling_mistral computes the same.
 """
 
-from transformers import LlamaConfig, MistralConfig
+from typing import Any
 
 from braidsdk.models.config import ROPE_TYPES, Family
 
 
-def _biased(config: LlamaConfig) -> bool:
+def _biased(config: Any) -> bool:
     return bool(config.attention_bias)
 
 
-def _refused_of_llama(config: LlamaConfig) -> list[str]:
+def _refused_of_llama(config: Any) -> list[str]:
     return ["biases in the MLP (mlp_bias)"] if config.mlp_bias else []
 
 
-def _refused_of_mistral(config: MistralConfig) -> list[str]:
+def _refused_of_mistral(config: Any) -> list[str]:
     return [] if config.sliding_window is None else [f"a sliding window of {config.sliding_window} tokens"]
 
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    config=LlamaConfig,
+    config="LlamaConfig",
     qk_norm=False,
     qkv_bias=_biased,
     out_bias=_biased,
@@ -34,7 +34,7 @@ LLAMA = Family(
 MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    config=MistralConfig,
+    config="MistralConfig",
     qk_norm=False,
     qkv_bias=lambda _: False,
     out_bias=lambda _: False,

@@ -4,14 +4,12 @@ QKV projections always have biases, the output projection never has one. Qwen2.5
 Qwen2-MoE and -VL are others.
 """
 
-from transformers import Qwen2Config
-
 from braidsdk.models.config import Family
 
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    config=Qwen2Config,
+    config="Qwen2Config",
     qk_norm=False,
     qkv_bias=lambda _: True,
     out_bias=lambda _: False,

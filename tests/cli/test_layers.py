@@ -125,6 +125,22 @@ def test_nan_is_a_fault(cli: Cli, random_checkpoint: Path, plant: Callable) -> N
     assert [row[-1] for row in rows] == ["ok", "FAIL", "ok"]
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_models_without_norms_of_heads_are_checked_too(
+    cli: Cli, make_checkpoint: Callable[..., Path], family: str
+) -> None:
+    folder = str(make_checkpoint(family=family))
+    ended = cli("doctor", "--layers", folder, "--dtype", "float32")
+    rows = [line.split("\t") for line in ended.stdout.splitlines()]
+    assert [(row[0], row[1], row[-1]) for row in rows] == [(index, "-", "ok") for index in "012"]
+
+
+def test_a_file_has_no_layers_of_transformers(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    said = cli("doctor", "--layers", str(tmp_path / "model.gguf"), code=1).stderr
+    assert "must be a folder, to be compared" in said
+
+
 def test_the_largest_k_norm_weight_is_listed(cli: Cli, make_checkpoint: Callable[..., Path]) -> None:
     from transformers import Qwen3ForCausalLM
 

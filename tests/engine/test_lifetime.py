@@ -706,6 +706,6 @@ with Braid("braid-tiny", store=os.environ["STORE"], device="cpu", kernels="torch
     time.sleep(0.1)
     print(native() - before)
 """,
-        {**script_environment, "PYTHONWARNINGS": "ignore::UserWarning"},
+        {**script_environment, "PYTHONWARNINGS": "ignore::UserWarning", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert (done.stdout, done.stderr) == ("2\n2\n", "")
