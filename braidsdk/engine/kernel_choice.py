@@ -21,6 +21,7 @@ from braidsdk.engine.self_test import ENDED, geometry_of, self_test
 from braidsdk.errors import InputError
 from braidsdk.kernels import native
 from braidsdk.kernels.attention.amx import HEAD_DIMS
+from braidsdk.kernels.attention.launch import LARGE_M
 from braidsdk.kernels.paths import AMX, Paths
 from braidsdk.models.base import Model
 from braidsdk.progress import steps_bar
@@ -79,6 +80,8 @@ def obstacle(model: Model) -> str | None:
         return f"the model is in {model.dtype}; Triton kernels need bfloat16 or float32"
     if head_dim % 16:
         return f"the model's head_dim is {head_dim}; Triton kernels need a multiple of 16"
+    if (group := model.config.q_heads // model.config.kv_heads) > LARGE_M:
+        return f"the model has {group} query heads per KV head; Triton kernels take {LARGE_M} at most"
     return None
 
 

@@ -202,12 +202,15 @@ def cascade_attention_triton(
     check_triton("cascade_attention", queries, kv)
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"cascade_attention: expected a head_dim that is a multiple of 16, got {head_dim}.")
+    if (group := q_heads // kv_heads) > LARGE_M:
+        raise ValueError(
+            f"cascade_attention: expected at most {LARGE_M} query heads per KV head, got {group}; pass path='torch'."
+        )
     out = torch.empty_like(queries) if tables.complete else torch.zeros_like(queries)
     partials = torch.empty(launch.partials, q_heads, head_dim, dtype=torch.float32, device=kv.device)
     if lses is None:
         lses = torch.empty(launch.partials, q_heads, dtype=torch.float32, device=kv.device)
     options = launch_options(kv.device)
-    group = q_heads // kv_heads
     parts = []  # where `counts` has an end of the items, M, programs
     if launch.programs:
         parts.append((0, 1 if launch.small_programs else 3, launch.block_m, launch.programs))

@@ -96,6 +96,13 @@ def test_one_row_over_ragged_segments(case, kv_heads, group, head_dim, dtype) ->
     made.check()
 
 
+def test_more_query_heads_than_a_product_has_rows_are_refused(case) -> None:
+    made = case(1, 65, 64, torch.float32)
+    made.ask([PagedSegment(made.entry(9), 0, 9, 0)], [8])
+    with pytest.raises(ValueError, match="at most 64 query heads per KV head, got 65"):
+        made.check()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "head_dim"), [(2, 64), (7, 64), (2, 80)])
 def test_rows_of_a_question_see_their_past_only(case, group, head_dim, dtype) -> None:
