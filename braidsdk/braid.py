@@ -538,7 +538,8 @@ class Braid:
 
 
 def _in_a_thread(work: Callable[[], T]) -> T:
-    """Compute something by torch in a thread that ends with it. Ctrl-C is not held up by it.
+    """Compute something by torch in a thread that ends with it. After Ctrl-C it goes on, and the interpreter's exit
+    waits for it.
 
     On a CPU the OpenMP threads that torch starts belong to the thread that computes. While those of a second one exist
     the engine's sleep between operations, which costs a fifth of its speed.

@@ -206,17 +206,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
-        """Compute one layer alone, as `forward` does. It is for measuring layer by layer.
-
-        Args:
-            index: the layer's index.
-            hidden: its input, [tokens, hidden].
-            batch: the tokens of this input.
-            memory: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim]; written in place.
-
-        Returns:
-            Its output, [tokens, hidden].
-        """
+        """Compute one layer alone; see `models.base.Model.forward_layer`."""
         layer, step = self._layers[index], self.plan(batch, memory.shape[3])
         return self._finish_layer(layer, hidden, self._qkv(layer, hidden, batch.slots, step, memory), step, memory)
 

@@ -4,6 +4,7 @@ The format and its names are those of https://github.com/ggml-org/ggml/blob/mast
 reads it.
 """
 
+import json
 import re
 from dataclasses import replace
 from functools import cached_property
@@ -30,6 +31,16 @@ FACTORS = "rope_freqs.weight"
 """A divisor for each of RoPE's frequencies, where a model scales them (Llama 3.1 and later)."""
 
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": NORM, "output.weight": HEAD}
+_OTHER = (
+    *("attention.scale", "attention.clamp_kqv", "attn_logit_softcapping", "final_logit_softcapping"),
+    *("embedding_scale", "residual_scale", "logit_scale", "rope.scaling.attn_factor", "rope.scaling.alpha"),
+    *(
+        f"rope.scaling.yarn_{name}"
+        for name in ("log_multiplier", "ext_factor", "attn_factor", "beta_fast", "beta_slow")
+    ),
+)
+"""Values that change the function and that these architectures do without."""
+
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _IN_LAYER = {
     "attn_norm": "input_layernorm",
@@ -102,7 +113,8 @@ class GGUFFile:
         if FACTORS not in self.tensors:
             return found
         factors = torch.from_numpy(np.array(self.tensors[FACTORS].data, dtype=np.float32)).view(-1)
-        rope = f"{found.numbers.rope} {xxhash.xxh3_64_hexdigest(factors.numpy().tobytes())}"
+        digest = xxhash.xxh3_64_hexdigest(factors.numpy().tobytes())
+        rope = json.dumps({**json.loads(found.numbers.rope), "factors": digest}, sort_keys=True)
         return replace(found, numbers=replace(found.numbers, rope=rope), inv_freq=found.inv_freq / factors)
 
     def _numbers(self) -> dict[str, Any]:
@@ -122,6 +134,7 @@ class GGUFFile:
             "a sliding window": own("attention.sliding_window"),
             "values of another size than keys": own("attention.value_length", head_dim) != head_dim,
             "partial rotary embedding": own("rope.dimension_count", head_dim) != head_dim,
+            **{key: own(key) not in (None, 1) for key in _OTHER},
         }
         if names := [name for name, is_set in refused.items() if is_set]:
             raise UnsupportedModelError(

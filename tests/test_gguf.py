@@ -85,8 +85,7 @@ def _as_in_llama_cpp(config: PretrainedConfig, weights: dict[str, torch.Tensor])
             tensor = tensor.view(count, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         yield f"{names.get_name(stem)}.{kind}", tensor.contiguous()
     if config.rope_parameters["rope_type"] == "llama3":
-        _, base = _frequencies(config, "default"), _frequencies(config, "default")
-        yield "rope_freqs.weight", base / _frequencies(config, "llama3")
+        yield "rope_freqs.weight", _frequencies(config, "default") / _frequencies(config, "llama3")
 
 
 def _frequencies(config: PretrainedConfig, kind: str) -> torch.Tensor:
@@ -181,6 +180,8 @@ def test_other_bytes_or_another_quantisation_are_another_model(
         ({"rope.dimension_count": 16}, "partial rotary"),
         ({"attention.value_length": 64}, "values of another size than keys"),
         ({"rope.scaling.type": "longrope"}, "longrope"),
+        ({"rope.scaling.attn_factor": 2.0}, "rope.scaling.attn_factor"),
+        ({"logit_scale": 0.5}, "logit_scale"),
         ({"split.count": 3}, "one of 3 parts"),
         ({"block_count": 4}, r"lacks 'model.layers.3.input_layernorm.weight'"),
     ],
