@@ -113,6 +113,11 @@ class GGUFFile:
         if FACTORS not in self.tensors:
             return found
         factors = torch.from_numpy(np.array(self.tensors[FACTORS].data, dtype=np.float32)).view(-1)
+        if factors.shape != found.inv_freq.shape or not bool((factors.isfinite() & (factors > 0)).all()):
+            raise UnsupportedModelError(
+                f"{FACTORS} in {self.path} must be {len(found.inv_freq)} numbers above 0; got others. Copy the file "
+                "again."
+            )
         digest = xxhash.xxh3_64_hexdigest(factors.numpy().tobytes())
         rope = json.dumps({**json.loads(found.numbers.rope), "factors": digest}, sort_keys=True)
         return replace(found, numbers=replace(found.numbers, rope=rope), inv_freq=found.inv_freq / factors)

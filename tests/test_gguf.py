@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -236,6 +237,16 @@ def test_weights_that_are_not_finite_are_refused(make_checkpoint: Callable[..., 
     data[tensor.data_offset : tensor.data_offset + 4] = np.float32("nan").tobytes()
     file.write_bytes(data)
     with pytest.raises(WeightsError, match=r"NaN or infinity in 'model\.norm\.weight'"):
+        load_model(file, device=CPU, dtype=None)
+
+
+@pytest.mark.parametrize("wrong", [torch.ones(5), torch.zeros(12)], ids=["another length", "zeros"])
+def test_damaged_rope_factors_are_refused(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: torch.Tensor
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "_frequencies", lambda _, kind: wrong if kind == "default" else 1.0)
+    file = write(make_checkpoint(family="llama"), tmp_path / "model.gguf")
+    with pytest.raises(UnsupportedModelError, match=r"rope_freqs\.weight in .* must be 12 numbers above 0"):
         load_model(file, device=CPU, dtype=None)
 
 
