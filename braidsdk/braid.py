@@ -22,7 +22,7 @@ from braidsdk.context import Context, History
 from braidsdk.engine import verbose
 from braidsdk.engine.engine import MAX_QUEUE, Engine
 from braidsdk.engine.graphs import left_for_entries
-from braidsdk.engine.kernel_choice import choose_paths, parse_kernels
+from braidsdk.engine.kernel_choice import choose_backends, parse_kernels
 from braidsdk.engine.loop import HITS, MISSES
 from braidsdk.engine.sampling import SamplingOptions
 from braidsdk.engine.scheduler import ROW_SLOTS
@@ -99,8 +99,8 @@ class Braid:
                 Stored entries serve both.
             pool_bytes: how much memory resident KV entries may take, besides the model's weights; on a GPU, CUDA graphs
                 and their workspace count in it. None is half of what is free on the device once the model is loaded.
-            kernels: "auto": Triton's on a CUDA device, C kernels on a CPU with AMX, where they can run this model, else
-                torch's. "triton", "amx", "torch": these, or an error. An operation may differ, as in
+            kernels: "auto": Triton's on a CUDA device, C kernels on a CPU, where they can run this model, else
+                torch's. "triton", "native", "torch": these, or an error. An operation may differ, as in
                 "auto,attention=torch"; see docs/performance.md. None is `BRAID_KERNELS`, or "auto".
             max_queue: requests that may wait for memory or a place; one more is refused with QueueFullError.
 
@@ -124,8 +124,9 @@ class Braid:
         try:
 
             def load() -> tuple[Model, Pool]:
-                model = load_model(folder, device=target, dtype=wanted, fingerprints=opened.path / "fingerprints.json")
-                model.paths = choose_paths(wanted_kernels, model)
+                choose = partial(choose_backends, wanted_kernels)
+                known = opened.path / "fingerprints.json"
+                model = load_model(folder, device=target, dtype=wanted, choose=choose, fingerprints=known)
                 budget = pool_bytes or default_capacity_bytes(model.device)
                 return model, Pool.for_model(model, left_for_entries(model, budget))
 

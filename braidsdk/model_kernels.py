@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from braidsdk.engine.engine import Engine
-from braidsdk.engine.kernel_choice import amx_obstacle, obstacle
 from braidsdk.engine.self_test import self_test
 from braidsdk.errors import InputError, shown
+from braidsdk.kernels.backends import OBSTACLES, Geometry, obstacle
 from braidsdk.kernels.selftest import Result
-
-OBSTACLES = {"triton": obstacle, "amx": amx_obstacle}
 
 
 class Kernels:
@@ -20,24 +18,28 @@ class Kernels:
         self._engine = engine
 
     @property
-    def paths(self) -> dict[str, str]:
-        """The path of each operation: "triton", "amx" or "torch", by the operation's name, as `Braid(kernels=...)`
-        takes it."""
+    def backends(self) -> dict[str, str]:
+        """The backend of each operation: "triton", "native" or "torch", by the operation's name, as
+        `Braid(kernels=...)` takes it."""
         self._engine.check_open()
-        return asdict(self._engine.paths)
+        return asdict(self._engine.backends)
 
-    def obstacle(self, path: str) -> str | None:
-        """Why the kernels of a faster path can't run this model here; None if they can.
+    def obstacle(self, backend: str) -> str | None:
+        """Why a backend can't run this model here; None if it can.
 
         Args:
-            path: "triton" or "amx". The first time "amx" compiles its kernels.
+            backend: "triton", "native" or "torch". The first time "native" compiles its kernels.
 
         Raises:
-            InputError: no such path.
+            InputError: no such backend.
         """
-        if not isinstance(path, str) or path not in OBSTACLES:
-            raise InputError(f"path must be {' or '.join(map(repr, OBSTACLES))}; got {shown(path)}.")
-        return OBSTACLES[path](self._engine.model)
+        for known in OBSTACLES:
+            if backend == known:
+                return obstacle(known, self._geometry(), self._engine.device)
+        raise InputError(f"backend must be {' or '.join(map(repr, OBSTACLES))}; got {shown(backend)}.")
+
+    def _geometry(self) -> Geometry:
+        return self._engine.model.config.geometry(self._engine.dtype)
 
     def self_test(self, *, timed: bool = False, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
         """Compute each Triton kernel at the model's own shapes, in up to eight processes, and compare it with float64.
@@ -59,7 +61,7 @@ class Kernels:
             raise InputError(
                 f"kernels that are tested must be able to run this model; {reason}. Ask obstacle('triton') first."
             )
-        return self_test(self._engine.model, timed=timed, report=on_progress)
+        return self_test(self._geometry(), self._engine.device, timed=timed, report=on_progress)
 
     def launches(self) -> dict[str, int]:
         """How many kernels each pass launches that was captured as a CUDA graph so far, by the pass's name. Empty where
@@ -67,4 +69,4 @@ class Kernels:
         return self._engine.launches()
 
     def __str__(self) -> str:
-        return str(self._engine.paths)
+        return str(self._engine.backends)

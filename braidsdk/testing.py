@@ -31,8 +31,8 @@ from braidsdk.braid import Braid
 from braidsdk.cache.pool import Pool
 from braidsdk.engine.engine import MAX_QUEUE, Engine
 from braidsdk.errors import InputError, did_you_mean, shown
+from braidsdk.kernels.backends import Backends
 from braidsdk.kernels.paging import PagedSegment, append
-from braidsdk.kernels.paths import TORCH
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.models.base import Batch, Model, ModelConfig
 from braidsdk.prompt.answer_text import Detokenizer
@@ -82,7 +82,7 @@ class FakeModel:
         self.fingerprint = "fake"
         self.dtype = torch.float32
         self.device = torch.device("cpu")
-        self.paths = TORCH
+        self.backends = Backends()
         self.rotary = RotaryTable(torch.zeros(1), 1.0, torch.float32, self.device)
         self._answers = answers
         self._given: dict[tuple[str, tuple[str, ...]], str] = {}

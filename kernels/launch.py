@@ -1,18 +1,13 @@
-"""Where Triton kernels can run, and how they are launched. Does not import triton itself."""
+"""How Triton kernels are launched. Does not import triton itself."""
 
-import os
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-
-Path = Literal["triton", "amx", "torch"]
-"""Which implementation an operation takes: Triton kernels, C kernels for CPUs with AMX, or its torch reference."""
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -44,6 +39,23 @@ Tiles = dict[int, dict[int, Tile]]
 """By the weight's columns, then by the rows that one program takes."""
 
 
+def read_tiles(file: Path) -> Tiles:
+    """The tiles of an operation's `tiles.json`, which `benchmarks/kernels/linear.py` writes."""
+    stored: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text(encoding="utf-8"))
+    return {
+        int(columns): {int(rows): Tile(**tile) for rows, tile in by_rows.items()} for columns, by_rows in stored.items()
+    }
+
+
+def write_tiles(file: Path, tiles: Tiles) -> None:
+    """Keep tiles for `read_tiles`, a line each."""
+    columns = []
+    for size, by_rows in sorted(tiles.items()):
+        lines = [f'    "{rows}": {json.dumps(asdict(tile))}' for rows, tile in sorted(by_rows.items())]
+        columns.append(f'  "{size}": {{\n' + ",\n".join(lines) + "\n  }")
+    file.write_text("{\n" + ",\n".join(columns) + "\n}\n", encoding="utf-8")
+
+
 def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
     """The rows that one program takes, and its shape.
 
@@ -58,52 +70,6 @@ def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
 def padded(head_dim: int) -> int:
     """The power of two that device code takes for a head: it masks what lies beyond `head_dim`."""
     return 1 << (head_dim - 1).bit_length()
-
-
-def interpreted() -> bool:
-    """Whether Triton runs its kernels in the interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def check_triton(op: str, *tensors: Tensor | None) -> None:
-    """Refuse what the Triton kernels of `op` can't run on.
-
-    Raises:
-        RuntimeError: there is no Triton here, or no CUDA device under the tensors.
-        ValueError: tensors of several dtypes or devices, of a dtype without kernels, or not contiguous.
-    """
-    given = [tensor for tensor in tensors if tensor is not None]
-    device, dtype = given[0].device, given[0].dtype
-    if find_spec("triton") is None:
-        raise RuntimeError(f"{op}: path='triton' needs the package triton; install it, or pass path='torch'.")
-    if device.type != "cuda" and not interpreted():
-        raise RuntimeError(f"{op}: path='triton' needs tensors on a CUDA device, got {device}; pass path='torch'.")
-    if dtype not in _DTYPES or (dtype == torch.bfloat16 and interpreted()):
-        known = "float32 or float16 in Triton's interpreter" if interpreted() else "float32, bfloat16 or float16"
-        raise ValueError(f"{op}: path='triton' needs {known}, got {dtype}; pass path='torch'.")
-    for tensor in given:
-        if tensor.dtype != dtype or tensor.device != device:
-            got = f"{tensor.dtype} on {tensor.device} beside {dtype} on {device}"
-            raise ValueError(f"{op}: expected tensors of one dtype on one device, got {got}.")
-        if not tensor.is_contiguous():
-            shape, strides = list(tensor.shape), list(tensor.stride())
-            raise ValueError(f"{op}: expected contiguous tensors, got strides {strides} for shape {shape}.")
-
-
-def check_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
-    """Raise ValueError unless `tensor`, the argument `name` of `op`, has that shape."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}.")
-
-
-def check_head_norms(op: str, q_norm: Tensor | None, k_norm: Tensor | None, head_dim: int) -> None:
-    """Raise ValueError unless the QK norms of `op` are both of shape [head_dim], or both None."""
-    if (q_norm is None) != (k_norm is None):
-        given = "k_norm" if q_norm is None else "q_norm"
-        raise ValueError(f"{op}: expected both q_norm and k_norm or neither, got {given} alone; pass the other, too.")
-    if q_norm is not None and k_norm is not None:
-        check_shape(op, "q_norm", q_norm, head_dim)
-        check_shape(op, "k_norm", k_norm, head_dim)
 
 
 @cache

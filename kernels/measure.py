@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 @dataclass
 class Total:
-    """Calls of one operation on one path.
+    """Calls of one operation by one backend.
 
     Attributes:
         calls: how many there were.
@@ -108,7 +108,7 @@ def measuring() -> bool:
 
 
 def totals() -> dict[tuple[str, str], Total]:
-    """By operation and path, in the order of their first calls; waits for the GPU."""
+    """By operation and backend, in the order of their first calls; waits for the GPU."""
     if _meter is None:
         return {}
     _meter.settle()
@@ -119,19 +119,19 @@ def _no_bytes(**_: object) -> int:
     return 0
 
 
-def _asked_path(path: str = "torch", **_: object) -> str:
-    return path
+def _asked(backend: str = "torch", **_: object) -> str:
+    return backend
 
 
 def measured(
-    op: str, *, kv_bytes: Callable[..., int] = _no_bytes, path: Callable[..., str] = _asked_path
+    op: str, *, kv_bytes: Callable[..., int] = _no_bytes, backend: Callable[..., str] = _asked
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Have an operation's calls measured while `measuring`.
 
     Args:
-        op: the operation, by its name in `kernels.paths.Paths`.
+        op: the operation, by its name in `kernels.backends.Backends`.
         kv_bytes: bytes of its argument `kv` that a call reads and writes; takes the arguments of the operation by name.
-        path: which path a call takes; likewise.
+        backend: what computes a call; likewise.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -142,11 +142,11 @@ def measured(
             if _meter is None:
                 return function(*args, **kwargs)
             given = signature.bind(*args, **kwargs).arguments
-            key = op, path(**given)
+            key = op, backend(**given)
             first = next(value for value in given.values() if isinstance(value, Tensor))
             result = _meter.run(key, first.device, lambda: function(*args, **kwargs))
             _meter.totals[key].bytes += kv_bytes(**given) + sum(
-                _nbytes(value) for name, value in (*given.items(), ("", result)) if name != "kv"
+                _nbytes(value) for name, value in (*given.items(), ("", result)) if name not in ("kv", "plan")
             )
             return result
 

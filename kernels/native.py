@@ -30,6 +30,9 @@ FEATURES = (
 )
 """What the kernels use, as /proc/cpuinfo names it."""
 
+HEAD_DIMS = (32, 64, 96, 128)
+"""Sizes of a head that the attention takes."""
+
 FLAGS = (
     "-std=c11",
     "-O3",

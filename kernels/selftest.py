@@ -22,18 +22,23 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.attention.launch import TritonPlan, cascade_attention_triton, plan_for_triton
+from braidsdk.kernels.attention.launch import TritonPlan, plan_for_triton
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.attention.static import Room, StaticPlan
+from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.head import greedy, norm_head
+from braidsdk.kernels.head.reference import norm_head_reference
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
+from braidsdk.kernels.norm_qkv.reference import norm_qkv_reference
 from braidsdk.kernels.out_proj import out_proj
+from braidsdk.kernels.out_proj.reference import out_proj_reference
 from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.sample import Choices, sample
 from braidsdk.kernels.swiglu import norm_swiglu
+from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
 
 PAGE = 64
 EPS = 1e-6
@@ -48,40 +53,11 @@ COLD_BYTES = 256e6
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """A model's shapes, and the form of its layers.
-
-    Attributes:
-        hidden, intermediate: widths of the residual stream and of the MLP.
-        q_heads, kv_heads, head_dim: heads of a layer, and the size of one.
-        vocab: rows of the LM head.
-        dtype: by its name in torch.
-        qk_norm: whether the heads of queries and keys are normed.
-        qkv_bias: whether the projections to queries, keys and values have a bias.
-    """
-
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    dtype: str
-    qk_norm: bool = True
-    qkv_bias: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-
-@dataclass(frozen=True)
 class Result:
     """One kernel at one shape.
 
     Attributes:
-        op: the operation, by its name in `kernels.paths.Paths`.
+        op: the operation, by its name in `kernels.backends.Backends`.
         case: what was computed.
         error: relative error against float64; None if it did not run.
         limit: what rounding alone stays below.
@@ -138,7 +114,7 @@ class Case:
     """What is tried.
 
     Attributes:
-        op: the operation, by its name in `kernels.paths.Paths`.
+        op: the operation, by its name in `kernels.backends.Backends`.
         name: what is computed.
         make: the call, and its memory.
     """
@@ -212,7 +188,7 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
     slots = torch.arange(rows, device=device)
 
     def run(copy: int) -> Tensor:
-        queries = norm_qkv(hidden, weights[copy], EPS, cos, sin, kv, slots, path="triton")
+        queries = norm_qkv(hidden, weights[copy], EPS, cos, sin, kv, slots, backend="triton")
         return queries if copy else torch.cat((queries.flatten(), kv.flatten()))
 
     def truth() -> Tensor:
@@ -220,7 +196,7 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
         others = (None if each is None else each.double() for each in (own.bias, own.q_norm, own.k_norm))
         wide = NormQKVWeights(own.norm.double(), own.qkv.double(), *others)
         memory, turn = torch.zeros_like(kv, dtype=torch.float64), angles.double()
-        queries = norm_qkv(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
+        queries = norm_qkv_reference(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
         return torch.cat((queries.flatten(), memory.flatten()))
 
     return _Call(run, truth, moved, copies)
@@ -259,7 +235,7 @@ def _attention(bench: Bench, rows: int, users: int, plan: "_Plan") -> _Call:
         plans = [made for each in requests if (made := plan_request(at_rows, each, wide, limit, PAGE))]
         return cascade_attention_reference(queries.double(), plans, kv[0].double(), scale)
 
-    return _Call(lambda copy: cascade_attention_triton(queries, planned, kv[copy], scale), truth, moved, copies)
+    return _Call(lambda copy: planned.attend(queries, kv[copy], scale), truth, moved, copies)
 
 
 _Plan = Callable[[Geometry, Tensor, Sequence[Request], RotaryTable, int], TritonPlan]
@@ -328,8 +304,8 @@ def _out_proj(bench: Bench, rows: int, follows: str) -> _Call:
     weights = bench.random(copies, shape.hidden, size, scale=size**-0.5)
     x, residual = (bench.random(rows, n) for n in (size, shape.hidden))
     return _Call(
-        lambda copy: out_proj(x, weights[copy], None, residual, path="triton"),
-        lambda: out_proj(x.double(), weights[0].double(), None, residual.double()),
+        lambda copy: out_proj(x, weights[copy], None, residual, backend="triton"),
+        lambda: out_proj_reference(x.double(), weights[0].double(), None, residual.double()),
         moved,
         copies,
     )
@@ -342,8 +318,8 @@ def _swiglu(bench: Bench, rows: int) -> _Call:
     weights = bench.random(copies, 2 * shape.intermediate, shape.hidden, scale=shape.hidden**-0.5)
     norm, hidden = (bench.random(*n, shape.hidden) for n in ((), (rows,)))
     return _Call(
-        lambda copy: norm_swiglu(hidden, norm, weights[copy], EPS, path="triton"),
-        lambda: norm_swiglu(hidden.double(), norm.double(), weights[0].double(), EPS),
+        lambda copy: norm_swiglu(hidden, norm, weights[copy], EPS, backend="triton"),
+        lambda: norm_swiglu_reference(hidden.double(), norm.double(), weights[0].double(), EPS),
         moved,
         copies,
     )
@@ -358,9 +334,11 @@ def _head(bench: Bench, rows: int) -> _Call:
 
     def truth() -> Tensor:
         parts = heads[0].split(2**14)  # all of it in float64 would be what takes the most memory
-        return torch.cat([norm_head(hidden.double(), norm.double(), part.double(), EPS) for part in parts], dim=1)
+        return torch.cat(
+            [norm_head_reference(hidden.double(), norm.double(), part.double(), EPS) for part in parts], dim=1
+        )
 
-    return _Call(lambda copy: norm_head(hidden, norm, heads[copy], EPS, path="triton"), truth, moved, copies)
+    return _Call(lambda copy: norm_head(hidden, norm, heads[copy], EPS, backend="triton"), truth, moved, copies)
 
 
 def _choice(bench: Bench) -> _Call:
@@ -379,14 +357,14 @@ def _choice(bench: Bench) -> _Call:
         """Where all agree with torch."""
         of, one = logits[copy], logits[copy, :1]
         if copy:
-            return sample(of, choices, path="triton")[0]
+            return sample(of, choices, backend="triton")[0]
         right = [
             finite & (ids == likeliest)
-            for ids, finite in (greedy(of, path="triton"), sample(of, choices, path="triton"))
+            for ids, finite in (greedy(of, backend="triton"), sample(of, choices, backend="triton"))
         ]
         right += [
             finite & (ids == likeliest[:1])
-            for ids, finite in (greedy(one, path="triton"), sample(one, first, path="triton"))
+            for ids, finite in (greedy(one, backend="triton"), sample(one, first, backend="triton"))
         ]
         return torch.cat(right)
 

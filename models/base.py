@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from braidsdk.errors import UnsupportedModelError
-from braidsdk.kernels.attention import AttentionPlans
+from braidsdk.kernels.attention import Plan
+from braidsdk.kernels.backends import Backends, Geometry
 from braidsdk.kernels.paging import Request
-from braidsdk.kernels.paths import Paths
 from braidsdk.kernels.rope import RotaryTable
 
 
@@ -73,6 +73,20 @@ class ModelConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
 
+    def geometry(self, dtype: torch.dtype) -> Geometry:
+        """What decides which backends can compute such a model in this dtype."""
+        return Geometry(
+            hidden=self.hidden_size,
+            intermediate=self.intermediate_size,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            vocab=self.vocab_size,
+            dtype=str(dtype).removeprefix("torch."),
+            qk_norm=self.qk_norm,
+            qkv_bias=self.qkv_bias,
+        )
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -101,12 +115,12 @@ class Step:
 
     Attributes:
         cos, sin: cosines and sines for each new token in its segment's frame, [tokens, head_dim / 2].
-        plans: the plans of the attention.
+        plan: the plan of the attention.
     """
 
     cos: Tensor
     sin: Tensor
-    plans: AttentionPlans
+    plan: Plan
 
 
 def only_rows(batch: Batch, rows: Tensor) -> Batch:
@@ -158,8 +172,8 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     rotary: RotaryTable
-    paths: Paths
-    """Which implementation each operation takes. It may be changed between passes."""
+    backends: Backends
+    """What computes each operation."""
 
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens: append their keys and values, and return logits for the rows that want them.

@@ -1,20 +1,19 @@
-"""A dense decoder over paged KV memory: attention, MLP, layer, model. One serves all families and every device;
-`kernels` picks the path.
-"""
+"""A dense decoder over paged KV memory: attention, MLP, layer, model. One serves all families, devices and backends."""
 
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import xxhash
 from torch import Tensor
 
 from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.backends import Backend, Backends, Geometry
 from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
-from braidsdk.kernels.paths import TORCH, Paths
-from braidsdk.kernels.projection import pack, unpack
+from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
@@ -57,7 +56,7 @@ class Decoder:
         norm: Tensor,
         head: Tensor,
         fingerprint: str,
-        paths: Paths = TORCH,
+        backends: Backends,
     ) -> None:
         """Put a model together from its parts. `load` reads them from a checkpoint.
 
@@ -70,23 +69,29 @@ class Decoder:
             norm: final norm, [hidden].
             head: [vocab_size, hidden]. It is the embedding itself if they are tied.
             fingerprint: hash of the weights' content.
-            paths: which implementation each operation takes.
+            backends: what computes each operation.
         """
         self.config = config
-        self._paths = paths
+        self.backends = backends
         self.fingerprint = fingerprint
         self.dtype = embedding.dtype
         self.device = embedding.device
         self._eps = eps
         self.rotary = rotary
         self._embedding = embedding
-        self._layers = list(layers)
+        self._layers = layers
         self._norm = norm
         self._head = head
 
     @classmethod
     def load(
-        cls, config: CheckpointConfig, weights: Weights, *, device: torch.device, dtype: torch.dtype | None
+        cls,
+        config: CheckpointConfig,
+        weights: Weights,
+        *,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        choose: Callable[[Geometry, torch.device], Backends],
     ) -> "Decoder":
         """Load a checkpoint strictly.
 
@@ -97,6 +102,8 @@ class Decoder:
             dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
                 are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
                 float16 exactly.
+            choose: what computes each operation of such a model on this device. Asked before the weights are read, so
+                that each is laid out once, as its backend reads it.
 
         Raises:
             WeightsError: weights are missing, unexpected, misshapen or not finite.
@@ -116,9 +123,13 @@ class Decoder:
         if dtype is None:
             named = config.dtype or weights.stored_dtype(EMBEDDING)
             dtype = torch.float32 if named in (None, torch.float16) else named
+        backends = choose(numbers.geometry(dtype), device)
 
         def take(*names: str) -> Tensor:
             return weights.take(names, dtype, device)
+
+        def linear(backend: Backend, *names: str) -> Tensor:
+            return pack(take(*names)) if backend == "torch" else take(*names)
 
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
@@ -126,16 +137,16 @@ class Decoder:
             return Layer(
                 qkv=NormQKVWeights(
                     norm=take(f"{at}.input_layernorm.weight"),
-                    qkv=take(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
+                    qkv=linear(backends.norm_qkv, *(f"{attention}.{name}_proj.weight" for name in "qkv")),
                     bias=take(*(f"{attention}.{name}_proj.bias" for name in "qkv")) if numbers.qkv_bias else None,
                     q_norm=take(f"{attention}.q_norm.weight") if numbers.qk_norm else None,
                     k_norm=take(f"{attention}.k_norm.weight") if numbers.qk_norm else None,
                 ),
-                out=take(f"{attention}.o_proj.weight"),
+                out=linear(backends.out_proj, f"{attention}.o_proj.weight"),
                 out_bias=take(f"{attention}.o_proj.bias") if config.out_bias else None,
                 mlp_norm=take(f"{at}.post_attention_layernorm.weight"),
-                gate_up=take(*(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
-                down=take(f"{mlp}.down_proj.weight"),
+                gate_up=linear(backends.swiglu, *(f"{mlp}.{name}_proj.weight" for name in ("gate", "up"))),
+                down=linear(backends.out_proj, f"{mlp}.down_proj.weight"),
             )
 
         embedding = take(EMBEDDING)
@@ -150,28 +161,8 @@ class Decoder:
             norm=take(NORM),
             head=embedding if tied else take(HEAD),
             fingerprint=_fingerprint(weights.finish(), config.eps),
+            backends=backends,
         )
-
-    @property
-    def paths(self) -> Paths:
-        """Which implementation each operation takes. Setting it lays each weight out so that its operation reads it
-        fastest. Until then every path can read them."""
-        return self._paths
-
-    @paths.setter
-    def paths(self, paths: Paths) -> None:
-        def laid_out(path: str, weight: Tensor) -> Tensor:
-            return pack(weight) if path == "torch" else unpack(weight)
-
-        for index, layer in enumerate(self._layers):  # one by one, so that only one layer is there in both layouts
-            self._layers[index] = replace(
-                layer,
-                qkv=replace(layer.qkv, qkv=laid_out(paths.norm_qkv, layer.qkv.qkv)),
-                out=laid_out(paths.out_proj, layer.out),
-                gate_up=laid_out(paths.swiglu, layer.gate_up),
-                down=laid_out(paths.out_proj, layer.down),
-            )
-        self._paths = paths
 
     @torch.inference_mode()
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
@@ -202,7 +193,7 @@ class Decoder:
                 hidden, queries, step = hidden[logit_rows], queries[logit_rows], last
             hidden = self._finish_layer(layer, hidden, queries, step, memory)
         wanted = hidden if last else hidden[logit_rows]
-        return norm_head(wanted, self._norm, self._head, self._eps, path=self.paths.head)
+        return norm_head(wanted, self._norm, self._head, self._eps, backend=self.backends.head)
 
     @torch.inference_mode()
     def forward_layer(self, index: int, hidden: Tensor, batch: Batch, memory: Tensor) -> Tensor:
@@ -213,7 +204,7 @@ class Decoder:
     def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
-        plans = plan_attention(
+        plan = plan_attention(
             batch.positions,
             batch.requests,
             self.rotary,
@@ -222,21 +213,21 @@ class Decoder:
             group=self.config.q_heads // self.config.kv_heads,
             kv_heads=self.config.kv_heads,
             dtype=self.dtype,
-            path=self.paths.attention,
+            backend=self.backends.attention,
         )
-        return Step(cos, sin, plans)
+        return Step(cos, sin, plan)
 
     def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute the queries of new tokens, and write their keys and values to the memory."""
-        return norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, path=self.paths.norm_qkv)
+        return norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, backend=self.backends.norm_qkv)
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute attention, output projection and MLP, and add each to the residual: [tokens, hidden]."""
-        paths = self.paths
-        attended = cascade_attention(queries, step.plans, memory, self.config.head_dim**-0.5)
-        hidden = out_proj(attended.flatten(1), layer.out, layer.out_bias, hidden, path=paths.out_proj)
-        mixed = norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps, path=paths.swiglu)
-        return out_proj(mixed, layer.down, None, hidden, path=paths.out_proj)
+        backends = self.backends
+        attended = cascade_attention(queries, step.plan, memory, self.config.head_dim**-0.5)
+        hidden = out_proj(attended.flatten(1), layer.out, layer.out_bias, hidden, backend=backends.out_proj)
+        mixed = norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps, backend=backends.swiglu)
+        return out_proj(mixed, layer.down, None, hidden, backend=backends.out_proj)
 
 
 def _fingerprint(weights: str, eps: float) -> str:

@@ -1,10 +1,12 @@
 """Finds the checkpoint of a name, and the family that computes a checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from braidsdk.errors import InputError, ModelNotFoundError, UnsupportedModelError, did_you_mean, shown
+from braidsdk.kernels.backends import Backends, Geometry
 from braidsdk.models.base import Model, read_json
 from braidsdk.models.config import Family, read_config
 from braidsdk.models.decoder import Decoder
@@ -63,14 +65,24 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def on_torch(_geometry: Geometry, _device: torch.device) -> Backends:
+    """torch for every operation."""
+    return Backends()
+
+
 def load_model(
-    path: Path, *, device: torch.device, dtype: torch.dtype | None, fingerprints: Path | None = None
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    choose: Callable[[Geometry, torch.device], Backends] = on_torch,
+    fingerprints: Path | None = None,
 ) -> Model:
     """Load a checkpoint of the family that its config names.
 
     Args:
         path: its folder, or a GGUF file.
-        device, dtype: as in `Decoder.load`.
+        device, dtype, choose: as in `Decoder.load`.
         fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
             weights again.
 
@@ -81,10 +93,12 @@ def load_model(
     if path.suffix == SUFFIX:
         file = GGUFFile(path)
         config = file.config(_family(f"general.architecture in {path}", file.architecture))
-        return Decoder.load(config, GGUFWeights(file, config, fingerprints), device=device, dtype=dtype)
-    named = path / "config.json"
-    config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")))
-    return Decoder.load(config, Weights(path, fingerprints), device=device, dtype=dtype)
+        weights: Weights = GGUFWeights(file, config, fingerprints)
+    else:
+        named = path / "config.json"
+        config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")))
+        weights = Weights(path, fingerprints)
+    return Decoder.load(config, weights, device=device, dtype=dtype, choose=choose)
 
 
 def _family(what: str, name: object) -> Family:

@@ -19,7 +19,7 @@ from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.runner import Chosen, EagerRunner, Runner
 from braidsdk.kernels.attention.live_tables import LiveRoom
 from braidsdk.kernels.attention.static import Room
-from braidsdk.kernels.paths import TORCH, Paths
+from braidsdk.kernels.backends import Backends
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there the real ones are tested"),
@@ -27,7 +27,7 @@ pytestmark = [
 ]
 
 
-INTERPRETED = Paths(attention="triton")
+INTERPRETED = Backends(attention="triton")
 """What reads the graphs' tables; other operations are quicker by torch."""
 
 
@@ -71,7 +71,7 @@ def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
         loop, model = braid._engine._loop, braid._engine.model
 
         def switch() -> None:
-            model.paths = INTERPRETED
+            model.backends = INTERPRETED
             loop.runner = GraphRunner(model, loop.pool)
 
         braid._engine.call(switch)
@@ -89,10 +89,10 @@ def eagerly(braid: Braid, ask: Callable[[], list[tuple[int, ...]]]) -> list[tupl
     loop, model = braid._engine._loop, braid._engine.model
     kept = loop.runner
 
-    def switch(runner: Runner, paths: Paths) -> None:
-        model.paths, loop.runner = paths, runner
+    def switch(runner: Runner, backends: Backends) -> None:
+        model.backends, loop.runner = backends, runner
 
-    braid._engine.call(lambda: switch(EagerRunner(model, loop.pool), TORCH))
+    braid._engine.call(lambda: switch(EagerRunner(model, loop.pool), Backends()))
     try:
         return ask()
     finally:

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,17 @@ from braidsdk.engine.kernel_choice import KernelsWarning
 from braidsdk.engine.self_test import _processes, self_test
 from braidsdk.errors import InputError
 from braidsdk.kernels import native
-from braidsdk.kernels.paths import AMX, TORCH, Paths
-from braidsdk.kernels.selftest import CASES, Geometry
-from braidsdk.models.base import Model
-from braidsdk.models.registry import load_model
+from braidsdk.kernels.backends import Backends, Geometry
+from braidsdk.kernels.selftest import CASES
 
-needs_amx = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+TORCH, NATIVE = Backends(), Backends.all("native")
+
+needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 
-def paths(store: Path, kernels: str | None = None, dtype: str = "bfloat16") -> Paths:
+def backends(store: Path, kernels: str | None = None, dtype: str = "bfloat16") -> Backends:
     with Braid("braid-tiny", store=store, device="cpu", dtype=dtype, kernels=kernels) as braid:
-        return Paths(**braid.kernels.paths)  # type: ignore[arg-type]
+        return Backends(**braid.kernels.backends)  # type: ignore[arg-type]
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: str | None, all_told: str | None) -> None:
@@ -34,18 +35,18 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, cpu: str | None, all_told: str |
     monkeypatch.setattr(native, "obstacle", lambda: all_told)
 
 
-@needs_amx
-def test_bfloat16_takes_c_kernels_where_there_is_amx(tmp_path: Path) -> None:
-    assert paths(tmp_path) == paths(tmp_path, "amx") == AMX
-    assert paths(tmp_path, "torch") == paths(tmp_path, dtype="float32") == TORCH
-    assert paths(tmp_path, "auto,attention=torch").attention == "torch"
-    assert paths(tmp_path, "torch,attention=amx") == Paths(attention="amx")
+@needs_native
+def test_bfloat16_takes_c_kernels(tmp_path: Path) -> None:
+    assert backends(tmp_path) == backends(tmp_path, "native") == NATIVE
+    assert backends(tmp_path, "torch") == backends(tmp_path, dtype="float32") == TORCH
+    assert backends(tmp_path, "auto,attention=torch").attention == "torch"
+    assert backends(tmp_path, "torch,attention=native") == Backends(attention="native")
 
 
-@needs_amx
-def test_the_path_is_taken_and_changes_no_answer(tmp_path: Path) -> None:
+@needs_native
+def test_the_backend_is_taken_and_changes_no_answer(tmp_path: Path) -> None:
     answers = []
-    for kernels in ("amx", "torch"):
+    for kernels in ("native", "torch"):
         with Braid("braid-tiny", store=tmp_path, device="cpu", dtype="bfloat16", kernels=kernels) as braid:
             rules = braid.register_system("You answer questions from the documents.")
             document = braid.register("The capital of Aistonia is Zorbin.")
@@ -53,34 +54,34 @@ def test_the_path_is_taken_and_changes_no_answer(tmp_path: Path) -> None:
     assert answers == ["Zorbin.", "Zorbin."]
 
 
-def test_a_cpu_without_amx_takes_torch_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_that_is_too_old_takes_torch_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cpu="this CPU lacks amx_bf16", all_told="this CPU lacks amx_bf16")
-    assert paths(tmp_path) == TORCH
-    with pytest.raises(InputError, match="kernels='amx' can't run here: this CPU lacks amx_bf16"):
-        paths(tmp_path, "amx")
+    assert backends(tmp_path) == TORCH
+    with pytest.raises(InputError, match="kernels='native' can't run here: this CPU lacks amx_bf16"):
+        backends(tmp_path, "native")
 
 
-def test_amx_without_a_compiler_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_compiler_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, cpu=None, all_told="there is no C compiler; install gcc or clang")
     with pytest.warns(KernelsWarning, match="install gcc") as said:
-        assert paths(tmp_path) == TORCH
+        assert backends(tmp_path) == TORCH
     assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert paths(tmp_path, "torch") == paths(tmp_path, dtype="float32") == TORCH
+        assert backends(tmp_path, "torch") == backends(tmp_path, dtype="float32") == TORCH
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_other_dtypes_are_refused_by_name(tmp_path: Path, dtype: str) -> None:
     with pytest.raises(InputError, match=f"in torch.{dtype}; the C kernels need bfloat16"):
-        paths(tmp_path, "amx", dtype)
+        backends(tmp_path, "native", dtype)
 
 
 def test_triton_still_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kernels='triton' can't run here: the model is on cpu"):
-        paths(tmp_path, "triton")
-    with pytest.raises(InputError, match="'auto', 'triton', 'amx' or 'torch'"):
-        paths(tmp_path, "cuda")
+        backends(tmp_path, "triton")
+    with pytest.raises(InputError, match="'auto', 'triton', 'native' or 'torch'"):
+        backends(tmp_path, "cuda")
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, *, deadly: str = "()", start: str = "") -> None:
@@ -108,51 +109,44 @@ while taken := os.read(0, 1):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**40, 2**40))
     monkeypatch.setattr(kernel_choice, "user_cache_dir", lambda _: folder)
-    monkeypatch.setattr(kernel_choice, "_setting", lambda _: "here")
+    monkeypatch.setattr(kernel_choice, "_setting", lambda *_: "here")
 
 
-@pytest.fixture
-def model(random_checkpoint: Path) -> Model:
-    return load_model(random_checkpoint, device=torch.device("cpu"), dtype=None)
+CPU = torch.device("cpu")
+SHAPE = Geometry(hidden=64, intermediate=96, q_heads=4, kv_heads=2, head_dim=32, vocab=1024, dtype="float32")
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_each_case_of_the_self_test_is_reported(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: bool
-) -> None:
+def test_each_case_of_the_self_test_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timed: bool) -> None:
     steps: list[tuple[int, int]] = []
     stand_in(tmp_path, monkeypatch)
-    results = self_test(model, timed=timed, report=lambda *step: steps.append(step))
+    results = self_test(SHAPE, CPU, timed=timed, report=lambda *step: steps.append(step))
     assert [result.op for result in results] == ["swiglu"] * len(CASES)
     assert all(result.ok for result in results)
     assert steps == [(done, len(CASES)) for done in range(len(CASES) + 1)]
 
 
-def test_a_case_that_ends_its_process_fails_alone(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_that_ends_its_process_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deadly = (0, 1, 2, 3, 7)  # more than there are processes at first
     stand_in(tmp_path, monkeypatch, deadly=str(deadly))
-    results = self_test(model, timed=False)
+    results = self_test(SHAPE, CPU, timed=False)
     assert [number for number, result in enumerate(results) if not result.ok] == list(deadly)
     for number in deadly:
         assert results[number].op == CASES[number].op
         assert re.match(r"(?s)its process ended with 1: .*broken by \d$", results[number].trouble)
-    found = kernel_choice._troubles(model)
+    found = kernel_choice._troubles(SHAPE, CPU)
     assert set(found) == {CASES[number].op for number in deadly}
     assert not list(tmp_path.glob("*.json")), "it may not happen again"
 
 
-def test_processes_that_cannot_begin_fail_every_case(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_that_cannot_begin_fail_every_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, start="sys.exit('no torch here')")
-    results = self_test(model, timed=False)
+    results = self_test(SHAPE, CPU, timed=False)
     assert len(results) == len(CASES)
     assert all("no torch here" in result.trouble for result in results)
 
 
-def test_an_interrupt_leaves_no_process_behind(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_leaves_no_process_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(tmp_path, monkeypatch, start=f"open(f'{tmp_path}/{{os.getpid()}}.pid', 'w')")
 
     def interrupt(done: int, _: int) -> None:
@@ -160,7 +154,7 @@ def test_an_interrupt_leaves_no_process_behind(model: Model, tmp_path: Path, mon
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        self_test(model, timed=False, report=interrupt)
+        self_test(SHAPE, CPU, timed=False, report=interrupt)
     for file in tmp_path.glob("*.pid"):
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.stem), 0)
@@ -170,16 +164,13 @@ def test_an_interrupt_leaves_no_process_behind(model: Model, tmp_path: Path, mon
 def test_processes_fit_in_the_memory_that_is_free(
     monkeypatch: pytest.MonkeyPatch, gigabytes: int, processes: int
 ) -> None:
-    shape = Geometry(
-        hidden=2048, intermediate=6144, q_heads=16, kv_heads=8, head_dim=128, vocab=151_936, dtype="bfloat16"
-    )
+    shape = replace(SHAPE, hidden=2048, vocab=151_936, dtype="bfloat16")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3), raising=False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gigabytes * 10**9, 80 * 10**9))
     assert _processes(shape, torch.device("cuda")) == processes
 
 
 def test_the_first_start_says_what_it_does_and_the_second_nothing(
-    model: Model,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -188,13 +179,13 @@ def test_the_first_start_says_what_it_does_and_the_second_nothing(
     monkeypatch.setenv("FORCE_COLOR", "1")
     stand_in(tmp_path, monkeypatch)
     with caplog.at_level(logging.INFO, "braidsdk"):
-        assert kernel_choice._troubles(model) == {}
+        assert kernel_choice._troubles(SHAPE, CPU) == {}
         assert [re.split(", | in ", record.message)[0] for record in caplog.records] == [
             "compiling and trying each kernel",
             f"tried {len(CASES)} cases of the kernels",
         ]
         assert f"{len(CASES)}/{len(CASES)}" in capfd.readouterr().err
         caplog.clear()
-        assert kernel_choice._troubles(model) == {}
+        assert kernel_choice._troubles(SHAPE, CPU) == {}
     assert not caplog.records
     assert capfd.readouterr().err == ""

@@ -16,7 +16,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from braidsdk import Braid
 from braidsdk.errors import UnsupportedModelError, WeightsError
-from braidsdk.kernels.paths import Paths
+from braidsdk.kernels.backends import Backends
 from braidsdk.models import config as models_config
 from braidsdk.models.base import GenerationDefaults
 from braidsdk.models.config import CheckpointConfig, weight_shapes
@@ -519,20 +519,16 @@ def test_every_packed_value_comes_from_the_file(
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs no bfloat16 here")
-def test_weights_lie_as_their_path_reads_them_and_keep_their_values(random_checkpoint: Path) -> None:
-    loaded = load_model(random_checkpoint, device=CPU, dtype=torch.bfloat16)
-    layer = loaded._layers[0]  # type: ignore[attr-defined]
-    loaded.paths = Paths(norm_qkv="amx")
-    mixed = loaded._layers[0]  # type: ignore[attr-defined]
-    packed = {"qkv": mixed.qkv.qkv, "out": mixed.out, "gate_up": mixed.gate_up, "down": mixed.down}
-    assert [name for name, weight in packed.items() if not weight.is_mkldnn] == ["qkv"]
-    loaded.paths = Paths()
-    assert loaded._layers[0].qkv.qkv.is_mkldnn  # type: ignore[attr-defined]
-    loaded.paths = Paths.all("amx")
-    back = loaded._layers[0]  # type: ignore[attr-defined]
-    for now, then in ((back.qkv.qkv, layer.qkv.qkv), (back.out, layer.out), (back.gate_up, layer.gate_up)):
-        assert torch.equal(now, then)
-    assert torch.equal(back.down, layer.down)
+def test_weights_lie_as_their_backend_reads_them_and_keep_their_values(random_checkpoint: Path) -> None:
+    def layer(backends: Backends) -> dict[str, torch.Tensor]:
+        loaded = load_model(random_checkpoint, device=CPU, dtype=torch.bfloat16, choose=lambda *_: backends)
+        (first, *_) = loaded._layers  # type: ignore[attr-defined]
+        return {"qkv": first.qkv.qkv, "out": first.out, "gate_up": first.gate_up, "down": first.down}
+
+    packed, mixed = layer(Backends()), layer(Backends(norm_qkv="native"))
+    assert all(weight.is_mkldnn for weight in packed.values())
+    assert [name for name, weight in mixed.items() if not weight.is_mkldnn] == ["qkv"]
+    assert torch.equal(packed["qkv"].to_dense(), mixed["qkv"])
 
 
 # Memory

@@ -19,10 +19,9 @@ from transformers import Qwen3ForCausalLM
 
 from braidsdk.cache.pool import Pool
 from braidsdk.engine.batch import Run, forward, make_batch
-from braidsdk.engine.kernel_choice import amx_obstacle
 from braidsdk.fidelity.layers import compare_layers, in_float64, runs_in_frames
-from braidsdk.kernels.attention import op
-from braidsdk.kernels.paths import AMX, Paths
+from braidsdk.kernels.attention import eager, op
+from braidsdk.kernels.backends import Backends, Geometry, obstacle
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.models import decoder
 from braidsdk.models.registry import load_model
@@ -46,7 +45,7 @@ YARN = {
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Variant:
     """A random checkpoint: changes to its config, and what its QK norms look like."""
 
     changes: dict[str, object]
@@ -54,16 +53,16 @@ class Geometry:
 
 
 GEOMETRIES = {
-    "1:1, head 64, tied": Geometry({**GROUP_1, "head_dim": 64, "tie_word_embeddings": True}),
-    "2:1, head 128": Geometry({**GROUP_2, "head_dim": 128}),
-    "4:1, head 64, bias": Geometry({**GROUP_4, "head_dim": 64, "attention_bias": True}),
-    "8:1, head 64, hidden 896, tied": Geometry(
+    "1:1, head 64, tied": Variant({**GROUP_1, "head_dim": 64, "tie_word_embeddings": True}),
+    "2:1, head 128": Variant({**GROUP_2, "head_dim": 128}),
+    "4:1, head 64, bias": Variant({**GROUP_4, "head_dim": 64, "attention_bias": True}),
+    "8:1, head 64, hidden 896, tied": Variant(
         {**GROUP_8, "head_dim": 64, "hidden_size": 896, "tie_word_embeddings": True}
     ),
-    "2:1, head 64, YaRN": Geometry({**GROUP_2, "head_dim": 64, **YARN}),
-    "2:1, head 128, K-norm 100 and q-norm 1/100": Geometry({**GROUP_2, "head_dim": 128}, "scaled"),
-    "4:1, head 64, outlier channels": Geometry({**GROUP_4, "head_dim": 64}, "outliers"),
-    "2:1, head 128, outlier channels, tied": Geometry(
+    "2:1, head 64, YaRN": Variant({**GROUP_2, "head_dim": 64, **YARN}),
+    "2:1, head 128, K-norm 100 and q-norm 1/100": Variant({**GROUP_2, "head_dim": 128}, "scaled"),
+    "4:1, head 64, outlier channels": Variant({**GROUP_4, "head_dim": 64}, "outliers"),
+    "2:1, head 128, outlier channels, tied": Variant(
         {**GROUP_2, "head_dim": 128, "tie_word_embeddings": True}, "outliers"
     ),
 }
@@ -110,18 +109,16 @@ def peers(
     model.to(torch.bfloat16).save_pretrained(folder)
     return Peers(
         truth=load_model(folder, device=device, dtype=torch.float64),
-        ours=fast(load_model(folder, device=device, dtype=torch.bfloat16)),
+        ours=load_model(folder, device=device, dtype=torch.bfloat16, choose=fast),
         theirs=Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device),
     )
 
 
-def fast(model: object) -> object:
-    """A model on the kernels that are meant for its device, without any fallback."""
-    if model.device.type == "cuda":
-        model.paths = Paths.all("triton")
-    elif amx_obstacle(model) is None:
-        model.paths = AMX
-    return model
+def fast(geometry: Geometry, device: torch.device) -> Backends:
+    """The kernels that are meant for a device, without any fallback."""
+    if device.type == "cuda":
+        return Backends.all("triton")
+    return Backends.all("torch" if obstacle("native", geometry, device) else "native")
 
 
 def pool_for(model: object, page_size: int | None = None) -> Pool:
@@ -251,9 +248,9 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
     if bug == "a seam off by one":
         shift = 1
     elif bug == "an unrotated query":
-        for name in ("plan_for_triton", "plan_for_cpu"):
-            monkeypatch.setattr(op, name, unturned(getattr(op, name)))
-        monkeypatch.setattr(op, "plan_for_amx", without_angles(op.plan_for_amx))
+        monkeypatch.setattr(eager, "plan_flash", unturned(eager.plan_flash))
+        monkeypatch.setitem(op.BACKENDS, "triton", unturned(op.BACKENDS["triton"]))
+        monkeypatch.setitem(op.BACKENDS, "native", without_angles(op.BACKENDS["native"]))
     else:
         attend = decoder.cascade_attention
         ours = peers.ours
@@ -283,7 +280,7 @@ def test_scaling_k_norm_by_a_power_of_two_and_q_norm_back_changes_no_bit(
     twin.save_pretrained(tmp_path)
     pieces = [tokens(70, 1), tokens(64, 2), tokens(30, 3)]
     plain, scaled = (
-        logits(fast(load_model(folder, device=device, dtype=torch.float32)), pieces)
+        logits(load_model(folder, device=device, dtype=torch.float32, choose=fast), pieces)
         for folder in (tiny_checkpoint, tmp_path)
     )
     assert torch.equal(plain, scaled)

@@ -213,7 +213,7 @@ def measure(name: str, peer: ModuleType | None, repeats: int = 30) -> dict[str, 
         return times, error
 
     def ours(plan: attention.TritonPlan) -> Callable[[Tensor, Tensor], Tensor]:
-        return lambda query, layer: attention.cascade_attention_triton(query, plan, layer, SCALE)
+        return lambda query, layer: plan.attend(query, layer, SCALE)
 
     plan = planned(requests)
     times, error = judged("ours", ours(plan), turned)

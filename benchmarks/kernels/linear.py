@@ -3,9 +3,10 @@
     python benchmarks/kernels/linear.py --out linear.json
     python benchmarks/kernels/linear.py --sweep --ops norm_qkv out_proj --rows 1 32 --geometries 0.6B --out sweep.json
 
-Each operation is first checked against float64, by the ratio of our RMS error to that of torch's own path, and then
+Each operation is first checked against float64, by the ratio of our RMS error to that of torch's own, and then
 timed beside it. `layer` is a decoder layer without its attention: four operations in a row. `--sweep` tries other
-shapes of the kernels and names the best; those in use stand in the `TILES` of each `op.py`.
+shapes of the kernels and names the best, and `--keep` writes it to the operation's `tiles.json`, where the kernels take
+their shapes from, if it is at least 2 % faster than what is there.
 """
 
 import argparse
@@ -29,15 +30,15 @@ from torch import Tensor
 
 from braidsdk.kernels import launch
 from braidsdk.kernels.head import greedy, norm_head
-from braidsdk.kernels.head import op as head_op
+from braidsdk.kernels.head import launch as head_launch
 from braidsdk.kernels.launch import MATRIX_ROWS, Tile, tile_for
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
-from braidsdk.kernels.norm_qkv import op as norm_qkv_op
-from braidsdk.kernels.out_proj import op as out_proj_op
+from braidsdk.kernels.norm_qkv import launch as norm_qkv_launch
+from braidsdk.kernels.out_proj import launch as out_proj_launch
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.swiglu import launch as swiglu_launch
 from braidsdk.kernels.swiglu import norm_swiglu
-from braidsdk.kernels.swiglu import op as swiglu_op
 
 DEVICE, EPS, PAGE, VOCAB = torch.device("cuda"), 1e-6, 64, 151_936
 BANDWIDTH, MATRIX_RATE = 4.24e12, 790e12
@@ -49,7 +50,7 @@ WORST_RATIO = 1.10
 
 Values = tuple[Tensor, ...]
 Run = Callable[[str], Values]
-"""Runs an operation by a path ("triton" or "torch"), on one set of weights."""
+"""Runs an operation by a backend ("triton" or "torch"), on one set of weights."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +113,17 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         kv = torch.zeros(2, rows // PAGE + 1, g.kv_heads, PAGE, g.head_dim, device=DEVICE, dtype=dtype)
         slots = torch.arange(rows, device=DEVICE)
-        return lambda path: (norm_qkv(hidden, weights, EPS, cos, sin, kv, slots, path=path), kv)
+        return lambda backend: (norm_qkv(hidden, weights, EPS, cos, sin, kv, slots, backend=backend), kv)
 
     def make_projection(dtype: torch.dtype, size: int) -> Run:
         x, residual = draw(dtype, rows, size), draw(dtype, rows, g.hidden)
         weight = draw(dtype, g.hidden, size, scale=size**-0.5)
-        return lambda path: (out_proj(x, weight, None, residual, path=path),)
+        return lambda backend: (out_proj(x, weight, None, residual, backend=backend),)
 
     def make_swiglu(dtype: torch.dtype) -> Run:
         hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
         gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
-        return lambda path: (norm_swiglu(hidden, norm, gate_up, EPS, path=path),)
+        return lambda backend: (norm_swiglu(hidden, norm, gate_up, EPS, backend=backend),)
 
     def make_layer(dtype: torch.dtype) -> Run:
         qkv = make_qkv(dtype)
@@ -130,24 +131,28 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
         out, down = (draw(dtype, g.hidden, size, scale=size**-0.5) for size in (width, g.inner))
         gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
 
-        def run(path: str) -> Values:
-            attended = out_proj(qkv(path)[0].view(rows, width), out, None, hidden, path=path)
-            return (out_proj(norm_swiglu(attended, norm, gate_up, EPS, path=path), down, None, attended, path=path),)
+        def run(backend: str) -> Values:
+            attended = out_proj(qkv(backend)[0].view(rows, width), out, None, hidden, backend=backend)
+            return (
+                out_proj(
+                    norm_swiglu(attended, norm, gate_up, EPS, backend=backend), down, None, attended, backend=backend
+                ),
+            )
 
         return run
 
     def make_head(dtype: torch.dtype) -> Run:
         hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
         head = draw(dtype, VOCAB, g.hidden, scale=g.hidden**-0.5)
-        return lambda path: (norm_head(hidden, norm, head, EPS, path=path),)
+        return lambda backend: (norm_head(hidden, norm, head, EPS, backend=backend),)
 
     def make_greedy(dtype: torch.dtype) -> Run:
         logits = draw(torch.promote_types(dtype, torch.float32), rows, VOCAB)
-        return lambda path: (greedy(logits.float(), path=path)[0],)
+        return lambda backend: (greedy(logits.float(), backend=backend)[0],)
 
     def make_norm(dtype: torch.dtype) -> Run:
         x, weight = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
-        return lambda path: (rms_norm(x, weight, EPS, path=path),)
+        return lambda backend: (rms_norm(x, weight, EPS, backend=backend),)
 
     qkv, gate_up = packed * g.hidden, 2 * g.inner * g.hidden
     out, down, head = width * g.hidden, g.inner * g.hidden, VOCAB * g.hidden
@@ -158,17 +163,17 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
         "down": down + rows * (g.inner + 2 * g.hidden),
     }
     return {
-        "norm_qkv": Work(make_qkv, moved["norm_qkv"], rows * qkv, (norm_qkv_op,)),
-        "out_proj": Work(lambda d: make_projection(d, width), moved["out_proj"], rows * out, (out_proj_op,)),
-        "norm_swiglu": Work(make_swiglu, moved["norm_swiglu"], rows * gate_up, (swiglu_op,)),
-        "down": Work(lambda d: make_projection(d, g.inner), moved["down"], rows * down, (out_proj_op,)),
+        "norm_qkv": Work(make_qkv, moved["norm_qkv"], rows * qkv, (norm_qkv_launch,)),
+        "out_proj": Work(lambda d: make_projection(d, width), moved["out_proj"], rows * out, (out_proj_launch,)),
+        "norm_swiglu": Work(make_swiglu, moved["norm_swiglu"], rows * gate_up, (swiglu_launch,)),
+        "down": Work(lambda d: make_projection(d, g.inner), moved["down"], rows * down, (out_proj_launch,)),
         "layer": Work(
             make_layer,
             sum(moved.values()),
             rows * (qkv + out + gate_up + down),
-            (norm_qkv_op, out_proj_op, swiglu_op),
+            (norm_qkv_launch, out_proj_launch, swiglu_launch),
         ),
-        "norm_head": Work(make_head, head + rows * (g.hidden + 2 * VOCAB), rows * head, (head_op,)),
+        "norm_head": Work(make_head, head + rows * (g.hidden + 2 * VOCAB), rows * head, (head_launch,)),
         "greedy": Work(make_greedy, 2 * rows * VOCAB),
         "rms_norm": Work(make_norm, 2 * rows * g.hidden),
     }
@@ -186,7 +191,7 @@ def tiles(modules: Iterable[ModuleType], rows: int, tile: Tile | None) -> Iterat
 
 
 def judge(work: Work) -> Callable[[], float]:
-    """What runs our path and gives its RMS error over torch's, both against float64; the worst of all results.
+    """What runs our backend and gives its RMS error over torch's, both against float64; the worst of all results.
 
     A ratio over n numbers scatters by about 1 / sqrt(n): four times that is taken off, down to 1.
     """
@@ -210,21 +215,21 @@ def judge(work: Work) -> Callable[[], float]:
     return ratio
 
 
-def captured(runs: list[Run], path: str) -> torch.cuda.CUDAGraph:
+def captured(runs: list[Run], backend: str) -> torch.cuda.CUDAGraph:
     """A graph of all these runs in a row."""
     for run in runs[:2]:  # compiled, and counters made, before the capture
-        run(path)
+        run(backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for run in runs:
-            run(path)
+            run(backend)
     return graph
 
 
-def timed(runs: list[Run], path: str, repeats: int) -> tuple[float, float]:
+def timed(runs: list[Run], backend: str, repeats: int) -> tuple[float, float]:
     """Microseconds a run: median over replays, and their interquartile range."""
-    graph = captured(runs, path)
+    graph = captured(runs, backend)
     times = []
     for _ in range(repeats + 3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -265,9 +270,9 @@ def measure(name: str, geometry: str, rows: int, repeats: int) -> dict[str, obje
     runs = copies(work)
     row: dict[str, object] = {"op": name, "geometry": geometry, "rows": rows, "error_ratio": round(error, 4)}
     row["floor_us"] = round(max(2 * work.numbers / BANDWIDTH, 2 * work.products / MATRIX_RATE) * 1e6, 2)
-    for path in ("triton", "torch"):
-        us, spread = timed(runs, path, repeats)
-        row[path] = {**rates(work, us), "spread_us": round(spread, 2)}
+    for backend in ("triton", "torch"):
+        us, spread = timed(runs, backend, repeats)
+        row[backend] = {**rates(work, us), "spread_us": round(spread, 2)}
     return row
 
 
@@ -332,6 +337,19 @@ def sweep(name: str, geometry: str, rows: int, repeats: int, pool: ProcessPoolEx
     }
 
 
+def keep(name: str, geometry: str, rows: int, found: dict[str, object]) -> None:
+    """Write the best shape of a sweep to the table of its operation, under the weight's own columns."""
+    (module,) = works(GEOMETRIES[geometry], rows)[name].modules
+    g = GEOMETRIES[geometry]
+    columns = {"out_proj": g.q_heads * g.head_dim, "down": g.inner}.get(name, g.hidden)
+    best = found["best"][0] if found["best"] else None
+    if best and best["us"] < 0.98 * found["in_use_us"]:
+        block_rows, _ = tile_for(module.TILES, rows, columns)
+        by_rows = next((module.TILES[size] for size in sorted(module.TILES) if size >= columns), {})
+        module.TILES[columns] = {**by_rows, **module.TILES.get(columns, {}), block_rows: Tile(**best["tile"])}
+        launch.write_tiles(Path(module.__file__).with_name("tiles.json"), module.TILES)
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(works(GEOMETRIES["0.6B"], 1))
@@ -340,6 +358,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
     parser.add_argument("--repeats", type=int, default=30, help="replays that the median is of")
     parser.add_argument("--sweep", action="store_true", help="try other shapes of the kernels")
+    parser.add_argument("--keep", action="store_true", help="write the best of a sweep to tiles.json")
     parser.add_argument("--processes", type=int, default=12, help="that compile for a sweep")
     parser.add_argument("--no-pdl", action="store_true", help="without programmatic dependent launch")
     parser.add_argument("--out", type=Path, help="where the JSON goes")
@@ -357,6 +376,8 @@ def main() -> None:
                 continue
             if options.sweep:
                 rows.append(sweep(name, geometry, count, options.repeats, pool))
+                if options.keep:
+                    keep(name, geometry, count, rows[-1])
             else:
                 rows.append(measure(name, geometry, count, options.repeats))
             print(json.dumps(rows[-1]), flush=True)

@@ -64,7 +64,7 @@ def timed(run: Callable[[int], object]) -> float:
 def measure(rows: int) -> dict[str, float]:
     """By case; that everything drawn may be drawn is the tests' business."""
     peaked, flat = logits(rows, flat=False), logits(rows, flat=True)
-    found = {"greedy": timed(lambda copy: greedy(peaked[copy], path="triton"))}
+    found = {"greedy": timed(lambda copy: greedy(peaked[copy], backend="triton"))}
     for name, case in CASES.items():
         choices = Choices.greedy(torch.zeros(rows, VOCAB, dtype=torch.bool, device=DEVICE))
         choices.shape[0], choices.shape[1] = case["temperature"], case.get("top_p", 1.0)
@@ -72,7 +72,7 @@ def measure(rows: int) -> dict[str, float]:
         given = flat if name.endswith("flat") else peaked
 
         def run(copy: int, given: Tensor = given, choices: Choices = choices) -> object:
-            return sample(given[copy], choices, path="triton")
+            return sample(given[copy], choices, backend="triton")
 
         found[name] = timed(run)
     return {name: round(us, 1) for name, us in found.items()}

@@ -133,7 +133,7 @@ class Pool:
             dtype=model.dtype,
             device=model.device,
             capacity_bytes=capacity_bytes,
-            zero_padding=model.paths.attention == "torch",
+            zero_padding=model.backends.attention == "torch",
         )
 
     @property

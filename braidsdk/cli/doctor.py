@@ -87,7 +87,7 @@ def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
     if out.json:
         out.document({"ok": not report.failed, **asdict(report)})
     else:
-        out.note(f"{report.model} in {report.dtype} on {report.device}, kernels: {report.paths}")
+        out.note(f"{report.model} in {report.dtype} on {report.device}, kernels: {report.backends}")
         out.note("layer, largest K-norm weight; error and its ratio to transformers' over documents, question, answer:")
         names = [each.name for each in report.layers[0].passes]
         out.table(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from braidsdk.cli.demo import load_samples
 from braidsdk.cli.model_checks import free_memory, weight_bytes
-from braidsdk.engine.kernel_choice import choose_paths, parse_kernels
+from braidsdk.engine.kernel_choice import choose_backends, parse_kernels
 from braidsdk.errors import BraidError
 from braidsdk.fidelity.layers import compare_layers
 from braidsdk.models.base import Model
@@ -83,7 +84,7 @@ class LayersReport:
     model: str
     dtype: str
     device: str
-    paths: str
+    backends: str
     layers: tuple[LayerReport, ...]
 
     @property
@@ -109,15 +110,15 @@ def check_layers(model: str, device: str, dtype: str) -> LayersReport:
             f"Two copies of {model!r} need about {size(needed)}; {size(free)} are free. Close other programs, or check "
             "a smaller model of the same family."
         )
-    ours = load_model(folder, device=target, dtype=parse_dtype(dtype))
-    ours.paths = choose_paths(parse_kernels(None), ours)
+    choose = partial(choose_backends, parse_kernels(None))
+    ours = load_model(folder, device=target, dtype=parse_dtype(dtype), choose=choose)
     theirs: nn.Module = AutoModelForCausalLM.from_pretrained(folder, dtype=ours.dtype)
     theirs.to(ours.device).eval()
     return LayersReport(
         model=model,
         dtype=str(ours.dtype).removeprefix("torch."),
         device=str(ours.device),
-        paths=str(ours.paths),
+        backends=str(ours.backends),
         layers=reports(ours, theirs, text(PromptLayout(folder))),
     )
 

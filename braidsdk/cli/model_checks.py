@@ -133,14 +133,14 @@ def check_kernels(subject: Subject) -> Finding:
         return _NOT_OPEN
     kernels, on_cpu = braid.kernels, braid.device.type == "cpu"
     if reason := kernels.obstacle("triton"):
-        if on_cpu and set(kernels.paths.values()) != {"torch"}:
-            return Finding("ok", f"the model runs on {kernels}", facts={"paths": str(kernels)})
-        reason = f"{reason}; {kernels.obstacle('amx') or 'torch was requested'}" if on_cpu else reason
+        if on_cpu and set(kernels.backends.values()) != {"torch"}:
+            return Finding("ok", f"the model runs on {kernels}", facts={"backends": str(kernels)})
+        reason = f"{reason}; {kernels.obstacle('native') or 'torch was requested'}" if on_cpu else reason
         return Finding("skip", f"the model runs on torch: {reason}")
     results = kernels.self_test(timed=True)
     braid.warm_up(progress=False)
     launches = kernels.launches()
-    facts = {"paths": str(kernels), "launches": launches, "cases": [asdict(result) for result in results]}
+    facts = {"backends": str(kernels), "launches": launches, "cases": [asdict(result) for result in results]}
     passes = ", ".join(f"{name}: {count}" for name, count in launches.items() if "," not in name)
     graphs = f"in CUDA graphs; kernels of each: {passes}" if passes else "no CUDA graphs"
     lines = [

@@ -80,7 +80,7 @@ class Engine:
         self.store = store
         self.namespace = namespace
         self.config = model.config
-        self.device, self.dtype, self.paths = model.device, model.dtype, model.paths
+        self.device, self.dtype, self.backends = model.device, model.dtype, model.backends
         self.turns = SpokenTurns()
         self.identity = ModelIdentity(
             weights=model.fingerprint,

@@ -17,7 +17,6 @@ from braidsdk.engine import graphs
 from braidsdk.engine.batch import Run, forward
 from braidsdk.engine.graphs import DecodingPass, Graphs, choose_into
 from braidsdk.engine.runner import Chosen, Piece, Row
-from braidsdk.engine.sampling import Sampler
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.tables import page_ids
 from braidsdk.kernels.paging import PagedSegment, Request
@@ -123,7 +122,7 @@ class GraphRunner:
                 choices = None
                 if not piece.row.sampler.greedy:
                     choices = Choices.greedy(torch.zeros_like(logits[at : at + 1], dtype=torch.bool))
-                    set_choices(choices, 0, piece.row.sampler)
+                    piece.row.sampler.describe(choices, 0)
                 chosen = torch.empty(2, 1, dtype=torch.int64, device=logits.device)
                 choose_into(logits[at : at + 1], choices, chosen)
                 self._begin([piece], chosen, pending)
@@ -138,7 +137,7 @@ class GraphRunner:
         captured = self.graphs.question(requests, drawn=not all(sampler.greedy for sampler in samplers))
         if captured.choices:
             for at, sampler in enumerate(samplers):
-                set_choices(captured.choices, at, sampler)
+                sampler.describe(captured.choices, at)
         state = np.zeros(captured.state.shape, np.int64)
         state[3] = -1
         for at, (piece, request) in enumerate(zip(pieces, requests, strict=True)):
@@ -177,7 +176,7 @@ class GraphRunner:
         batch.chosen[0].index_copy_(0, slots, tokens[lines[:, 1]])
         for at, row in joining:
             if not row.sampler.greedy:
-                set_choices(batch.choices, row.slot, row.sampler, ahead=1)
+                row.sampler.describe(batch.choices, row.slot, ahead=1)
                 batch.choices.seen[row.slot].scatter_(0, tokens[at : at + 1], True)
             self._sampling += not row.sampler.greedy
             self._rows[row] = self._apart[row] = None
@@ -223,19 +222,6 @@ class GraphRunner:
             state[:, row.slot] = row.origin + row.done, row.done, 1, 0
         self.graphs.batch.state.copy_(torch.from_numpy(state).pin_memory(), non_blocking=True)
         self._changed = False
-
-
-def set_choices(choices: Choices, at: int, sampler: Sampler, *, ahead: int = 0) -> None:
-    """Say how one row chooses its next token, `ahead` tokens after the last that its sampler was told of."""
-    params, seed = sampler.params, sampler.seed
-    shape = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
-    draws = (params.top_k, seed - (seed >> 63 << 64), sampler.chosen + ahead)
-    device = choices.shape.device
-    choices.shape[:, at] = torch.tensor(shape, dtype=torch.float64).pin_memory().to(device, non_blocking=True)
-    choices.draws[:, at] = torch.tensor(draws).pin_memory().to(device, non_blocking=True)
-    if params.repetition_penalty != 1.0:
-        choices.seen[at] = False
-        choices.seen[at, sampler.said.pin_memory().to(device, non_blocking=True)] = True
 
 
 def _seen(row: Row) -> tuple[PagedSegment, ...]:

@@ -291,7 +291,7 @@ class Graphs:
     ) -> None:
         """What a graph records of the model: a pass, and the choice of tokens into `chosen`."""
         cos, sin = self._model.rotary.table(self._model.config.window)
-        step = Step(cos[frames], sin[frames], (plan,))
+        step = Step(cos[frames], sin[frames], plan)
         logits = self._model.compute(token_ids, slots, step, self._pool.kv, wanted)
         if logits is None:
             raise RuntimeError("the model gave no logits although rows were asked for")
@@ -345,7 +345,7 @@ def workspace_bytes(model: Model) -> int:
 def runs_on_graphs(model: Model) -> bool:
     """Whether all of a model's operations run on Triton's kernels, which graphs are captured of; measured one by one,
     they run without."""
-    return model.device.type == "cuda" and model.paths.triton and not measuring()
+    return model.device.type == "cuda" and model.backends.triton and not measuring()
 
 
 def left_for_entries(model: Model, budget_bytes: int) -> int:
@@ -368,7 +368,7 @@ def left_for_entries(model: Model, budget_bytes: int) -> int:
 
 def choose_into(logits: Tensor, choices: Choices | None, out: Tensor) -> None:
     """Ids, and whether logits are finite, into `out`, int64 [2, rows]."""
-    ids, finite = sample(logits, choices, path="triton") if choices else greedy(logits, path="triton")
+    ids, finite = sample(logits, choices, backend="triton") if choices else greedy(logits, backend="triton")
     out[0] = ids
     out[1] = finite
 

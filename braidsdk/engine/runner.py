@@ -14,6 +14,7 @@ from braidsdk.cache.pool import Pool
 from braidsdk.engine.batch import Run, forward
 from braidsdk.engine.sampling import Sampler
 from braidsdk.kernels.paging import PagedSegment
+from braidsdk.kernels.sample import Choices, sample
 from braidsdk.models.base import Model
 
 
@@ -137,9 +138,12 @@ class EagerRunner:
 def choose(logits: Tensor, rows: Sequence[Row | None]) -> list[Chosen]:
     """Choose a token for each row from its logits, [rows, vocab_size]. Rows that are None get none."""
     finite = torch.isfinite(logits).all(-1).tolist()
-    likeliest = logits.argmax(-1).tolist()
-    return [
-        Chosen(row, best if row.sampler.greedy or not good else row.sampler.pick(scores), good)
-        for row, scores, best, good in zip(rows, logits, likeliest, finite, strict=True)
-        if row
-    ]
+    ids = logits.argmax(-1)
+    samplers = {at: row.sampler for at, row in enumerate(rows) if row and not row.sampler.greedy}
+    if samplers:
+        places = list(samplers)
+        choices = Choices.greedy(torch.zeros_like(logits[places], dtype=torch.bool))
+        for at, sampler in enumerate(samplers.values()):
+            sampler.describe(choices, at)
+        ids[places] = sample(logits[places].float(), choices)[0]
+    return [Chosen(row, token, good) for row, token, good in zip(rows, ids.tolist(), finite, strict=True) if row]

@@ -1,17 +1,17 @@
-"""How the next token is chosen: the arguments, what they do to the logits, and the sampling itself.
+"""How the next token is chosen: the arguments, their checks, and what one request's choices go by.
 
 Each step means the same as in transformers' logits processors, and the order is the same: repetition penalty over
 prompt and answer, temperature, top_k, top_p, min_p. Random state belongs to one request; the global generators are
 neither read nor changed.
 
-This is the CPU's path. If a model runs on CUDA graphs, `braidsdk.kernels.sample` does the same on the device, with
-other random numbers. So a seed always gives the same answer on a CPU, and always the same one on a GPU, but these two
-differ.
+`braidsdk.kernels.sample` chooses, by one rule on every device: a seed gives the same random numbers everywhere. Answers
+can differ between devices only as far as their logits do.
 
 Knows nothing about models, caches or text.
 """
 
 import math
+import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.errors import InputError, NumericsError, WindowExceededError, did_you_mean, shown
+from braidsdk.kernels.sample import Choices
 from braidsdk.models.base import GenerationDefaults, ModelConfig
 
 DEFAULT_NEW_TOKENS = 256
@@ -46,8 +47,8 @@ class SamplingOptions(TypedDict, total=False):
         min_p: keeps tokens with at least this share of the likeliest token's probability; from 0 to 1.
         repetition_penalty: a value above 1 makes ids of prompt and answer less likely, in greedy answers too. None
             means the model's default, as in transformers.
-        seed: the same seed gives the same answer on the same device, whatever else runs. A CPU and a GPU sample with
-            different random numbers. None means a new seed each time.
+        seed: the same seed gives the same answer on the same device, whatever else runs, and the same random numbers
+            on every device. None means a new seed each time.
         stop: the answer ends before the first of these strings that its text contains. No part of it is shown.
         stop_ids: token ids that end the answer, as the model's own end token does. They are counted, and left out of
             the text.
@@ -135,7 +136,7 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
 
 
 class Sampler:
-    """Chooses the tokens of one request."""
+    """What the choices of one request's tokens go by."""
 
     def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         """Prepare to choose tokens for one request.
@@ -145,50 +146,32 @@ class Sampler:
             prompt_ids: the whole prompt, which the repetition penalty counts too.
         """
         self.params = params
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self._prompt = torch.tensor(prompt_ids, dtype=torch.int64)
-        self._seen: Tensor | None = None
         self._chosen: list[int] = []
-        self._random = torch.Generator("cpu")
-        if params.seed is None:
-            self._random.seed()
-        else:
-            self._random.manual_seed(params.seed)
 
     @property
     def greedy(self) -> bool:
         """Whether the next token is always the likeliest one, whatever came before."""
         return not self.params.temperature and self.params.repetition_penalty == 1.0
 
-    @property
-    def seed(self) -> int:
-        """The seed of the request's random numbers, 64 bits: the given one, or one from the system."""
-        return self._random.initial_seed()
+    def describe(self, choices: Choices, at: int, *, ahead: int = 0) -> None:
+        """Say in row `at` of `choices` how the next token is chosen, `ahead` tokens after the last recorded one."""
+        params, device = self.params, choices.shape.device
 
-    @property
-    def chosen(self) -> int:
-        """How many tokens were chosen."""
-        return len(self._chosen)
+        def there(values: Tensor) -> Tensor:
+            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
-    @property
-    def said(self) -> Tensor:
-        """The ids that the repetition penalty counts: those of the prompt and of the answer so far, int64."""
-        return torch.cat((self._prompt, torch.tensor(self._chosen, dtype=torch.int64)))
-
-    def pick(self, logits: Tensor) -> int:
-        """Choose the next token's id. `take` then records it.
-
-        Args:
-            logits: finite, [vocab_size], on any device.
-        """
-        params = self.params
+        shape = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
+        draws = (params.top_k, self.seed - (self.seed >> 63 << 64), len(self._chosen) + ahead)
+        choices.shape[:, at] = there(torch.tensor(shape, dtype=torch.float64))
+        choices.draws[:, at] = there(torch.tensor(draws))
         if params.repetition_penalty != 1.0:
-            logits = penalise(logits, self._mask(logits), params.repetition_penalty)
-        if not params.temperature:
-            return int(logits.argmax())
-        return _sample(*candidates(logits, params), self._random)
+            choices.seen[at] = False
+            choices.seen[at, there(torch.cat((self._prompt, torch.tensor(self._chosen, dtype=torch.int64))))] = True
 
     def take(self, token: int, finite: bool) -> None:
-        """Record a token that was chosen here or on the device.
+        """Record a token that was chosen.
 
         Args:
             token: its id.
@@ -200,66 +183,9 @@ class Sampler:
         self._chosen.append(token)
         if not finite:
             raise NumericsError(
-                f"Logits must be finite; got NaN or infinity for token {self.chosen} of the answer. Check the "
+                f"Logits must be finite; got NaN or infinity for token {len(self._chosen)} of the answer. Check the "
                 "checkpoint's weights for values out of range, or open the model with dtype='float32'."
             )
-        if self._seen is not None:
-            with torch.inference_mode():  # `pick` made it in this mode
-                self._seen[token] = True
-
-    def _mask(self, logits: Tensor) -> Tensor:
-        if self._seen is None:
-            self._seen = torch.zeros_like(logits, dtype=torch.bool)
-            self._seen[self._prompt.to(logits.device)] = True
-        return self._seen
-
-
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make ids that were seen less likely (Keskar et al. 2019, arXiv:1909.05858).
-
-    Args:
-        logits: [vocab_size].
-        seen: which ids were seen, bool [vocab_size].
-        penalty: divides their positive logits and multiplies their negative ones.
-    """
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def candidates(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """The tokens that can be sampled. Applies temperature, top_k, top_p and min_p, in this order.
-
-    Args:
-        logits: finite, [vocab_size], on any device.
-        params: the request's parameters, with a temperature above 0.
-
-    Returns:
-        Ids, int64 [candidates], ascending, at least one; and their scaled logits, float32 [candidates]. Both are on the
-        CPU.
-    """
-    scores = logits.float() / params.temperature
-    ids = torch.arange(len(scores), device=logits.device)
-    if params.top_k:
-        least = torch.topk(scores, min(params.top_k, len(scores))).values[-1]
-        ids = (scores >= least).nonzero().flatten()
-    ids, scores = ids.cpu(), scores[ids].cpu()
-    if params.top_p < 1.0:
-        order = scores.argsort()
-        keep = torch.softmax(scores[order].double(), 0).cumsum(0) > 1.0 - params.top_p
-        keep[-1] = True
-        kept = order[keep].sort().values
-        ids, scores = ids[kept], scores[kept]
-    if params.min_p:
-        share = torch.softmax(scores, 0)
-        likely = share >= params.min_p * share.max()
-        ids, scores = ids[likely], scores[likely]
-    return ids, scores
-
-
-def _sample(ids: Tensor, scores: Tensor, random: torch.Generator) -> int:
-    """Sample one of `ids` with probability softmax(scores), by inverting the cumulative distribution in float64."""
-    cumulative = torch.softmax(scores.double(), 0).cumsum(0)
-    point = torch.rand(1, dtype=torch.float64, generator=random) * cumulative[-1]
-    return int(ids[torch.searchsorted(cumulative, point, right=True).clamp(max=len(ids) - 1)])
 
 
 def _real(name: str, value: object, low: float, high: float, *, open_below: bool = False) -> float | None:

@@ -10,8 +10,8 @@ from dataclasses import asdict
 
 import torch
 
-from braidsdk.kernels.selftest import CASES, LIMITS, Geometry, Result, case_bytes
-from braidsdk.models.base import Model
+from braidsdk.kernels.backends import Geometry
+from braidsdk.kernels.selftest import CASES, LIMITS, Result, case_bytes
 
 PROCESSES = 8
 """That compile and try kernels at once, at most. Each imports torch and opens the device, and the last case is waited
@@ -21,41 +21,27 @@ ENDED = "its process ended with"
 """How the trouble of a case begins that gave no result."""
 
 
-def geometry_of(model: Model) -> Geometry:
-    """The shapes that the self-test tries for a model, and the form of its layers."""
-    config = model.config
-    return Geometry(
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        q_heads=config.q_heads,
-        kv_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        vocab=config.vocab_size,
-        dtype=str(model.dtype).removeprefix("torch."),
-        qk_norm=config.qk_norm,
-        qkv_bias=config.qkv_bias,
-    )
-
-
-def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] | None = None) -> list[Result]:
+def self_test(
+    geometry: Geometry, device: torch.device, *, timed: bool, report: Callable[[int, int], None] | None = None
+) -> list[Result]:
     """Try every Triton kernel on a model's shapes, in processes of their own.
 
     A case that ends its process has failed; the others are tried all the same.
 
     Args:
-        model: on a CUDA device.
+        geometry: the model's shapes, and its dtype.
+        device: a CUDA device.
         timed: whether to time them too, one after another.
         report: called with the cases done and those to be done, before the first and after each.
 
     Returns:
         A result for each of `CASES`, in their order.
     """
-    geometry = geometry_of(model)
     command = [sys.executable, "-P", "-m", "braidsdk.kernels.selftest", json.dumps(asdict(geometry))]
     environment = dict(os.environ)
-    if model.device.index:
+    if device.index:
         visible = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count()))))
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[model.device.index]
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index]
     if not timed:
         command.append("quick")
     results: dict[int, Result] = {}
@@ -67,7 +53,7 @@ def self_test(model: Model, *, timed: bool, report: Callable[[int, int], None] |
 
     if report:
         report(0, len(CASES))
-    processes = 1 if timed else _processes(geometry, model.device)
+    processes = 1 if timed else _processes(geometry, device)
     waiting = bytes(range(len(CASES)))
     while waiting:
         taken, waiting, cause = _share(waiting, processes, command, environment, keep)

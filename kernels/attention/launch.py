@@ -2,20 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.lse import merged_lse
+from braidsdk.kernels.attention.plan import needs_segments, page_bytes
 from braidsdk.kernels.attention.tables import Tables, direct_tables, split_tables
-from braidsdk.kernels.launch import check_triton, counters, launch_options, padded
+from braidsdk.kernels.backends import MOST_GROUP, Backend
+from braidsdk.kernels.checks import check_tensors
+from braidsdk.kernels.launch import counters, launch_options, padded
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
 MANY_ROWS = 256
 """From so many rows in a batch on, every request's rows keep the machine busy without cutting its keys."""
 
-SMALL_M, LARGE_M = 16, 64
+SMALL_M, LARGE_M = 16, MOST_GROUP
 """The least and the largest M of a product."""
 
 
@@ -102,6 +106,21 @@ class TritonPlan:
     sin: Tensor
     arrived: Tensor
 
+    backend: ClassVar[Backend] = "triton"
+
+    def attend(self, queries: Tensor, kv: Tensor, scale: float) -> Tensor:
+        return _attend(queries, self, kv, scale)
+
+    def attend_with_lse(self, queries: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        if self.tables.by_segment is None:
+            raise needs_segments()
+        lses = queries.new_full((self.launch.partials + 1, queries.shape[1]), float("-inf"), dtype=torch.float32)
+        out = _attend(queries, self, kv, scale, lses=lses[:-1])
+        return out, merged_lse(lses, self.tables.by_segment)
+
+    def bytes_read(self, kv: Tensor) -> int:
+        return len(self.tables.pages) * page_bytes(kv)
+
 
 def plan_for_triton(
     positions: Tensor,
@@ -112,6 +131,7 @@ def plan_for_triton(
     page_size: int,
     group: int,
     kv_heads: int,
+    dtype: torch.dtype | None = None,  # noqa: ARG001 (all backends plan from the same arguments)
     by_segment: bool = False,
 ) -> TritonPlan:
     """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
@@ -178,18 +198,7 @@ def work_items(device: torch.device, kv_heads: int, size: int) -> int:
     return max(1, processors * CONFIGS[size].items // kv_heads)
 
 
-def cascade_attention_lse_triton(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """What `reference.cascade_attention_lse_reference` computes; the plan made `by_segment`."""
-    if plan.tables.by_segment is None:
-        raise ValueError("cascade_attention_lse: expected a plan made with by_segment=True; plan it anew.")
-    lses = queries.new_full((plan.launch.partials + 1, queries.shape[1]), float("-inf"), dtype=torch.float32)
-    out = cascade_attention_triton(queries, plan, kv, scale, lses=lses[:-1])
-    return out, merged_lse(lses, plan.tables.by_segment)
-
-
-def cascade_attention_triton(
-    queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses: Tensor | None = None
-) -> Tensor:
+def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses: Tensor | None = None) -> Tensor:
     """What `reference.cascade_attention_reference` computes; `queries` and `kv` as there.
 
     `lses` takes the partial results' log-sum-exps, to base 2: float32 [partials, q_heads].
@@ -199,12 +208,12 @@ def cascade_attention_triton(
     tables, launch = plan.tables, plan.launch
     _, pages, kv_heads, page_size, head_dim = kv.shape
     rows, q_heads, _ = queries.shape
-    check_triton("cascade_attention", queries, kv)
+    check_tensors("cascade_attention", "triton", queries, kv)
     if head_dim < 16 or head_dim % 16:
         raise ValueError(f"cascade_attention: expected a head_dim that is a multiple of 16, got {head_dim}.")
     if (group := q_heads // kv_heads) > LARGE_M:
         raise ValueError(
-            f"cascade_attention: expected at most {LARGE_M} query heads per KV head, got {group}; pass path='torch'."
+            f"cascade_attention: expected at most {LARGE_M} query heads per KV head, got {group}; pass backend='torch'."
         )
     out = torch.empty_like(queries) if tables.complete else torch.zeros_like(queries)
     partials = torch.empty(launch.partials, q_heads, head_dim, dtype=torch.float32, device=kv.device)

@@ -1,12 +1,51 @@
-"""What all layers of a forward pass share about attention, worked out once: pages, rotations, visibility."""
+"""What all layers of a forward pass share about attention: the plan that each backend makes, and what torch's plans
+begin with, a request's pages, rotations and visibility.
+"""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.backends import Backend
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
+
+
+class Plan(Protocol):
+    """A pass as one backend runs it."""
+
+    @property
+    def backend(self) -> Backend:
+        """Whose it is."""
+        ...
+
+    def attend(self, queries: Tensor, kv: Tensor, scale: float) -> Tensor:
+        """What `reference.cascade_attention_reference` computes; arguments and result as there."""
+        ...
+
+    def attend_with_lse(self, queries: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """What `reference.cascade_attention_lse_reference` computes; arguments and results as there.
+
+        Raises:
+            ValueError: the plan was not made with `by_segment=True`.
+        """
+        ...
+
+    def bytes_read(self, kv: Tensor) -> int:
+        """Bytes of paged memory that one layer reads: its segments' pages, as often as they are read."""
+        ...
+
+
+def needs_segments() -> ValueError:
+    """What a plan raises that can't give the log-sum-exp of each segment."""
+    return ValueError("cascade_attention_lse: expected a plan made with by_segment=True; plan the pass again.")
+
+
+def page_bytes(kv: Tensor) -> int:
+    """Bytes of one page of a layer's memory, keys and values."""
+    return 2 * kv[0, 0].numel() * kv.element_size()
 
 
 @dataclass(frozen=True)

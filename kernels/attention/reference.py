@@ -1,4 +1,4 @@
-"""Grouped-query attention over segments, torch reference; also with the log-sum-exp of each segment's scores."""
+"""Grouped-query attention over segments, plainly; also with the log-sum-exp of each segment's scores."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,6 @@ from torch import Tensor
 
 from braidsdk.kernels.attention.plan import RequestPlan
 from braidsdk.kernels.rope import rotate
-
-_BLOCK_ELEMENTS = 1 << 25
-"""Scores and rotated queries in memory at once; bounds how many rows are computed together."""
 
 
 def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float) -> Tensor:
@@ -30,7 +27,7 @@ def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], k
     Returns:
         [tokens, q_heads, head_dim], the dtype of `queries`. A row that sees no key is zero.
     """
-    return _attention(queries, plans, kv, scale, None)
+    return cascade_attention_lse_reference(queries, plans, kv, scale)[0]
 
 
 def cascade_attention_lse_reference(
@@ -47,66 +44,21 @@ def cascade_attention_lse_reference(
         What that gives, and [tokens, q_heads, segments], float32 (float64 for such queries), segments as many as the
         request with most of them has; -inf where a row sees none of a segment's keys, or there is no such segment.
     """
-    wide = torch.promote_types(queries.dtype, torch.float32)
+    wide, group = torch.promote_types(queries.dtype, torch.float32), queries.shape[1] // kv.shape[2]
     most = max((plan.segments for plan in plans), default=0)
-    lse = queries.new_full((*queries.shape[:2], most), float("-inf"), dtype=wide)
-    return _attention(queries, plans, kv, scale, lse), lse
-
-
-def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale: float, lse: Tensor | None) -> Tensor:
-    """A block of rows at a time; `lse` is filled in place."""
     out = torch.zeros_like(queries)
-    wide = torch.promote_types(queries.dtype, torch.float32)
+    lse = queries.new_full((*queries.shape[:2], most), float("-inf"), dtype=wide)
     for plan in plans:
-        tiles = kv.index_select(1, plan.pages).to(wide)
-        keys, values = tiles.transpose(1, 2).flatten(2, 3)
-        per_row = queries.shape[1] * (keys.shape[1] + len(plan.spans) * keys.shape[2])
-        step = max(1, _BLOCK_ELEMENTS // per_row)
-        for start in range(0, len(plan.hidden), step):
-            stop = min(start + step, len(plan.hidden))
-            rows = slice(plan.rows.start + start, plan.rows.start + stop)
-            block = slice(start, stop)
-            scores = _scores(queries[rows], plan, block, keys, scale)
-            out[rows] = _mixed(scores, plan.hidden[block], values).to(queries.dtype)
-            if lse is not None:
-                by_segment = [part.logsumexp(-1).flatten(0, 1).t() for part in scores.split(list(plan.spans), -1)]
-                lse[rows, :, list(plan.places)] = torch.stack(by_segment, -1)
-    return out
-
-
-def _scores(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, scale: float) -> Tensor:
-    """Scores of one block of a request's rows, -inf where hidden: [kv_heads, group, rows, tokens].
-
-    Args:
-        queries: [rows, q_heads, head_dim].
-        plan: the request's plan.
-        block: which of its rows these are.
-        keys: of all its segments in order, [kv_heads, tokens, head_dim], float32 or float64.
-        scale: factor on the scores.
-    """
-    rows, _, head_dim = queries.shape
-    kv_heads = keys.shape[0]
-    segments = len(plan.spans)
-    cos, sin = plan.cos[block].flatten(0, 1), plan.sin[block].flatten(0, 1)
-    turned = rotate(queries.repeat_interleave(segments, 0), cos, sin).to(keys.dtype)
-    # [segments, kv_heads, group * rows, head_dim]: the query heads of one KV head are rows of one product.
-    turned = turned.view(rows, segments, kv_heads, -1, head_dim).permute(1, 2, 3, 0, 4).flatten(2, 3)
-    scores = torch.cat(
-        [
-            query @ key.transpose(1, 2)
-            for query, key in zip(turned, torch.split(keys, list(plan.spans), 1), strict=True)
-        ],
-        -1,
-    )
-    return scores.view(kv_heads, -1, rows, keys.shape[1]).mul_(scale).masked_fill_(plan.hidden[block], float("-inf"))
-
-
-def _mixed(scores: Tensor, hidden: Tensor, values: Tensor) -> Tensor:
-    """Values by their weights, [rows, q_heads, head_dim], from `_scores` and values like its keys."""
-    kv_heads, _, rows, _ = scores.shape
-    weights = torch.softmax(scores, dim=-1)
-    blind = hidden.all(-1)
-    if blind.any():
-        weights[:, :, blind] = 0.0
-    mixed = weights.flatten(1, 2) @ values
-    return mixed.view(kv_heads, -1, rows, values.shape[-1]).permute(2, 0, 1, 3).flatten(1, 2)
+        keys, values = (  # [q_heads, tokens, head_dim]
+            each[plan.pages].to(wide).transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0) for each in kv
+        )
+        parts = []
+        for at, segment in enumerate(torch.split(keys, list(plan.spans), 1)):
+            turned = rotate(queries[plan.rows], plan.cos[:, at], plan.sin[:, at]).to(wide)
+            parts.append(scale * turned.transpose(0, 1) @ segment.transpose(1, 2))
+        scores = torch.cat(parts, -1).masked_fill(plan.hidden, float("-inf"))  # [q_heads, rows, tokens]
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)  # NaN where a row sees no key
+        out[plan.rows] = (weights @ values).transpose(0, 1).to(queries.dtype)
+        for place, part in zip(plan.places, scores.split(list(plan.spans), -1), strict=True):
+            lse[plan.rows, :, place] = part.logsumexp(-1).t()
+    return out, lse

@@ -1,20 +1,9 @@
-"""Projection and residual, torch reference."""
+"""Projection and residual, plainly."""
 
 from torch import Tensor
-
-from braidsdk.kernels.projection import project
+from torch.nn.functional import linear
 
 
 def out_proj_reference(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
-    """`residual + x @ weight.T + bias`.
-
-    Args:
-        x: [tokens, size].
-        weight: [hidden, size].
-        bias: [hidden], or None.
-        residual: [tokens, hidden].
-
-    Returns:
-        [tokens, hidden], the dtype of `x`.
-    """
-    return project(x, weight, bias, residual)
+    """What `op.out_proj` computes; arguments as there."""
+    return residual + linear(x, weight, bias)

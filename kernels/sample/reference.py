@@ -1,6 +1,7 @@
-"""The choice of a token, torch reference."""
+"""The choice of a token, plainly."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,36 +13,72 @@ WORD = 0xFFFFFFFF
 """Of Philox4x32-10."""
 
 
-def sample_reference(logits: Tensor, shape: Tensor, draws: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose a token per row; see `op.sample`. Counts `draws` on, and marks in `seen` what was chosen.
+@dataclass(frozen=True)
+class Choices:
+    """How each row's token is chosen; read, and counted on, on the device.
 
-    Drawn by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the largest of score plus noise,
-    the noise of each token being its own function of seed, step and id.
+    Attributes:
+        shape: temperature (0 takes the likeliest), top_p (1 keeps all), min_p (0 keeps all), repetition penalty (1 is
+            none); float64 [4, rows].
+        draws: top_k (0 keeps all), seed, and which of the request's tokens this is; int64 [3, rows]. The last is
+            counted on by each choice.
+        seen: ids that the repetition penalty counts as said, bool [rows, vocab_size]; where there is a penalty, what is
+            chosen is marked in it.
+    """
 
-    Args:
-        logits: float32 [rows, vocab_size].
-        shape, draws, seen: as in `op.Choices`.
+    shape: Tensor
+    draws: Tensor
+    seen: Tensor
 
-    Returns:
-        Ids, int64 [rows], and whether all of a row is finite, bool [rows].
+    @classmethod
+    def greedy(cls, seen: Tensor) -> "Choices":
+        """The likeliest of each row of `seen`, without a penalty."""
+        rows, device = len(seen), seen.device
+        shape = torch.zeros(4, rows, dtype=torch.float64, device=device)
+        shape[1] = shape[3] = 1.0
+        return cls(shape, torch.zeros(3, rows, dtype=torch.int64, device=device), seen)
+
+    def count_on(self, ids: Tensor) -> None:
+        """These were chosen, int64 [rows]: count them, and mark those that a penalty counts."""
+        self.draws[2] += 1
+        marked = (self.shape[3] != 1.0).nonzero().flatten()
+        self.seen[marked, ids[marked]] = True
+
+
+def sample_reference(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+    """What `op.sample` computes; arguments and results as there.
+
+    Sampled by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the largest of score plus
+    noise, the noise of each token being its own function of seed, step and id.
     """
     finite = logits.isfinite().all(-1)
     chosen = []
     for row, numbers in enumerate(logits.masked_fill(logits.isnan(), -math.inf)):
-        temperature, top_p, min_p, penalty = shape[:, row].tolist()
-        top_k, seed, step = draws[:, row].tolist()
-        scores = torch.where(seen[row], numbers * torch.where(numbers < 0, penalty, 1 / penalty), numbers)
+        temperature, top_p, min_p, penalty = choices.shape[:, row].tolist()
+        top_k, seed, step = choices.draws[:, row].tolist()
+        scores = scored(numbers, choices.seen[row], penalty, temperature)
         if temperature and finite[row]:
-            scores = scores * (1 / temperature)
             kept = kept_reference(scores, int(top_k), top_p, min_p)
-            noise = -exponential(int(seed), int(step), len(scores)).log().to(scores.device)
+            noise = -exponential(int(seed), int(step), torch.arange(len(scores))).log().to(scores.device)
             scores = torch.where(kept, scores - scores.max() + noise, -math.inf)
         chosen.append((scores == scores.max()).nonzero()[0, 0])
     ids = torch.stack(chosen)
-    draws[2] += 1
-    marked = (shape[3] != 1.0).nonzero().flatten()
-    seen[marked, ids[marked]] = True
+    choices.count_on(ids)
     return ids, finite
+
+
+def scored(logits: Tensor, seen: Tensor, penalty: float, temperature: float) -> Tensor:
+    """Logits after the repetition penalty (Keskar et al. 2019, arXiv:1909.05858) and the temperature.
+
+    Args:
+        logits: [vocab_size].
+        seen: ids that the penalty counts, bool [vocab_size].
+        penalty: divides their positive logits and multiplies their negative ones; 1.0 is none.
+        temperature: divides all; 0 leaves them.
+    """
+    if penalty != 1.0:
+        logits = torch.where(seen, logits * torch.where(logits < 0, penalty, 1 / penalty), logits)
+    return logits * (1 / temperature) if temperature else logits
 
 
 def kept_reference(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
@@ -68,13 +105,17 @@ def kept_reference(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Te
     return kept & ((scores - scores.max()).exp() >= min_p)
 
 
-def exponential(seed: int, step: int, count: int) -> Tensor:
-    """Numbers of the exponential distribution, a function of seed, step and place alone: float32 [count].
+def exponential(seed: int, step: int, ids: Tensor) -> Tensor:
+    """Numbers of the exponential distribution, a function of seed, step and id alone: float32 [ids].
 
-    Each counter gives four.
+    Each counter gives those of four ids.
+
+    Args:
+        seed, step: 64 bits each.
+        ids: int64 [ids], on the CPU.
     """
-    words = torch.stack(philox(torch.arange(-(-count // 4)), step & WORD, step >> 32, seed), 1).flatten()[:count]
-    uniform = (words.float() + 0.5) * 2.0**-32
+    words = torch.stack(philox(ids // 4, step & WORD, step >> 32, seed))
+    uniform = (words.gather(0, ids[None] % 4)[0].float() + 0.5) * 2.0**-32
     return -torch.log1p(-uniform)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from braidsdk.kernels.attention.launch import cascade_attention_triton, plan_for_triton
+from braidsdk.kernels.attention.launch import plan_for_triton
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.paging import PagedSegment, Request
@@ -58,8 +58,8 @@ class Case:
         )
         kv, queries = self.kv.to(DEVICE), queries.to(DEVICE)
         for _ in range(2):  # a second launch finds its counters as the first did
-            out = cascade_attention_triton(queries, plan, kv, self.scale)
-        again = cascade_attention_triton(queries, plan, kv, self.scale)
+            out = plan.attend(queries, kv, self.scale)
+        again = plan.attend(queries, kv, self.scale)
         assert torch.equal(out, again)
         plans = [
             made
@@ -221,7 +221,7 @@ def test_memory_past_two_billion_elements(case, rows) -> None:
             group=2,
             kv_heads=8,
         )
-        found.append(cascade_attention_triton(queries, plan, memory, made.scale))
+        found.append(plan.attend(queries, memory, made.scale))
     assert high.numel() > 2**32 - 2**20
     assert torch.equal(*found)
     assert torch.isfinite(found[0]).all()

@@ -9,7 +9,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from braidsdk.kernels.attention.launch import cascade_attention_triton
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.live_tables import LiveRoom, LiveTables, _Tile
 from braidsdk.kernels.attention.plan import plan_request
@@ -76,7 +75,7 @@ class Batch:
     def compute(self, queries: torch.Tensor) -> torch.Tensor:
         """As a graph of so many rows does."""
         plan = self.plan.plan(self.positions[: len(queries)], *self.rotary[torch.float32].table(LIMIT))
-        return cascade_attention_triton(queries, plan, self.kv.to(DEVICE), self.scale)
+        return plan.attend(queries, self.kv.to(DEVICE), self.scale)
 
     def check(self, *sizes: int) -> None:
         """Graphs of these rows give what the reference gives for each request, and zeros elsewhere."""
@@ -207,10 +206,10 @@ def test_a_captured_graph_reads_what_was_uploaded_since(new_batch) -> None:
     entries = [(batch.entry(tokens), tokens) for tokens in (100, 64, 33, 5)]
     kv, queries = batch.kv.to(DEVICE), batch.queries(8)
     plan = batch.plan.plan(batch.positions, *batch.rotary[torch.float32].table(LIMIT))
-    cascade_attention_triton(queries, plan, kv, batch.scale)
+    plan.attend(queries, kv, batch.scale)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = cascade_attention_triton(queries, plan, kv, batch.scale)
+        out = plan.attend(queries, kv, batch.scale)
     for slot in (3, 0, 7, 3, 5, 0):
         if slot in batch.running:
             batch.leave(slot)

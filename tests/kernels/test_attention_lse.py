@@ -1,4 +1,4 @@
-"""The log-sum-exp of each segment's scores, on every path, against plain sums in float64."""
+"""The log-sum-exp of each segment's scores, on every backend, against plain sums in float64."""
 
 import math
 
@@ -14,7 +14,7 @@ PAGE, HEAD_DIM, KV_HEADS, GROUP, LIMIT = 64, 64, 2, 2, 2048
 SCALE = HEAD_DIM**-0.5
 INV_FREQ = 1.0 / (1e4 ** (torch.arange(0, HEAD_DIM, 2, dtype=torch.float32) / HEAD_DIM))
 
-PATHS = [
+BACKENDS = [
     pytest.param("torch", torch.float64, 1e-10, id="reference"),
     pytest.param("torch", torch.float32, 1e-5, id="torch"),
     pytest.param("triton", torch.float32, 1e-5, id="triton"),
@@ -105,9 +105,9 @@ def in_float64(queries: Tensor, asked: Asked, kv: Tensor) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize(("path", "dtype", "tolerance"), PATHS)
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
 @pytest.mark.parametrize("ask", [typical, many_rows])
-def test_each_segment_has_the_log_of_its_own_sum(ask, path, dtype, tolerance, device, seed, monkeypatch) -> None:
+def test_each_segment_has_the_log_of_its_own_sum(ask, backend, dtype, tolerance, device, seed, monkeypatch) -> None:
     monkeypatch.setattr(launch, "MANY_ROWS", 40)  # many for the interpreter
     memory = Memory()
     asked = ask(memory)
@@ -123,7 +123,7 @@ def test_each_segment_has_the_log_of_its_own_sum(ask, path, dtype, tolerance, de
     def planned(**how: bool) -> tuple:
         rotary = RotaryTable(INV_FREQ, 1.0, torch.promote_types(dtype, torch.float32), device)
         shape = {"limit": LIMIT, "page_size": PAGE, "group": GROUP, "kv_heads": KV_HEADS}
-        return plan_attention(positions.to(device), requests, rotary, dtype=dtype, path=path, **shape, **how)
+        return plan_attention(positions.to(device), requests, rotary, dtype=dtype, backend=backend, **shape, **how)
 
     plans = planned(by_segment=True)
     out, lse = cascade_attention_lse(rounded, plans, kv, SCALE)
@@ -141,12 +141,12 @@ def test_each_segment_has_the_log_of_its_own_sum(ask, path, dtype, tolerance, de
     assert torch.equal(lse, cascade_attention_lse(rounded, plans, kv, SCALE)[1].double().cpu()), "not the same again"
 
 
-@pytest.mark.parametrize(("path", "dtype", "tolerance"), PATHS)
-def test_a_batch_that_sees_nothing_has_no_segments(path, dtype, tolerance, device) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "tolerance"), BACKENDS)
+def test_a_batch_that_sees_nothing_has_no_segments(backend, dtype, tolerance, device) -> None:
     rotary = RotaryTable(INV_FREQ, 1.0, torch.promote_types(dtype, torch.float32), device)
     plans = plan_attention(
         torch.arange(2, device=device), [Request(slice(0, 2), ())], rotary, limit=8, page_size=PAGE, group=GROUP,
-        kv_heads=KV_HEADS, dtype=dtype, path=path, by_segment=True,
+        kv_heads=KV_HEADS, dtype=dtype, backend=backend, by_segment=True,
     )  # fmt: skip
     queries = torch.randn(2, KV_HEADS * GROUP, HEAD_DIM, dtype=dtype, device=device)
     kv = torch.zeros(2, 1, KV_HEADS, PAGE, HEAD_DIM, dtype=dtype, device=device)
@@ -154,16 +154,16 @@ def test_a_batch_that_sees_nothing_has_no_segments(path, dtype, tolerance, devic
     assert (lse.shape, out.any()) == ((2, KV_HEADS * GROUP, 0), False)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_plans_of_another_kind_are_refused(path, device) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_plans_of_another_kind_are_refused(backend, device) -> None:
     rotary = RotaryTable(INV_FREQ, 1.0, torch.float32, device)
     memory = Memory()
     requests = [Request(slice(0, 1), (PagedSegment(memory.entry(3), 0, 3, 0),))]
-    if path == "torch" and device.type == "cuda":
-        pytest.skip("there all plans of torch's path are of one kind")
+    if backend == "torch" and device.type == "cuda":
+        pytest.skip("there all plans of torch's backend are of one kind")
     plans = plan_attention(
         torch.tensor([5], device=device), requests, rotary, limit=8, page_size=PAGE, group=GROUP, kv_heads=KV_HEADS,
-        dtype=torch.float32, path=path,
+        dtype=torch.float32, backend=backend,
     )  # fmt: skip
     queries = torch.randn(1, KV_HEADS * GROUP, HEAD_DIM, device=device)
     with pytest.raises(ValueError, match="by_segment=True"):

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 
-from braidsdk.kernels.attention.launch import cascade_attention_triton
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.attention.static import Room, StaticPlan
@@ -63,7 +62,7 @@ class Questions:
         """A replay gives each question what the reference gives, and other rows zeros."""
         assert self.plan.load(requests) is None
         queries = torch.randn(len(self.positions), 2 * self.group, 16, device=DEVICE)
-        out = cascade_attention_triton(queries, self.plan.plan, self.kv.to(DEVICE), 0.25)
+        out = self.plan.plan.attend(queries, self.kv.to(DEVICE), 0.25)
         plans = [plan_request(self.positions, each, self.rotary[torch.float64], LIMIT, PAGE) for each in requests]
         clean = self.kv.to(DEVICE).double().nan_to_num(0.0)
         truth = cascade_attention_reference(queries.double(), [plan for plan in plans if plan], clean, 0.25)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from braidsdk.kernels.head import greedy, norm_head, op
+from braidsdk.kernels.head import greedy, launch, norm_head
 
 EPS = 1e-6
 
@@ -23,7 +23,7 @@ def truth(hidden, norm, head, eps):
 @pytest.mark.parametrize(("size", "vocab"), [(96, 257), (160, 128)])
 def test_logits_equal_the_truth(rows, size, vocab, dtype, device, seed, poisoned, assert_near) -> None:
     values = arguments(rows, size, vocab, dtype, device)
-    logits = norm_head(*values, path="triton")
+    logits = norm_head(*values, backend="triton")
     assert logits.dtype == torch.float32
     assert_near(logits, truth(*values), dtype)
 
@@ -32,17 +32,17 @@ def test_logits_equal_the_truth(rows, size, vocab, dtype, device, seed, poisoned
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_nothing_is_read_past_the_ends(rows, size, dtype, device, seed, poisoned, fenced, assert_near) -> None:
     hidden, norm, head, eps = arguments(rows, size, 21, dtype, device)
-    logits = norm_head(fenced(hidden), fenced(norm), fenced(head), eps, path="triton")
+    logits = norm_head(fenced(hidden), fenced(norm), fenced(head), eps, backend="triton")
     assert_near(logits, truth(hidden, norm, head, eps), dtype)
-    assert torch.equal(greedy(fenced(logits), path="triton")[0], greedy(logits)[0])
+    assert torch.equal(greedy(fenced(logits), backend="triton")[0], greedy(logits)[0])
 
 
 @pytest.mark.parametrize("rows", [2, 16, 64])
 def test_rows_of_a_program_change_rounding_only(rows, device, monkeypatch, seed, poisoned, assert_near) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
-    monkeypatch.setattr(op, "TILES", {size: {rows: tiles[rows]} for size, tiles in op.TILES.items()})
+    monkeypatch.setattr(launch, "TILES", {size: {rows: tiles[rows]} for size, tiles in launch.TILES.items()})
     values = arguments(rows + 5, 96, 140, torch.float32, device)
-    assert_near(norm_head(*values, path="triton"), truth(*values), torch.float32)
+    assert_near(norm_head(*values, backend="triton"), truth(*values), torch.float32)
 
 
 @pytest.mark.parametrize("rows", [2, 33])
@@ -52,61 +52,61 @@ def test_logits_are_as_close_to_the_truth_as_torchs(rows, dtype, device, assert_
 
     def results():
         values = arguments(rows, 256, 300, dtype, device)
-        return norm_head(*values, path="triton"), norm_head(*values), truth(*values)
+        return norm_head(*values, backend="triton"), norm_head(*values), truth(*values)
 
     assert_as_good(results)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rows", [1, 3, 17])
 @pytest.mark.parametrize("vocab", [5, 4096, 10_007])
-def test_greedy_takes_the_lowest_id_among_equals(vocab, rows, path, device, seed, poisoned) -> None:
+def test_greedy_takes_the_lowest_id_among_equals(vocab, rows, backend, device, seed, poisoned) -> None:
     logits = torch.randn(rows, vocab, device=device)
     places = torch.stack([torch.randperm(vocab)[:3] for _ in range(rows)]).to(device)
     logits.scatter_(1, places, 9.0)
     for _ in range(3):  # counters are left as they were found
-        ids, finite = greedy(logits, path=path)
+        ids, finite = greedy(logits, backend=backend)
         assert ids.dtype == torch.int64
         assert torch.equal(ids, places.amin(1))
         assert finite.dtype == torch.bool
         assert finite.all()
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 4095, 4096, 5000])
-def test_greedy_tells_rows_that_are_not_finite(place, value, path, device, seed) -> None:
+def test_greedy_tells_rows_that_are_not_finite(place, value, backend, device, seed) -> None:
     logits = torch.randn(3, 5001, device=device)
     logits[1, place] = value
     logits[0, 17] = logits[2, 4999] = 50.0
-    ids, finite = greedy(logits, path=path)
+    ids, finite = greedy(logits, backend=backend)
     assert finite.tolist() == [True, False, True]
     assert ids[[0, 2]].tolist() == [17, 4999]
     assert 0 <= ids[1] < 5001
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_greedy_of_nothing_but_nan_lies_within_the_vocabulary(path, device) -> None:
-    ids, finite = greedy(torch.full((2, 4099), float("nan"), device=device), path=path)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_greedy_of_nothing_but_nan_lies_within_the_vocabulary(backend, device) -> None:
+    ids, finite = greedy(torch.full((2, 4099), float("nan"), device=device), backend=backend)
     assert ids.tolist() == [0, 0]
     assert not finite.any()
 
 
 def test_greedy_wants_float32(device) -> None:
     with pytest.raises(ValueError, match="float32"):
-        greedy(torch.zeros(1, 8, dtype=torch.float16, device=device), path="triton")
+        greedy(torch.zeros(1, 8, dtype=torch.float16, device=device), backend="triton")
 
 
 def test_no_rows(device) -> None:
-    logits = norm_head(*arguments(0, 32, 50, torch.float32, device), path="triton")
+    logits = norm_head(*arguments(0, 32, 50, torch.float32, device), backend="triton")
     assert logits.shape == (0, 50)
-    ids, finite = greedy(logits, path="triton")
+    ids, finite = greedy(logits, backend="triton")
     assert ids.shape == finite.shape == (0,)
 
 
 @pytest.mark.gpu
 def test_the_whole_vocabulary_of_qwen3(dtype, device, seed, poisoned, assert_near) -> None:
     values = arguments(5, 1024, 151_936, dtype, device)
-    logits = norm_head(*values, path="triton")
+    logits = norm_head(*values, backend="triton")
     assert_near(logits, truth(*values), dtype)
-    assert torch.equal(greedy(logits, path="triton")[0], greedy(logits)[0])
+    assert torch.equal(greedy(logits, backend="triton")[0], greedy(logits)[0])

@@ -1,4 +1,4 @@
-"""What is counted of the operations' calls: how often, which path, and bytes by their shapes."""
+"""What is counted of the operations' calls: how often, which backend, and bytes by their shapes."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def measuring() -> Iterator[None]:
     measure.stop()
 
 
-def forward(device: torch.device, path: str, times: int = 1) -> None:
+def forward(device: torch.device, backend: str, times: int = 1) -> None:
     """Every operation, `times` times, in float32: 3 rows of two requests over one entry of 70 tokens."""
 
     def random(*shape: int) -> torch.Tensor:
@@ -37,27 +37,27 @@ def forward(device: torch.device, path: str, times: int = 1) -> None:
     rotary = RotaryTable(torch.rand(HEAD_DIM // 2), 1.0, torch.float32, device)
     plans = plan_attention(
         torch.tensor([80, 81, 90], device=device), requests, rotary,
-        limit=100, page_size=PAGE, group=Q_HEADS // KV_HEADS, kv_heads=KV_HEADS, dtype=torch.float32, path=path,
+        limit=100, page_size=PAGE, group=Q_HEADS // KV_HEADS, kv_heads=KV_HEADS, dtype=torch.float32, backend=backend,
     )  # fmt: skip
     heads = Q_HEADS + 2 * KV_HEADS
     weights = NormQKVWeights(random(HIDDEN), random(heads * HEAD_DIM, HIDDEN), None, random(HEAD_DIM), random(HEAD_DIM))
     hidden, angles = random(ROWS, HIDDEN), random(ROWS, HEAD_DIM // 2)
     slots = torch.arange(ROWS, device=device)
     for _ in range(times):
-        queries = norm_qkv(hidden, weights, EPS, angles, angles, kv, slots, path=path)
+        queries = norm_qkv(hidden, weights, EPS, angles, angles, kv, slots, backend=backend)
         attended = cascade_attention(queries, plans, kv, 0.1)
-        out_proj(attended.flatten(1), random(HIDDEN, Q_HEADS * HEAD_DIM), None, hidden, path=path)
-        norm_swiglu(hidden, random(HIDDEN), random(2 * INNER, HIDDEN), EPS, path=path)
-        norm_head(hidden, random(HIDDEN), random(VOCAB, HIDDEN), EPS, path=path)
+        out_proj(attended.flatten(1), random(HIDDEN, Q_HEADS * HEAD_DIM), None, hidden, backend=backend)
+        norm_swiglu(hidden, random(HIDDEN), random(2 * INNER, HIDDEN), EPS, backend=backend)
+        norm_head(hidden, random(HIDDEN), random(VOCAB, HIDDEN), EPS, backend=backend)
 
 
-def expected_bytes(path: str) -> dict[str, int]:
+def expected_bytes(backend: str) -> dict[str, int]:
     """By hand, in float32."""
     hidden, heads = ROWS * HIDDEN, Q_HEADS + 2 * KV_HEADS
     queries = ROWS * Q_HEADS * HEAD_DIM
     weights = HIDDEN + heads * HEAD_DIM * HIDDEN + 2 * HEAD_DIM
     appended, angles = 2 * ROWS * KV_HEADS * HEAD_DIM, 2 * ROWS * HEAD_DIM // 2
-    pages = 2 * (1 if path == "triton" else 2)  # the kernel reads them once for both requests
+    pages = 2 * (1 if backend == "triton" else 2)  # the kernel reads them once for both requests
     return {
         "norm_qkv": 4 * (hidden + weights + angles + queries + appended) + 8 * ROWS,
         "attention": 4 * (2 * queries + pages * 2 * KV_HEADS * PAGE * HEAD_DIM),
@@ -67,12 +67,12 @@ def expected_bytes(path: str) -> dict[str, int]:
     }
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_calls_paths_and_bytes_are_counted(path: str, device: torch.device) -> None:
-    forward(device, path, times=2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_calls_paths_and_bytes_are_counted(backend: str, device: torch.device) -> None:
+    forward(device, backend, times=2)
     totals = measure.totals()
-    want = expected_bytes(path)
-    assert {key: total.bytes for key, total in totals.items()} == {(op, path): 2 * n for op, n in want.items()}
+    want = expected_bytes(backend)
+    assert {key: total.bytes for key, total in totals.items()} == {(op, backend): 2 * n for op, n in want.items()}
     assert all(total.calls == 2 for total in totals.values())
 
 
@@ -84,11 +84,11 @@ def test_on_a_cpu_every_call_is_timed() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["torch", "triton"])
-def test_on_a_gpu_what_does_not_compile_is_timed(path: str, device: torch.device) -> None:
-    forward(device, path)  # compiles
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_on_a_gpu_what_does_not_compile_is_timed(backend: str, device: torch.device) -> None:
+    forward(device, backend)  # compiles
     measure.start()
-    forward(device, path, times=20)
+    forward(device, backend, times=20)
     for total in measure.totals().values():
         assert total.timed >= 10
         assert total.seconds / total.timed < 2e-3

@@ -10,7 +10,7 @@ import torch
 
 from braidsdk.kernels import native
 
-needs_amx = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 COUNT = """
 #include "amx.h"
@@ -50,7 +50,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "braidsdk" / "native"
 
 
-@needs_amx
+@needs_native
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_each_thread_of_the_team_runs_once(source: Path, threads: int) -> None:
     seen, team, _ = run(source, threads, torch.zeros(16))
@@ -58,7 +58,7 @@ def test_each_thread_of_the_team_runs_once(source: Path, threads: int) -> None:
     assert 1 <= team <= threads
 
 
-@needs_amx
+@needs_native
 def test_the_exponential_is_exact_to_float32s_last_digits(source: Path) -> None:
     for start in range(-100, 88, 4):
         given = torch.linspace(start, start + 4, 16)
@@ -67,7 +67,7 @@ def test_the_exponential_is_exact_to_float32s_last_digits(source: Path) -> None:
     assert torch.equal(run(source, 1, edge)[2].nan_to_num(7.0), torch.tensor([0.0, 0.0, 0.0, 1.0, 7.0]).repeat(4)[:16])
 
 
-@needs_amx
+@needs_native
 def test_what_was_compiled_is_kept_until_its_source_changes(source: Path, cache: Path) -> None:
     def load() -> None:
         code = (
@@ -85,7 +85,7 @@ def test_what_was_compiled_is_kept_until_its_source_changes(source: Path, cache:
     assert len(list(cache.glob("*.so"))) == 2
 
 
-@needs_amx
+@needs_native
 @pytest.mark.parametrize("left", [0, 5000])
 def test_a_damaged_file_is_compiled_again(source: Path, cache: Path, left: int) -> None:
     native.library.__wrapped__(source)
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_compiled_again(source: Path, cache: Path, left: int) 
     assert kept.read_bytes() == whole
 
 
-@needs_amx
+@needs_native
 def test_a_folder_that_others_could_write_to_is_refused(source: Path, cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     cache.chmod(0o777)

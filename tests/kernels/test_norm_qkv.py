@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv, op
-from braidsdk.kernels.products import op as products_op
+from braidsdk.kernels.norm_qkv import NormQKVWeights, launch, norm_qkv
+from braidsdk.kernels.products import launch as products_launch
 
 EPS = 1e-6
 PAGE = 16
@@ -42,7 +42,7 @@ class Case:
     slots: Tensor
     kv_shape: tuple[int, ...]
 
-    def run(self, path: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    def run(self, backend: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """Queries, and the memory afterwards, which held NaN everywhere."""
         dtype = dtype or self.hidden.dtype
         kv = torch.full(self.kv_shape, float("nan"), dtype=dtype, device=self.hidden.device)
@@ -50,7 +50,7 @@ class Case:
         weights = replace(self.weights, **{name: value.to(dtype) for name, value in fields if value is not None})
         angles = torch.float64 if dtype == torch.float64 else torch.float32
         cos, sin = self.cos.to(angles), self.sin.to(angles)
-        return norm_qkv(self.hidden.to(dtype), weights, EPS, cos, sin, kv, self.slots, path=path), kv
+        return norm_qkv(self.hidden.to(dtype), weights, EPS, cos, sin, kv, self.slots, backend=backend), kv
 
     def written(self, kv: Tensor) -> Tensor:
         """Keys and values of the rows that are not padding: [2, rows, kv_heads, head_dim]."""
@@ -151,23 +151,23 @@ def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
     rows, programs, device, monkeypatch, seed, poisoned, assert_near
 ) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
-    monkeypatch.setattr(op, "FEW_ROWS", 128)
-    monkeypatch.setattr(op, "TILES", {size: {rows: tiles[rows]} for size, tiles in op.TILES.items()})
-    monkeypatch.setattr(products_op, "PROGRAMS", programs)
+    monkeypatch.setattr(launch, "FEW_ROWS", 128)
+    monkeypatch.setattr(launch, "TILES", {size: {rows: tiles[rows]} for size, tiles in launch.TILES.items()})
+    monkeypatch.setattr(products_launch, "PROGRAMS", programs)
     check(make(rows + 5, replace(SMALL, hidden=336), torch.float32, device), torch.float32, assert_near)
 
 
-@pytest.mark.parametrize("path", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("rows", [1, 5, 65])
-def test_padding_rows_append_nothing(rows, path, device, seed) -> None:
+def test_padding_rows_append_nothing(rows, backend, device, seed) -> None:
     case = make(rows, SMALL, torch.float32, device)
     case.slots.fill_(-1)
-    queries, kv = case.run(path)
+    queries, kv = case.run(backend)
     assert kv.isnan().all()
     assert queries.isfinite().all()
     if rows > 1:
         case.slots[-1] = 0
-        _, kv = case.run(path)
+        _, kv = case.run(backend)
         assert case.written(kv).isfinite().all()
         assert kv.isnan().sum() == kv.numel() - case.written(kv).numel()
 
@@ -190,8 +190,8 @@ def test_is_as_close_to_the_truth_as_torch(rows, head_norms, dtype, device, asse
     def results():
         case = make(rows, geometry, dtype, device, head_norms=head_norms)
         parts = []
-        for path, wanted in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
-            queries, kv = case.run(path, wanted)
+        for backend, wanted in (("triton", dtype), ("torch", dtype), ("torch", torch.float64)):
+            queries, kv = case.run(backend, wanted)
             # Values and keys in one number: each scaled to about one first.
             keys, values = case.written(kv)
             parts.append(torch.cat([queries.flatten() * factor, keys.flatten() / factor, values.flatten()]))
@@ -215,7 +215,7 @@ def test_refuses_what_does_not_fit(device) -> None:
     with pytest.raises(ValueError, match=r"slots contiguous, torch.int64 .* got torch.int32"):
         replace(case, slots=case.slots.int()).run("triton")
     with pytest.raises(ValueError, match="multiple of 16"):
-        replace(case, kv_shape=(*case.kv_shape[:4], 24)).run("triton")
+        make(3, Geometry(96, 2, 1, 24), torch.float32, device).run("triton")
 
 
 @pytest.mark.parametrize(("given", "lost"), [("q_norm", "k_norm"), ("k_norm", "q_norm")])
@@ -241,11 +241,11 @@ def test_memory_past_two_billion_elements(rows, device, seed, assert_near) -> No
     page_size, pages = 64, 2**31 // (8 * 64 * 128) // 2 + 8  # keys and values, each just past a billion
     kv = torch.zeros(2, pages, 8, page_size, 128, dtype=torch.float16, device=device)
     slots = torch.arange(pages * page_size - rows, pages * page_size, device=device)
-    norm_qkv(case.hidden, case.weights, EPS, case.cos, case.sin, kv, slots, path="triton")
+    norm_qkv(case.hidden, case.weights, EPS, case.cos, case.sin, kv, slots, backend="triton")
     ours = kv[:, slots // page_size, :, slots % page_size]
     small = torch.zeros(2, 2, 8, page_size, 128, dtype=torch.float16, device=device)
     near = torch.arange(2 * page_size - rows, 2 * page_size, device=device)
-    norm_qkv(case.hidden, case.weights, EPS, case.cos, case.sin, small, near, path="triton")
+    norm_qkv(case.hidden, case.weights, EPS, case.cos, case.sin, small, near, backend="triton")
     assert torch.equal(ours, small[:, near // page_size, :, near % page_size])
     assert torch.count_nonzero(kv) == torch.count_nonzero(small)
 
@@ -255,11 +255,11 @@ def test_a_captured_graph_replays_the_same_bits(device, seed) -> None:
     case = make(4, QWEN3_06B, torch.bfloat16, device)
     kv = torch.zeros(case.kv_shape, dtype=torch.bfloat16, device=device)
     arguments = (case.hidden, case.weights, EPS, case.cos, case.sin, kv, case.slots)
-    eager = norm_qkv(*arguments, path="triton")
+    eager = norm_qkv(*arguments, backend="triton")
     appended = kv.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [norm_qkv(*arguments, path="triton") for _ in range(8)]
+        outputs = [norm_qkv(*arguments, backend="triton") for _ in range(8)]
     for _ in range(20):
         kv.zero_()
         graph.replay()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from braidsdk.kernels.launch import Tile
-from braidsdk.kernels.products import op, products
+from braidsdk.kernels.products import launch, products
 
 
 def tile(stages: int = 2) -> Tile:
@@ -18,7 +18,7 @@ def test_parts_add_up_to_the_product(
     rows, programs, size, stages, dtype, device, monkeypatch, seed, poisoned, fenced, assert_near
 ) -> None:
     """Columns in one part or several, all of them in flight at once or not, with a remainder or none."""
-    monkeypatch.setattr(op, "PROGRAMS", programs)
+    monkeypatch.setattr(launch, "PROGRAMS", programs)
     x = torch.randn(rows, size, device=device).to(dtype)
     weight = (torch.randn(72, size, device=device) * size**-0.5).to(dtype)
     parts = products(fenced(x), fenced(weight), 32, tile(stages))
@@ -27,7 +27,7 @@ def test_parts_add_up_to_the_product(
 
 def test_columns_are_split_no_further_than_needed(device, monkeypatch) -> None:
     """Not beyond what the shape allows, nor so that a part has no columns, nor once there are programs enough."""
-    monkeypatch.setattr(op, "PROGRAMS", 8)
+    monkeypatch.setattr(launch, "PROGRAMS", 8)
 
     def parts(size: int, count: int) -> int:
         x, weight = torch.ones(3, size, device=device), torch.ones(count, size, device=device)

@@ -6,16 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from braidsdk.engine import kernel_choice
-from braidsdk.engine.self_test import geometry_of
 from braidsdk.kernels import selftest
+from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.norm_qkv import NormQKVWeights
-from braidsdk.kernels.selftest import CASES, Bench, Case, Geometry, check
+from braidsdk.kernels.selftest import CASES, Bench, Case, check
 from braidsdk.models.base import ModelConfig
 
 SMALL = Geometry(hidden=32, intermediate=48, q_heads=2, kv_heads=1, head_dim=16, vocab=300, dtype="float32")
@@ -61,16 +60,12 @@ def test_each_form_of_layers_is_tried_and_remembered_for_itself(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     shapes = {"hidden_size": 32, "intermediate_size": 48, "q_heads": 2, "kv_heads": 1, "head_dim": 16}
     rest = {"layers": 1, "vocab_size": 300, "window": 64, "rope": "{}", "eos_ids": frozenset({1})}
-    models = [
-        SimpleNamespace(
-            config=ModelConfig(**shapes, **rest, qk_norm=qk_norm, qkv_bias=qkv_bias), dtype=torch.float32, device=None
-        )
+    found = [
+        ModelConfig(**shapes, **rest, qk_norm=qk_norm, qkv_bias=qkv_bias).geometry(torch.float32)
         for qk_norm, qkv_bias in FORMS
     ]
-    assert [geometry_of(model) for model in models] == [
-        replace(SMALL, qk_norm=qk_norm, qkv_bias=qkv_bias) for qk_norm, qkv_bias in FORMS
-    ]
-    assert len({kernel_choice._setting(model) for model in models}) == len(FORMS)
+    assert found == [replace(SMALL, qk_norm=qk_norm, qkv_bias=qkv_bias) for qk_norm, qkv_bias in FORMS]
+    assert len({kernel_choice._setting(each, torch.device("cpu")) for each in found}) == len(FORMS)
 
 
 def the(op: str, name: str) -> Case:

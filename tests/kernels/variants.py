@@ -22,9 +22,8 @@ def main(dtype: str) -> None:
         sys.exit(77)
     from braidsdk.cache.pool import Pool
     from braidsdk.engine import graphs
-    from braidsdk.engine.self_test import geometry_of
     from braidsdk.kernels import launch
-    from braidsdk.kernels.paths import Paths
+    from braidsdk.kernels.backends import Backends
     from braidsdk.kernels.selftest import CASES, Bench
     from braidsdk.models.registry import find_checkpoint, load_model
 
@@ -32,8 +31,8 @@ def main(dtype: str) -> None:
     asked: list[tuple[str, str]] = []
     JITFunction._do_compile = lambda self, key, *_: asked.append((self.__name__, str(key)))
     for module in [module for name, module in sys.modules.items() if name.startswith("braidsdk.kernels")]:
-        if hasattr(module, "check_triton"):
-            module.check_triton = lambda *_: None  # it wants a GPU
+        if hasattr(module, "check_tensors"):
+            module.check_tensors = lambda *_: None  # it wants a GPU
     launch.dependent_launch = lambda _: True
 
     def record(run: Callable[[], None], *_: object) -> SimpleNamespace:
@@ -44,15 +43,19 @@ def main(dtype: str) -> None:
     torch.cuda.Stream = lambda _: None
     torch.cuda.graph_pool_handle = lambda: 0
     torch.cuda.current_stream = lambda _: SimpleNamespace(synchronize=lambda: None)
-    model = load_model(find_checkpoint("braid-tiny"), device=torch.device("cpu"), dtype=getattr(torch, dtype))
+    model = load_model(
+        find_checkpoint("braid-tiny"),
+        device=torch.device("cpu"),
+        dtype=getattr(torch, dtype),
+        choose=lambda *_: Backends.all("triton"),
+    )
     pool, config = Pool.for_model(model, 2**26), model.config
-    shape = geometry_of(model)
+    shape = config.geometry(model.dtype)
     with torch.inference_mode():
         for case in CASES:
             case.make(Bench(shape, torch.device("cpu"), timed=False)).run(0)
         tried = set(asked)
         asked.clear()
-        model.paths = Paths("triton", "triton", "triton", "triton", "triton")
         pool.page_size = 64  # as on a GPU
         pool.kv = pool.kv.view(*pool.kv.shape[:2], -1, config.kv_heads, 64, config.head_dim)
         for step in graphs.Graphs(model, pool).warm_up(64):

@@ -77,7 +77,7 @@ def test_equals_the_truth(name, rows, size, outputs, seed, poisoned, fenced, ass
     make, run = OPS[name]
     values = make(rows, size, outputs)
     between = {key: fenced(each) if isinstance(each, Tensor) else each for key, each in values.items()}
-    assert_near(run(**between, path="amx"), run(**wide(values)), BF16)
+    assert_near(run(**between, backend="native"), run(**wide(values)), BF16)
 
 
 @each_op
@@ -85,7 +85,7 @@ def test_equals_the_truth(name, rows, size, outputs, seed, poisoned, fenced, ass
 def test_more_rows_than_are_computed_together(name, rows, size, seed, poisoned, assert_near) -> None:
     make, run = OPS[name]
     values = make(rows, size, 40)
-    assert_near(run(**values, path="amx"), run(**wide(values)), BF16)
+    assert_near(run(**values, backend="native"), run(**wide(values)), BF16)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
@@ -94,9 +94,9 @@ def test_eps_counts(rows, seed, monkeypatch, assert_near) -> None:
     monkeypatch.setitem(globals(), "EPS", 0.7)
     for make, run in (OPS["swiglu"], OPS["head"]):
         values = make(rows, 96, 40)
-        assert_near(run(**values, path="amx"), run(**wide(values)), BF16)
+        assert_near(run(**values, backend="native"), run(**wide(values)), BF16)
     case = Heads(rows, 96, 4, 2, 32)
-    (ours, kv), (queries, truth) = case.run("amx"), case.run("torch", torch.float64)
+    (ours, kv), (queries, truth) = case.run("native"), case.run("torch", torch.float64)
     assert_near(ours, queries, BF16)
     assert_near(case.written(kv)[0], case.written(truth)[0], BF16)
 
@@ -107,7 +107,7 @@ def test_a_projection_is_rounded_once(rows, bias, seed) -> None:
     values = project(rows, 1024, 64, bias)
     truth = out_proj(**wide(values))
     best = (truth.to(BF16).double() - truth).norm()
-    assert (out_proj(**values, path="amx").double() - truth).norm() <= 1.01 * best
+    assert (out_proj(**values, backend="native").double() - truth).norm() <= 1.01 * best
 
 
 def test_logits_are_not_rounded(seed) -> None:
@@ -115,7 +115,7 @@ def test_logits_are_not_rounded(seed) -> None:
     values = score(4, 1024, 500)
     values["hidden"], values["norm"] = torch.ones(4, 1024, dtype=BF16), torch.ones(1024, dtype=BF16)
     truth = norm_head(**wide(values | {"eps": 0.0}))
-    torch.testing.assert_close(norm_head(**values | {"eps": 0.0}, path="amx").double(), truth, rtol=0, atol=1e-5)
+    torch.testing.assert_close(norm_head(**values | {"eps": 0.0}, backend="native").double(), truth, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [500, 1e30])
@@ -123,7 +123,7 @@ def test_logits_are_not_rounded(seed) -> None:
 def test_gates_far_out_stay_finite(rows, factor, seed, assert_near) -> None:
     values = mix(rows, 64, 40)
     values["gate_up"][:40] *= factor
-    assert_near(norm_swiglu(**values, path="amx"), norm_swiglu(**wide(values)), BF16)
+    assert_near(norm_swiglu(**values, backend="native"), norm_swiglu(**wide(values)), BF16)
 
 
 class Heads:
@@ -156,13 +156,13 @@ class Heads:
             k_norm=draw(head_dim).abs() * 50 if head_norms else None,
         )
 
-    def run(self, path: str, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
+    def run(self, backend: str, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
         """Queries, and the memory afterwards, which held NaN everywhere."""
         kv = torch.full(self.kv_shape, float("nan"), dtype=dtype)
         fields = {name: each.to(dtype) for name, each in vars(self.weights).items() if each is not None}
         angles = (each.to(torch.promote_types(dtype, torch.float32)) for each in (self.cos, self.sin))
         weights = replace(self.weights, **fields)
-        return norm_qkv(self.hidden.to(dtype), weights, EPS, *angles, kv, self.slots, path=path), kv
+        return norm_qkv(self.hidden.to(dtype), weights, EPS, *angles, kv, self.slots, backend=backend), kv
 
     def written(self, kv: Tensor) -> Tensor:
         """Keys and values of the rows that are not padding: [2, rows, kv_heads, head_dim]."""
@@ -181,7 +181,7 @@ def test_queries_and_memory_equal_the_truth(rows, geometry, bias, head_norms, se
     """Without QK norms the room is the same: the result is still rounded once, after RoPE, and the reference rounds the
     product first."""
     case = Heads(rows, *geometry, bias=bias, head_norms=head_norms)
-    (ours, kv), (queries, truth) = case.run("amx"), case.run("torch", torch.float64)
+    (ours, kv), (queries, truth) = case.run("native"), case.run("torch", torch.float64)
     assert_near(ours, queries, BF16)
     for mine, true in zip(case.written(kv), case.written(truth), strict=True):  # keys and values differ in size
         assert_near(mine, true, BF16)
@@ -191,7 +191,7 @@ def test_queries_and_memory_equal_the_truth(rows, geometry, bias, head_norms, se
 def test_padding_rows_alone_write_nothing(seed) -> None:
     case = Heads(33, 96, 4, 2, 32)
     case.slots.fill_(-1)
-    queries, kv = case.run("amx")
+    queries, kv = case.run("native")
     assert queries.isfinite().all()
     assert kv.isnan().all()
 
@@ -204,7 +204,7 @@ def test_any_number_of_threads_gives_the_same_bits(name, rows, seed, threads) ->
     values = make(rows, 1056, 70) if make else None
 
     def results() -> tuple[Tensor, ...]:
-        return (run(**values, path="amx"),) if run else case.run("amx")
+        return (run(**values, backend="native"),) if run else case.run("native")
 
     torch.set_num_threads(1)
     alone = [each.nan_to_num() for each in results()]
@@ -220,9 +220,9 @@ def test_is_as_close_to_the_truth_as_torch(name, rows, assert_as_good) -> None:
         if name in OPS:
             make, run = OPS[name]
             values = make(rows, 256, 64)
-            return run(**values, path="amx"), run(**values), run(**wide(values))
+            return run(**values, backend="native"), run(**values), run(**wide(values))
         case = Heads(rows, 256, 4, 2, 64, head_norms="without" not in name)
-        runs = case.run("amx"), case.run("torch"), case.run("torch", torch.float64)
+        runs = case.run("native"), case.run("torch"), case.run("torch", torch.float64)
         return tuple(queries if name.startswith("queries") else case.written(kv) for queries, kv in runs)
 
     assert_as_good(results)
@@ -231,43 +231,43 @@ def test_is_as_close_to_the_truth_as_torch(name, rows, assert_as_good) -> None:
 @each_op
 def test_no_rows(name) -> None:
     make, run = OPS[name]
-    assert run(**make(0, 64, 32), path="amx").shape == (0, 32)
+    assert run(**make(0, 64, 32), backend="native").shape == (0, 32)
 
 
 def test_no_rows_of_heads() -> None:
-    assert Heads(0, 64, 2, 1, 32).run("amx")[0].shape == (0, 2, 32)
+    assert Heads(0, 64, 2, 1, 32).run("native")[0].shape == (0, 2, 32)
 
 
 def test_what_can_not_be_read_is_refused() -> None:
     values = project(2, 64, 32)
     with pytest.raises(ValueError, match=r"weight of shape \[32, 64\], got \[32, 63\]"):
-        out_proj(**values | {"weight": values["weight"][:, :63].contiguous()}, path="amx")
+        out_proj(**values | {"weight": values["weight"][:, :63].contiguous()}, backend="native")
     with pytest.raises(ValueError, match=r"torch.bfloat16 on the CPU, got torch.float32"):
-        out_proj(**values | {"x": values["x"].float()}, path="amx")
+        out_proj(**values | {"x": values["x"].float()}, backend="native")
     with pytest.raises(ValueError, match=r"contiguous .* strides \(1, 32\)"):
-        out_proj(**values | {"weight": draw(64, 32).T}, path="amx")
+        out_proj(**values | {"weight": draw(64, 32).T}, backend="native")
     with pytest.raises(ValueError, match=r"residual of shape \[2, 32\]"):
-        out_proj(**values | {"residual": draw(1, 32)}, path="amx")
+        out_proj(**values | {"residual": draw(1, 32)}, backend="native")
     with pytest.raises(ValueError, match=r"gate_up of shape \[30, 64\], got \[31, 64\]"):
-        norm_swiglu(draw(2, 64), draw(64), draw(31, 64), EPS, path="amx")
+        norm_swiglu(draw(2, 64), draw(64), draw(31, 64), EPS, backend="native")
     with pytest.raises(ValueError, match=r"norm of shape \[64\]"):
-        norm_head(draw(2, 64), draw(32), draw(31, 64), EPS, path="amx")
+        norm_head(draw(2, 64), draw(32), draw(31, 64), EPS, backend="native")
 
 
 def test_heads_that_can_not_be_written_are_refused() -> None:
     case = Heads(4, 64, 2, 1, 48)
     with pytest.raises(ValueError, match="multiple of 32"):
-        case.run("amx")
+        case.run("native")
     case = Heads(4, 64, 2, 1, 32)
     case.slots[2] = 3 * PAGE
     with pytest.raises(IndexError, match=f"below {3 * PAGE}, got {3 * PAGE}"):
-        case.run("amx")
+        case.run("native")
     for given, lost in (("q_norm", "k_norm"), ("k_norm", "q_norm")):
         case = Heads(4, 64, 2, 1, 32)
         case.weights = replace(case.weights, **{lost: None})
         with pytest.raises(ValueError, match=f"q_norm and k_norm or neither, got {given} alone"):
-            case.run("amx")
+            case.run("native")
     case = Heads(4, 64, 2, 1, 32)
     case.cos = case.cos[:2]
     with pytest.raises(ValueError, match=r"cos of shape \[4, 16\]"):
-        case.run("amx")
+        case.run("native")

@@ -25,6 +25,9 @@ _KEY_STEP = 64
 _TURNED_AT_ONCE = 1 << 17
 """Elements of queries that are rotated together, in float32: they stay in a core's cache."""
 
+FLASH_DTYPES = (torch.float32, torch.bfloat16)
+"""What flash attention takes."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -69,7 +72,7 @@ class _Tile:
 
 
 @dataclass(frozen=True)
-class CpuPlan:
+class FlashPlan:
     """One request, cut for the CPU: `runs` with few rows, `tiles` with many.
 
     Attributes:
@@ -94,18 +97,18 @@ class CpuPlan:
     blind: Tensor | None = None
 
 
-def plan_for_cpu(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> CpuPlan:
+def plan_flash(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> FlashPlan:
     """Cut a request's plan for queries of `dtype`, `group` query heads for each KV head."""
     if len(base.hidden) > _FEW_ROWS:
         cos, sin = _doubled(base.cos.transpose(0, 1), base.sin.transpose(0, 1))
-        return CpuPlan(base, False, cos, sin, len(base.hidden), tiles=_tiles(base, dtype))
+        return FlashPlan(base, False, cos, sin, len(base.hidden), tiles=_tiles(base, dtype))
     firsts = accumulate((span // page_size for span in base.spans[:-1]), initial=0)
     order = base.pages[list(firsts)].argsort()  # pages of neighbouring segments then are one run where they can be
     cos, sin = _doubled(base.cos.transpose(0, 1)[order], base.sin.transpose(0, 1)[order])
     rows = group * len(base.hidden)
     padded = rows if rows <= _ROW_STEP else -(-rows // _ROW_STEP) * _ROW_STEP
     blind = _for_group(base.hidden.all(-1), group, padded)
-    return CpuPlan(
+    return FlashPlan(
         base,
         True,
         cos,
@@ -195,7 +198,7 @@ def _mask(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | N
     return mask, blind if blind.any() else None
 
 
-def cascade_attention_cpu(queries: Tensor, plans: Sequence[CpuPlan], kv: Tensor, scale: float) -> Tensor:
+def flash_attention(queries: Tensor, plans: Sequence[FlashPlan], kv: Tensor, scale: float) -> Tensor:
     """What `cascade_attention_reference` computes, for float32 and bfloat16 on the CPU; arguments as there."""
     out = torch.zeros_like(queries)
     for plan in plans:
@@ -206,7 +209,7 @@ def cascade_attention_cpu(queries: Tensor, plans: Sequence[CpuPlan], kv: Tensor,
     return out
 
 
-def _turn(queries: Tensor, plan: CpuPlan, out: Tensor) -> None:
+def _turn(queries: Tensor, plan: FlashPlan, out: Tensor) -> None:
     """Write each row's query in each segment's frame, rotated in float32 and rounded once.
 
     Args:
@@ -224,7 +227,7 @@ def _turn(queries: Tensor, plan: CpuPlan, out: Tensor) -> None:
         out[part].copy_(turned.addcmul_(swapped, plan.sin[part]))
 
 
-def _over_pages(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
+def _over_pages(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> Tensor:
     """Few rows: every page by itself, then one merge. Returns [kv_heads, group, rows, head_dim], float32."""
     kv_heads, group, rows, head_dim = queries.shape
     if not plan.runs:
@@ -250,7 +253,7 @@ def _over_pages(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Ten
     return together
 
 
-def _over_tiles(queries: Tensor, plan: CpuPlan, kv: Tensor, scale: float) -> Tensor:
+def _over_tiles(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> Tensor:
     """Many rows: a segment at a time, merged as it comes. Returns [kv_heads, group, rows, head_dim], float32."""
     kv_heads, group, count, head_dim = queries.shape
     q_heads = kv_heads * group

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from braidsdk.kernels import native
-from braidsdk.kernels.attention.amx import AmxPlan, cascade_attention_amx, plan_for_amx
-from braidsdk.kernels.attention.cpu import cascade_attention_cpu, plan_for_cpu
+from braidsdk.kernels.attention.flash import flash_attention, plan_flash
+from braidsdk.kernels.attention.native import NativePlan, plan_for_native
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.paging import PagedSegment, Request
@@ -48,8 +48,8 @@ class Case:
         self.positions += positions
         self.requests.append(Request(slice(start, len(self.positions)), tuple(segments)))
 
-    def plan(self, limit: int = 4096) -> AmxPlan:
-        return plan_for_amx(
+    def plan(self, limit: int = 4096) -> NativePlan:
+        return plan_for_native(
             torch.tensor(self.positions),
             self.requests,
             self.tables[torch.float32],
@@ -67,7 +67,7 @@ class Case:
     def results(self, limit: int = 4096) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ours, torch's, and the truth."""
         queries = self.queries()
-        ours = cascade_attention_amx(queries, self.plan(limit), self.kv, self.scale)
+        ours = self.plan(limit).attend(queries, self.kv, self.scale)
         positions = torch.tensor(self.positions)
         plans = {
             dtype: [
@@ -78,8 +78,8 @@ class Case:
             for dtype in self.tables
         }
         clean = self.kv.nan_to_num(0.0, 0.0, 0.0)  # they want what no row sees to be finite
-        cut = [plan_for_cpu(plan, torch.bfloat16, self.page, self.group) for plan in plans[torch.float32]]
-        theirs = cascade_attention_cpu(queries, cut, clean, self.scale)
+        cut = [plan_flash(plan, torch.bfloat16, self.page, self.group) for plan in plans[torch.float32]]
+        theirs = flash_attention(queries, cut, clean, self.scale)
         truth = cascade_attention_reference(queries.double(), plans[torch.float64], clean.double(), self.scale)
         return ours, theirs, truth
 
@@ -181,7 +181,7 @@ def test_scores_that_grow_from_key_to_key(assert_as_good: Callable[..., None]) -
 def test_scores_beyond_reason_stay_finite(size: float) -> None:
     made = Case(2, 2, 128, size=size)
     made.ask([PagedSegment(made.entry(300), 0, 300, 0)], list(range(260, 300)))
-    assert torch.isfinite(cascade_attention_amx(made.queries(), made.plan(), made.kv, made.scale)).all()
+    assert torch.isfinite(made.plan().attend(made.queries(), made.kv, made.scale)).all()
 
 
 def test_a_score_far_below_zero_still_weighs() -> None:
@@ -190,7 +190,7 @@ def test_a_score_far_below_zero_still_weighs() -> None:
     made.ask([PagedSegment(entry, 0, 1, 0)], [0])
     made.kv[0, entry[0], 0, 0] = -1e18
     queries = torch.full((1, 1, 64), 1e18, dtype=torch.bfloat16)
-    found = cascade_attention_amx(queries, made.plan(), made.kv, made.scale)
+    found = made.plan().attend(queries, made.kv, made.scale)
     assert torch.equal(found[0, 0], made.kv[1, entry[0], 0, 0])
 
 
@@ -209,7 +209,7 @@ def test_the_default_dtype_of_torch_does_not_matter() -> None:
 def test_pages_that_are_no_whole_steps_are_refused(page_size: int) -> None:
     made = Case(1, 1, 64)
     with pytest.raises(ValueError, match="a multiple of 128"):
-        plan_for_amx(
+        plan_for_native(
             torch.zeros(1, dtype=torch.int64),
             [],
             made.tables[torch.float32],
@@ -255,7 +255,7 @@ def test_any_number_of_threads_gives_the_same_bits() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(cascade_attention_amx(queries, plan, made.kv, made.scale))
+            found.append(plan.attend(queries, made.kv, made.scale))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
@@ -268,13 +268,13 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     made.ask([PagedSegment(pages, 0, 100, 0)], [99])
     plan, queries = made.plan(), made.queries()
     with pytest.raises(ValueError, match=r"expected queries of shape \[1, 4, 64\]"):
-        cascade_attention_amx(queries[:, :2], plan, made.kv, made.scale)
+        plan.attend(queries[:, :2], made.kv, made.scale)
     with pytest.raises(ValueError, match="bfloat16"):
-        cascade_attention_amx(queries.float(), plan, made.kv, made.scale)
+        plan.attend(queries.float(), made.kv, made.scale)
     with pytest.raises(ValueError, match="strides"):
-        cascade_attention_amx(queries.transpose(1, 2).contiguous().transpose(1, 2), plan, made.kv, made.scale)
+        plan.attend(queries.transpose(1, 2).contiguous().transpose(1, 2), made.kv, made.scale)
     with pytest.raises(ValueError, match="pages of the memory"):
-        cascade_attention_amx(queries, plan, made.kv[:, : int(pages[0])].contiguous(), made.scale)
+        plan.attend(queries, made.kv[:, : int(pages[0])].contiguous(), made.scale)
     with pytest.raises(ValueError, match="expected 2 int64 page ids"):
         Case.plan(_with(made, PagedSegment(pages, 0, 129, 0)))
     with pytest.raises(ValueError, match="negative page id"):

@@ -1,4 +1,4 @@
-"""Grouped-query attention over segments on a CPU with Intel's AMX: planned once per pass, one call into C per layer."""
+"""Cascade attention by the C kernels: planned once per pass, one call into C per layer."""
 
 import ctypes
 from array import array
@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from braidsdk.kernels import native
-from braidsdk.kernels.launch import check_shape
+from braidsdk.kernels.attention.plan import needs_segments, page_bytes
+from braidsdk.kernels.backends import Backend
+from braidsdk.kernels.checks import check_shape
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
-
-HEAD_DIMS = (32, 64, 96, 128)
 
 _COLUMNS = _STEP = 128
 """Query rows of a task, and keys of a step, as amx.c has them."""
@@ -53,7 +54,7 @@ class _Arguments(ctypes.Structure):
 
 
 @dataclass(frozen=True)
-class AmxPlan:
+class NativePlan:
     """All requests of a pass.
 
     Attributes:
@@ -72,16 +73,27 @@ class AmxPlan:
     c: _Plan
     kept: tuple[object, ...]
 
+    backend: ClassVar[Backend] = "native"
+
+    def attend(self, queries: Tensor, kv: Tensor, scale: float) -> Tensor:
+        return _attend(queries, self, kv, scale)
+
+    def attend_with_lse(self, queries: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        raise needs_segments()
+
+    def bytes_read(self, kv: Tensor) -> int:
+        return self.pages * page_bytes(kv)
+
 
 @cache
 def _library() -> ctypes.CDLL:
-    made = native.library(Path(__file__).with_suffix(".c"))
+    made = native.library(Path(__file__).with_name("amx.c"))
     made.attention_plan.argtypes = [ctypes.POINTER(_Plan), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     made.attention_plan.restype = ctypes.c_int64
     return made
 
 
-def plan_for_amx(
+def plan_for_native(
     positions: Tensor,
     requests: Sequence[Request],
     rotary: RotaryTable,
@@ -91,26 +103,29 @@ def plan_for_amx(
     group: int,
     kv_heads: int,
     dtype: torch.dtype,
-) -> AmxPlan:
+    by_segment: bool = False,
+) -> NativePlan:
     """Plan a pass on a CPU; arguments as in `op.plan_attention`.
 
     Raises:
         RuntimeError: C kernels can't run here.
-        ValueError: they don't take this geometry or dtype, a segment has not the pages that its slice needs,
-            or a position is not below `limit`.
+        ValueError: they don't take this geometry, dtype or `by_segment`, a segment has not the pages that its slice
+            needs, or a position is not below `limit`.
     """
+    if by_segment:
+        raise ValueError("attention: backend='native' gives no log-sum-exp of segments; pass backend='torch'.")
     if reason := native.obstacle():
-        raise RuntimeError(f"attention: path='amx' can't run here: {reason}; pass path='torch'.")
+        raise RuntimeError(f"attention: backend='native' can't run here: {reason}; pass backend='torch'.")
     cos, sin = rotary.table(limit)
     head_dim = 2 * cos.shape[1]
     if (dtype, cos.dtype, positions.device.type) != (torch.bfloat16, torch.float32, "cpu"):
         got = f"{dtype} with angles in {cos.dtype} on {positions.device}"
-        raise ValueError(f"attention: path='amx' takes bfloat16 with angles in float32 on the CPU, got {got}.")
-    if head_dim not in HEAD_DIMS or page_size % 32 or (page_size > _STEP and page_size % _STEP):
+        raise ValueError(f"attention: backend='native' takes bfloat16 with angles in float32 on the CPU, got {got}.")
+    if head_dim not in native.HEAD_DIMS or page_size % 32 or (page_size > _STEP and page_size % _STEP):
         got = f"{head_dim} and {page_size}"
         raise ValueError(
-            f"attention: path='amx' takes a head_dim of {HEAD_DIMS} and pages of 32, 64, 96 tokens or a multiple "
-            f"of {_STEP}, got {got}."
+            f"attention: backend='native' takes a head_dim of {native.HEAD_DIMS} and pages of 32, 64, 96 tokens or a "
+            f"multiple of {_STEP}, got {got}."
         )
     positions = positions.to(torch.int64).contiguous()
     rows, segments, kept = array("q"), array("q"), []
@@ -162,10 +177,10 @@ def plan_for_amx(
         found = f"a position in a segment's frame that is not below {limit}" if highest == -1 else "a negative page id"
         raise ValueError(f"attention: found {found}.")
     kept_alive = (positions, rows, segments, angles_of_all, tasks_of_all, *kept)
-    return AmxPlan(len(positions), planned, pages, highest, plan, kept_alive)
+    return NativePlan(len(positions), planned, pages, highest, plan, kept_alive)
 
 
-def cascade_attention_amx(queries: Tensor, plan: AmxPlan, kv: Tensor, scale: float) -> Tensor:
+def _attend(queries: Tensor, plan: NativePlan, kv: Tensor, scale: float) -> Tensor:
     """What `cascade_attention_reference` computes, for bfloat16; arguments as there.
 
     Raises:
@@ -181,7 +196,7 @@ def cascade_attention_amx(queries: Tensor, plan: AmxPlan, kv: Tensor, scale: flo
             check_shape("attention", name, tensor, *shape)
         if tensor.dtype is not torch.bfloat16 or not tensor.is_cpu or not tensor.is_contiguous():
             got = f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
-            raise ValueError(f"attention: path='amx' takes contiguous bfloat16 tensors on the CPU, got {got}.")
+            raise ValueError(f"attention: backend='native' takes contiguous bfloat16 tensors on the CPU, got {got}.")
     if plan.highest_page >= kv.shape[1] or scale <= 0:
         got = f"page {plan.highest_page} of {kv.shape[1]}, scale {scale}"
         raise ValueError(f"attention: expected pages of the memory and a positive scale, got {got}.")

@@ -1,0 +1,13 @@
+"""Final norm and LM head by torch."""
+
+import torch
+from torch import Tensor
+
+from braidsdk.kernels.projection import project
+from braidsdk.kernels.rms_norm.reference import rms_norm_reference
+
+
+def norm_head_torch(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> Tensor:
+    """What `op.norm_head` computes."""
+    logits = project(rms_norm_reference(hidden, norm, eps), head)
+    return logits.to(torch.promote_types(hidden.dtype, torch.float32))

@@ -1,0 +1,10 @@
+"""Projection and residual by torch."""
+
+from torch import Tensor
+
+from braidsdk.kernels.projection import project
+
+
+def out_proj_torch(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+    """What `op.out_proj` computes; the weight may be one of `projection.pack`."""
+    return project(x, weight, bias, residual)

@@ -1,0 +1,23 @@
+"""RMSNorm, gate and up projections and SwiGLU by the C kernels, in one pass over the weight."""
+
+from torch import Tensor
+
+from braidsdk.kernels.products.native import GATES, run
+
+
+def norm_swiglu_native(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+    """What `op.norm_swiglu` computes, rounded once."""
+    (rows, size), inner = hidden.shape, len(gate_up) // 2
+    out = hidden.new_empty(rows, inner)
+    run(
+        kind=GATES,
+        rows=rows,
+        columns=size,
+        outputs=inner,
+        x=hidden,
+        norm=norm,
+        weight=gate_up,
+        eps=eps,
+        out=out,
+    )
+    return out
