@@ -1,12 +1,8 @@
-/* What the C kernels share: tiles of Intel's AMX, bfloat16, exp. See native.py for how they are compiled. */
+/* Tiles of Intel's AMX. */
 #ifndef BRAID_AMX_H
 #define BRAID_AMX_H
 
-#include <immintrin.h>
-#include <stddef.h>
-#include <stdint.h>
-
-typedef uint16_t bf16;
+#include "vectors.h"
 
 /* Operands of _tile_dpbf16ps(c, a, b), c += a . b:
      c: up to 16 rows of 16 float32;
@@ -33,35 +29,9 @@ static inline void full_tiles(void) {
     tiles_of_rows(rows);
 }
 
-/* 16 bf16 as float32. */
-static inline __m512 widened(__m256i values) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
-}
-
 /* 32 float32 as bf16, rounded to the nearest even: `low` in the lower half. */
 static inline __m512i rounded(__m512 low, __m512 high) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
-}
-
-/* 16 float32 as bf16, rounded to the nearest even. */
-static inline __m256i rounded_half(__m512 values) {
-    return (__m256i)_mm512_cvtneps_pbh(values);
-}
-
-/* e^x to a relative 2e-7 for x <= 88; zero below -104, -inf included; NaN stays NaN. */
-static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
 }
 
 /* 16 rows of 16 dwords, each a float32 or a pair of bf16, to their columns. */

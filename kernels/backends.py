@@ -114,9 +114,8 @@ def _native_model(geometry: Geometry, device: torch.device) -> str | None:
         return f"the model is on {device}; the C kernels need the CPU"
     if geometry.dtype != "bfloat16":
         return f"the model is in torch.{geometry.dtype}; the C kernels need bfloat16"
-    if geometry.head_dim not in native.HEAD_DIMS:
-        dims = ", ".join(map(str, native.HEAD_DIMS))
-        return f"the model's head_dim is {geometry.head_dim}; the C kernels need {dims}"
+    if native.cpu_obstacle() is None and (needed := native.head_dim_obstacle(geometry.head_dim)):
+        return f"the model's head_dim is {geometry.head_dim}; the C kernels need {needed}"
     return None
 
 

@@ -1,17 +1,4 @@
-/* Permission to use AMX, and a team of threads. */
-#define _GNU_SOURCE
-#include "amx.h"
-
-#include <sys/syscall.h>
-#include <unistd.h>
-
-enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
-
-/* Ask Linux for the tiles' registers, for this process; 0 if it grants them. */
-int braid_permit_tiles(void) {
-    return (int)syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
-}
-
+/* A team of threads. */
 typedef struct {
     void (*parallel)(void (*)(void *), void *, unsigned, unsigned); /* GOMP_parallel of torch's OpenMP runtime */
     int (*thread)(void);                                            /* omp_get_thread_num */

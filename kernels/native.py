@@ -1,4 +1,4 @@
-"""Kernels in C for CPUs with Intel's AMX: compiled on first use with the user's C compiler, loaded through ctypes.
+"""Kernels in C for x86-64 CPUs: compiled on first use with the user's C compiler, loaded through ctypes.
 
 What was compiled is kept in `$XDG_CACHE_HOME/braidsdk/native`, or `~/.cache/braidsdk/native`, by the hash of all that
 it was made of.
@@ -13,37 +13,47 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-FEATURES = (
-    "avx512f",
-    "avx512bw",
-    "avx512dq",
-    "avx512vl",
-    "avx512_bf16",
-    "amx_tile",
-    "amx_bf16",
-    "fma",
-)
-"""What the kernels use, as /proc/cpuinfo names it."""
 
-HEAD_DIMS = (32, 64, 96, 128)
-"""Sizes of a head that the attention takes."""
+@dataclass(frozen=True)
+class Level:
+    """What the kernels use of a CPU.
 
-FLAGS = (
-    "-std=c11",
-    "-O3",
-    "-shared",
-    "-fPIC",
-    "-Wall",
-    "-Wextra",
-    "-ffp-contract=off",
-    *(f"-m{feature.replace('avx512_', 'avx512').replace('_', '-')}" for feature in FEATURES),
+    Attributes:
+        name: as users read it.
+        features: that it needs, as /proc/cpuinfo names them.
+    """
+
+    name: str
+    features: tuple[str, ...]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """For the compiler, all spelled out: what is kept runs on every machine with these features."""
+        return (*FLAGS, *(f"-m{each.replace('avx512_', 'avx512').replace('_', '-')}" for each in self.features))
+
+
+_AVX512 = ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+_AVX512_BF16 = (*_AVX512, "avx512_bf16", "avx512_vnni")
+
+LEVELS = (
+    Level("amx", (*_AVX512_BF16, "amx_tile", "amx_bf16")),
+    Level("avx512_bf16", _AVX512_BF16),
+    Level("avx512", _AVX512),
+    Level("avx2", ("avx2", "fma")),
 )
-"""Machine flags are spelled out, so that what is kept runs on every machine with these features."""
+"""Best first. The C files choose among their loops by the macros that these flags define."""
+
+_TILE_HEAD_DIMS = (32, 64, 96, 128)
+"""What attention by tiles of AMX takes."""
+
+FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC", "-Wall", "-Wextra", "-ffp-contract=off")
+"""For the compiler, on every level."""
 
 _FOLDER = Path(__file__).resolve().parent
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -57,17 +67,47 @@ class _Runtime(ctypes.Structure):
 
 
 @cache
+def levels() -> tuple[Level, ...]:
+    """The levels that this machine's CPU has, best first."""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return tuple(
+        level
+        for level in LEVELS
+        if set(level.features) <= set(flags) and ("amx_tile" not in level.features or _tiles_granted())
+    )
+
+
+def level() -> Level:
+    """What the C kernels are compiled for: the best that the CPU has. Tests put another in its place."""
+    return levels()[0]
+
+
+def head_dim_obstacle(head_dim: int) -> str | None:
+    """What a head_dim must be on this CPU, in words; None if the attention takes this one."""
+    if level().name == "amx":
+        return None if head_dim in _TILE_HEAD_DIMS else f"a head_dim of {', '.join(map(str, _TILE_HEAD_DIMS))}"
+    return None if head_dim in range(16, 129, 16) else "a head_dim that is a multiple of 16, up to 128"
+
+
+def _tiles_granted() -> bool:
+    """Ask Linux for the registers of AMX's tiles, for this process. It grants them from 5.16 on, unless a sandbox is in
+    the way.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
+@cache
 def cpu_obstacle() -> str | None:
     """Why this machine's CPU can't run the kernels, whatever is installed; None if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return f"they are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        has_one = bool(levels())
     except OSError as error:
         return f"/proc/cpuinfo can't be read ({error.strerror})"
-    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
-    missing = [feature for feature in FEATURES if feature not in flags]
-    return f"this CPU lacks {', '.join(missing)}" if missing else None
+    return None if has_one else f"this CPU lacks {' or '.join(LEVELS[-1].features)}"
 
 
 @cache
@@ -76,8 +116,6 @@ def obstacle() -> str | None:
     if reason := cpu_obstacle():
         return reason
     try:
-        if library(_FOLDER / "native.c").braid_permit_tiles():
-            return "Linux does not grant AMX's tiles to this process: it is older than 5.16, or a sandbox forbids them"
         for source in sorted(_FOLDER.rglob("*.c")):
             library(source)  # now, where a fault leaves time for another path
         _runtime()
@@ -88,13 +126,13 @@ def obstacle() -> str | None:
 
 @cache
 def library(source: Path) -> ctypes.CDLL:
-    """A C file's functions, compiled unless it was before. It may include "amx.h" and the headers beside it.
+    """A C file's functions, compiled for this CPU unless it was before. It may include our headers, and those beside it.
 
     Raises:
         RuntimeError: there is no C compiler, it does not compile, or what it makes can't be kept.
     """
     compiler = _compiler()
-    made_of = hashlib.sha256("\0".join((*compiler, _version(compiler), *FLAGS)).encode())
+    made_of = hashlib.sha256("\0".join((*compiler, _version(compiler), *level().flags)).encode())
     for file in (source, *sorted({*_FOLDER.glob("*.h"), *source.parent.glob("*.h")})):
         made_of.update(file.read_bytes())
     name = source.stem if source.parent == _FOLDER else f"{source.parent.name}-{source.stem}"
@@ -194,7 +232,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    command = [*compiler, *FLAGS, f"-I{_FOLDER}", "-o", str(target), str(source), "-lm"]
+    command = [*compiler, *level().flags, f"-I{_FOLDER}", "-o", str(target), str(source), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])

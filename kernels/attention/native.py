@@ -19,10 +19,10 @@ from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable
 
 _COLUMNS = _STEP = 128
-"""Query rows of a task, and keys of a step, as amx.c has them."""
+"""Query rows of a task, and keys of a step, as native.c has them."""
 
 _READ_PAST = 16
-"""Numbers behind the last angles that amx.c may read, and multiplies by zero."""
+"""Numbers behind the last angles that native.c may read, and multiplies by zero."""
 
 
 def _int64s(*names: str) -> tuple[tuple[str, type[ctypes.c_int64]], ...]:
@@ -34,7 +34,7 @@ def _pointers(*names: str) -> tuple[tuple[str, type[ctypes.c_void_p]], ...]:
 
 
 class _Plan(ctypes.Structure):
-    """`Plan` of amx.c."""
+    """`Plan` of native.c."""
 
     _fields_ = (
         *_int64s("requests_count", "tasks_count", "kv_heads", "page_size", "head_dim", "group"),
@@ -43,7 +43,7 @@ class _Plan(ctypes.Structure):
 
 
 class _Arguments(ctypes.Structure):
-    """`Arguments` of amx.c."""
+    """`Arguments` of native.c."""
 
     _fields_ = (
         *_pointers("plan", "queries", "out", "kv"),
@@ -62,7 +62,7 @@ class NativePlan:
         planned: rows of requests; the others are zero.
         pages: that all segments take, those of several requests counted for each.
         highest_page: page id.
-        c: the plan as amx.c takes it.
+        c: the plan as native.c takes it.
         kept: what its pointers point to.
     """
 
@@ -87,7 +87,7 @@ class NativePlan:
 
 @cache
 def _library() -> ctypes.CDLL:
-    made = native.library(Path(__file__).with_name("amx.c"))
+    made = native.library(Path(__file__).with_name("native.c"))
     made.attention_plan.argtypes = [ctypes.POINTER(_Plan), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
     made.attention_plan.restype = ctypes.c_int64
     return made
@@ -121,11 +121,11 @@ def plan_for_native(
     if (dtype, cos.dtype, positions.device.type) != (torch.bfloat16, torch.float32, "cpu"):
         got = f"{dtype} with angles in {cos.dtype} on {positions.device}"
         raise ValueError(f"attention: backend='native' takes bfloat16 with angles in float32 on the CPU, got {got}.")
-    if head_dim not in native.HEAD_DIMS or page_size % 32 or (page_size > _STEP and page_size % _STEP):
-        got = f"{head_dim} and {page_size}"
+    if reason := native.head_dim_obstacle(head_dim):
+        raise ValueError(f"attention: backend='native' takes {reason}, got {head_dim}.")
+    if page_size % 32 or (page_size > _STEP and page_size % _STEP):
         raise ValueError(
-            f"attention: backend='native' takes a head_dim of {native.HEAD_DIMS} and pages of 32, 64, 96 tokens or a "
-            f"multiple of {_STEP}, got {got}."
+            f"attention: backend='native' takes pages of 32, 64, 96 tokens or a multiple of {_STEP}, got {page_size}."
         )
     positions = positions.to(torch.int64).contiguous()
     rows, segments, kept = array("q"), array("q"), []

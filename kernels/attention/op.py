@@ -47,7 +47,7 @@ def plan_attention(
         kv_heads: KV heads.
         dtype: of the queries.
         backend: what computes it; none falls back to another. Triton takes at most `MOST_GROUP` query heads per KV
-            head; "native" bfloat16, a head_dim of `native.HEAD_DIMS`, and gives no log-sum-exp of segments.
+            head; "native" bfloat16, a head_dim that `native.head_dim_obstacle` lets pass, and no `by_segment`.
         by_segment: plan for `cascade_attention_lse`; `cascade_attention` takes such a plan too, and is slower on it.
 
     Raises:

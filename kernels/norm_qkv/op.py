@@ -48,7 +48,7 @@ def norm_qkv(
         slots: where each token's key and value go, int64 [tokens]; a negative slot appends nothing (a padding row).
         backend: what computes it; none falls back to another. Triton takes contiguous tensors in float32, bfloat16 or
             float16, and a head_dim that is a multiple of 16; "native" contiguous ones in bfloat16 on the CPU, and a
-            head_dim of `native.HEAD_DIMS`.
+            head_dim that `native.head_dim_obstacle` lets pass.
 
     Returns:
         Unrotated queries, normed if the model does that, [tokens, q_heads, head_dim].

@@ -1,6 +1,7 @@
-"""The linear operations on a CPU: the launch of amx.c."""
+"""The linear operations on a CPU: the launch of native.c."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,20 @@ HEADS, GATES, SUMS, LOGITS = range(4)
 """What a call computes: `norm_qkv`, `norm_swiglu`, `out_proj`, `norm_head`."""
 
 
+class _Block(ctypes.Structure):
+    """`Block` of native.c: rows of a weight, in bfloat16, or in int8 with scales."""
+
+    _fields_ = (("values", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("rows", ctypes.c_int64))
+
+
 class _Arguments(ctypes.Structure):
-    """`Arguments` of amx.c."""
+    """`Arguments` of native.c."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("kind", "rows", "columns", "outputs")),
-        *((name, ctypes.c_void_p) for name in ("x", "norm", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("x", "norm")),
+        ("weight", _Block * 3),
+        ("bias", ctypes.c_void_p),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("out", "residual", "q_norm", "k_norm", "cos", "sin", "slots", "kv")),
         *((name, ctypes.c_int64) for name in ("pages", "kv_heads", "page_size", "head_dim")),
@@ -32,6 +41,25 @@ def largest(slots: Tensor) -> int:
     """The largest of some slots, int64 [rows], at least one."""
     found: int = _library().braid_largest(slots.data_ptr(), len(slots))
     return found
+
+
+GROUP = 128
+"""Columns that share a scale, of a weight in int8, as native.c has it."""
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows of a weight: bfloat16 [rows, columns], or int8 and their float32 scales [rows, groups of columns]."""
+
+
+def _blocks(weight: Tensor | Sequence[Rows]) -> "ctypes.Array[_Block]":
+    """A weight as native.c takes it: in one piece, or up to three, one below another."""
+    pieces = (weight,) if isinstance(weight, Tensor) else weight
+    blocks = (
+        _Block(piece.data_ptr(), None, len(piece))
+        if isinstance(piece, Tensor)
+        else _Block(piece[0].data_ptr(), piece[1].data_ptr(), len(piece[0]))
+        for piece in pieces
+    )
+    return (_Block * 3)(*blocks)
 
 
 _NOTHING = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -49,6 +77,7 @@ def run(**given: Any) -> None:
     if not given["rows"]:
         return
     values = {name: value.data_ptr() if isinstance(value, Tensor) else value for name, value in given.items()}
+    values["weight"] = _blocks(given["weight"])
     arguments = _Arguments(**values)
     threads = torch.get_num_threads()
     c = _library()
@@ -64,7 +93,7 @@ def run(**given: Any) -> None:
 
 @cache
 def _library() -> ctypes.CDLL:
-    c = native.library(Path(__file__).with_name("amx.c"))
+    c = native.library(Path(__file__).with_name("native.c"))
     c.braid_scratch_bytes.argtypes = [ctypes.POINTER(_Arguments)]
     c.braid_scratch_bytes.restype = ctypes.c_int64
     c.braid_largest.argtypes = [ctypes.c_void_p, ctypes.c_int64]

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from braidsdk.kernels import native
+from braidsdk.kernels.attention import native as native_attention
+from braidsdk.kernels.products import native as native_products
+
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by deterministic mode
 
 CUDA = torch.cuda.is_available()
@@ -96,3 +100,22 @@ def assert_as_good() -> Callable[[Callable[[], tuple[Tensor, Tensor, Tensor]]], 
         assert stacked.max() <= 1.10, f"largest {stacked.max():.3f}"
 
     return check
+
+
+LEVELS = () if native.obstacle() else native.levels()
+
+
+@pytest.fixture(scope="module", params=LEVELS, ids=lambda level: level.name)
+def level(request: pytest.FixtureRequest) -> Iterator[native.Level]:
+    """Each level of C kernels that this machine can run, in place of the best."""
+    caches = native.library, native.obstacle, native._starter, native_products._library, native_attention._library
+
+    def clear() -> None:
+        for each in caches:
+            each.cache_clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "level", lambda: request.param)
+        clear()
+        yield request.param
+    clear()

@@ -1,4 +1,4 @@
-"""The attention of CPUs with AMX against the float64 reference, in bfloat16."""
+"""The attention in C against the float64 reference, in bfloat16."""
 
 import random
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from braidsdk.kernels import native
 from braidsdk.kernels.attention.flash import flash_attention, plan_flash
 from braidsdk.kernels.attention.native import NativePlan, plan_for_native
 from braidsdk.kernels.attention.plan import plan_request
@@ -14,7 +13,7 @@ from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.rope import RotaryTable
 
-pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+pytestmark = pytest.mark.usefixtures("level")
 
 CPU = torch.device("cpu")
 TOLERANCE = 6e-3

@@ -13,13 +13,13 @@ from braidsdk.kernels import native
 needs_native = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
 
 COUNT = """
-#include "amx.h"
+#include "vectors.h"
 typedef struct { int32_t *seen, *threads; float *out; const float *in; } Arguments;
 void count(void *pointer, int thread, int threads) {
     Arguments *given = pointer;
     given->seen[thread]++;
     *given->threads = threads;
-    if (!thread) _mm512_storeu_ps(given->out, exponential(_mm512_loadu_ps(given->in)));
+    for (int i = 0; !thread && i < 16; i += LANES) store(given->out + i, exponential(load(given->in + i)));
 }
 """
 
@@ -59,7 +59,7 @@ def test_each_thread_of_the_team_runs_once(source: Path, threads: int) -> None:
 
 
 @needs_native
-def test_the_exponential_is_exact_to_float32s_last_digits(source: Path) -> None:
+def test_the_exponential_is_exact_to_float32s_last_digits(source: Path, level: native.Level) -> None:
     for start in range(-100, 88, 4):
         given = torch.linspace(start, start + 4, 16)
         torch.testing.assert_close(run(source, 1, given)[2].double(), given.double().exp(), rtol=3e-7, atol=1e-38)
@@ -126,6 +126,15 @@ def test_an_obstacle_says_what_to_do(environment: dict[str, str], said: str, mon
         native.library.cache_clear()
 
 
-def test_a_cpu_without_amx_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "FEATURES", ("avx512f", "amx_of_tomorrow"))
-    assert "amx_of_tomorrow" in str(native.cpu_obstacle.__wrapped__())
+def test_a_cpu_without_the_lowest_level_is_an_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LEVELS", (native.Level("tomorrow", ("fma", "avx_of_tomorrow")),))
+    native.levels.cache_clear()
+    try:
+        assert "this CPU lacks fma or avx_of_tomorrow" in str(native.cpu_obstacle.__wrapped__())
+    finally:
+        native.levels.cache_clear()
+
+
+def test_levels_are_sorted_and_each_has_what_the_next_one_has() -> None:
+    for better, worse in zip(native.LEVELS, native.LEVELS[1:], strict=False):
+        assert set(worse.features) < set(better.features)

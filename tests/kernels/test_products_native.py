@@ -1,4 +1,4 @@
-"""The linear operations of CPUs with AMX against the float64 references, in bfloat16."""
+"""The linear operations in C against the float64 references, in bfloat16."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from braidsdk.kernels import native
 from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.swiglu import norm_swiglu
 
-pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+pytestmark = pytest.mark.usefixtures("level")
 
 BF16 = torch.bfloat16
 EPS = 1e-6

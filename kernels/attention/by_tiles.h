@@ -1,60 +1,9 @@
-/* Attention over segments of paged memory, for bfloat16: what reference.py computes.
-
-   A task is one KV head and up to COLUMNS query rows of one request, its query heads beside one another: column c is
-   row c / group and query head c % group. It reads the request's pages in place, STEP keys at a time, and keeps one
-   running softmax over all segments:
+/* Attention by the tiles of AMX:
 
      S^T [keys, columns] = K . Q^T    A: keys as they lie in the page; B: Q^T, packed and rotated once per segment
      P = exp2(S - m)                  down the lanes: a lane is a column, so there are no sums across lanes
      O [columns, dims] += P . V       A: P, transposed while it is rounded to bf16; B: V, two keys interleaved */
 #include "../amx.h"
-
-#include <float.h>
-#include <stdatomic.h>
-
-enum {
-    COLUMNS = 128,   /* of a task */
-    STEP = 128,      /* keys of a step at most; pages are whole steps, or smaller than one */
-    MAX_HEAD_DIM = 128,
-    BLOCKS = COLUMNS / 16,
-};
-
-typedef struct {
-    int64_t first_row, rows;
-    int64_t first_segment, segments;
-} Request;
-
-typedef struct {
-    int64_t origin;      /* absolute position of the entry's token 0 */
-    int64_t start, stop; /* tokens of the slice, at least one */
-    const int64_t *pages;
-    const uint8_t *hidden; /* which of its tokens no row sees, or NULL */
-    int64_t angles;        /* where its angles are */
-} Segment;
-
-typedef struct {
-    int64_t request, head, column;
-} Task;
-
-/* What all layers of a pass share. */
-typedef struct {
-    int64_t requests_count, tasks_count, kv_heads, page_size, head_dim, group;
-    const int64_t *positions; /* [tokens] */
-    const Request *requests;
-    const Segment *segments;
-    float *angles; /* of a segment [head_dim / 4, 4, rows]: cosines of dimensions 2 i and 2 i + 1, sines of them */
-    Task *tasks;
-} Plan;
-
-typedef struct {
-    const Plan *plan;
-    const bf16 *queries; /* [tokens, kv_heads * group, head_dim] */
-    bf16 *out;           /* likewise */
-    const bf16 *kv;      /* [2, pool_pages, kv_heads, page_size, head_dim] */
-    int64_t pool_pages;
-    float scale;
-    atomic_long next; /* task that nobody has taken yet */
-} Arguments;
 
 /* Sized so that what each part of a step reads again stays in a core's first cache. */
 typedef struct {
@@ -62,45 +11,17 @@ typedef struct {
     _Alignas(64) uint32_t apart[4][16]; /* else what is read here and written there would look alike to the core */
     _Alignas(64) uint32_t rotated[BLOCKS][MAX_HEAD_DIM / 2][16];
     _Alignas(64) float scores[2][32][16];                /* of 32 keys, for one block or two */
-    _Alignas(64) bf16 weights[BLOCKS][STEP / 32][16][32]; /* P of the current step */
-    _Alignas(64) uint32_t values[STEP / 32][2][16][16];  /* V of the current step, 32 dimensions */
+    _Alignas(64) bf16 weights[BLOCKS][KEYS / 32][16][32]; /* P of the current step */
+    _Alignas(64) uint32_t values[KEYS / 32][2][16][16];  /* V of the current step, 32 dimensions */
     _Alignas(64) float sums[BLOCKS][MAX_HEAD_DIM / 16][16][16];
     _Alignas(64) float highest[BLOCKS][16]; /* m: what scores are taken relative to, in powers of 2 */
     _Alignas(64) float total[BLOCKS][16];
-    _Alignas(64) int32_t limits[BLOCKS][16]; /* keys of the current segment before this one are visible */
-    int64_t lowest_limit[BLOCKS], highest_limit[BLOCKS];
-    uint8_t seen[STEP];   /* of the current step: whether any row may see the key */
-    const char *ahead, *ahead_end; /* what of the next step's keys was not asked for yet, or of its values */
-    const char *then, *then_end;   /* its values, until all keys were */
+    Sight sight;
+    Ahead ahead;
 } Scratch;
 
-static const float NEVER = -FLT_MAX;
 /* The weights of 32 keys may add up to so much before m moves and the sums are scaled anew. */
 static const float MOST = 1024.0f;
-
-/* 2^x to a relative 3e-6, a hundredth of what rounding to bfloat16 does; NaN stays NaN. */
-static inline __m512 power_of_two(__m512 x) {
-    __m512 n = _mm512_roundscale_ps(x, 8);
-    __m512 r = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(9.582853236e-3f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.590642594e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402409862e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931241933e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, n);
-}
-
-/* Ask for some lines of the next step, a few at a time so that memory is read while this one is computed. */
-static inline void fetch_ahead(Scratch *s, const int lines) {
-    if (s->ahead == s->ahead_end) {
-        s->ahead = s->then;
-        s->ahead_end = s->then_end;
-        s->then = s->then_end;
-        if (s->ahead == s->ahead_end) return;
-    }
-    for (int i = 0; i < lines; i++) _mm_prefetch(s->ahead + 64 * i, _MM_HINT_T1);
-    s->ahead += 64 * lines;
-}
 
 /* From v[i] with keys i and 8 + i, v[8 + i] with keys 16 + i and 24 + i, 16 columns of each, to v[column] with all
    keys in order. */
@@ -188,12 +109,12 @@ static inline void take_values(Scratch *s, const bf16 *values, int count, int al
             even = _mm512_loadu_si512(at);
             odd = _mm512_loadu_si512(at + dim);
         } else {
-            even = _mm512_maskz_loadu_epi16(s->seen[key] ? ~0u : 0, at);
-            odd = _mm512_maskz_loadu_epi16(s->seen[key + 1] ? ~0u : 0, at + dim);
+            even = _mm512_maskz_loadu_epi16(s->sight.seen[key] ? ~0u : 0, at);
+            odd = _mm512_maskz_loadu_epi16(s->sight.seen[key + 1] ? ~0u : 0, at + dim);
         }
         _mm512_store_si512(s->values[key / 32][0][key % 32 / 2], _mm512_unpacklo_epi16(even, odd));
         _mm512_store_si512(s->values[key / 32][1][key % 32 / 2], _mm512_unpackhi_epi16(even, odd));
-        if (key % 8 == 0) fetch_ahead(s, 8);
+        if (key % 8 == 0) fetch_ahead(&s->ahead, 8);
     }
 }
 
@@ -214,7 +135,7 @@ static inline void score(Scratch *s, int block, const int two, const bf16 *keys,
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
-        fetch_ahead(s, 16);
+        fetch_ahead(&s->ahead, 16);
     }
     _tile_stored(0, s->scores[0][0], 64);
     _tile_stored(1, s->scores[0][16], 64);
@@ -279,7 +200,7 @@ static inline void weigh(Scratch *s, int slot, int block, int group, float scale
             totals[0] = _mm512_add_ps(totals[0], low);
             totals[1] = _mm512_add_ps(totals[1], high);
             v[i] = rounded(low, high);
-            if (i % 4 == 0) fetch_ahead(s, 4);
+            if (i % 4 == 0) fetch_ahead(&s->ahead, 4);
         }
         const __m512 total = _mm512_add_ps(totals[0], totals[1]);
         if (!_mm512_cmp_ps_mask(total, _mm512_set1_ps(MOST), _CMP_GT_OQ)) {
@@ -313,7 +234,7 @@ static inline void mix(Scratch *s, int block, const int two, int part, int count
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        fetch_ahead(s, 16);
+        fetch_ahead(&s->ahead, 16);
     }
     _tile_stored(0, s->sums[block][2 * part], 64);
     _tile_stored(1, s->sums[block][2 * part + 1], 64);
@@ -341,60 +262,7 @@ static inline void give(const Scratch *s, int block, bf16 *out, int64_t column, 
     }
 }
 
-/* What of a segment each column sees, and the lowest and highest for each block; returns the highest. */
-static inline int64_t look(Scratch *s, const Segment *segment, const int64_t *positions, int64_t column,
-                           int64_t columns, int64_t group) {
-    int64_t highest = 0;
-    for (int block = 0; column + block * 16 < columns; block++) {
-        int64_t low = segment->stop, high = 0;
-        for (int i = 0; i < 16; i++) {
-            int64_t at = column + block * 16 + i;
-            int64_t limit = positions[(at < columns ? at : columns - 1) / group] - segment->origin + 1;
-            limit = limit < segment->start ? 0 : limit < segment->stop ? limit : segment->stop;
-            s->limits[block][i] = (int32_t)limit;
-            low = limit < low ? limit : low;
-            high = limit > high ? limit : high;
-        }
-        s->lowest_limit[block] = low;
-        s->highest_limit[block] = high;
-        highest = high > highest ? high : highest;
-    }
-    return highest;
-}
-
-/* Which keys of a step some row may see; whether that is all of them. */
-static inline int see(Scratch *s, const Segment *segment, int64_t first, int64_t stop, int count) {
-    int all = 1;
-    for (int key = 0; key < count; key++) {
-        const int64_t token = first + key;
-        s->seen[key] = segment->start <= token && token < stop && !(segment->hidden && segment->hidden[token]);
-        all &= s->seen[key];
-    }
-    return all;
-}
-
-/* Where the step after this one is: of this segment from token `last` on, or the next segment's first. */
-static inline void look_ahead(Scratch *s, const Arguments *a, const Request *request, const Segment *segment,
-                              int64_t head, int64_t last, int64_t stop, const int dim) {
-    const Plan *plan = a->plan;
-    const int64_t page_size = plan->page_size;
-    s->ahead = s->ahead_end = s->then = s->then_end = NULL;
-    if (last >= stop) {
-        if (++segment == plan->segments + request->first_segment + request->segments) return;
-        last = segment->start / 32 * 32;
-        stop = segment->stop;
-    }
-    const int64_t inside = last % page_size;
-    int64_t keys = page_size - inside < STEP ? page_size - inside : STEP;
-    keys = keys < stop - last ? keys : (stop - last + 31) / 32 * 32;
-    const bf16 *next = a->kv + ((segment->pages[last / page_size] * plan->kv_heads + head) * page_size + inside) * dim;
-    s->ahead = (const char *)next;
-    s->ahead_end = s->ahead + keys / 32 * dim * 64;
-    s->then = (const char *)(next + a->pool_pages * plan->kv_heads * page_size * dim);
-    s->then_end = s->then + (s->ahead_end - s->ahead);
-}
-
-static inline void attend(const Arguments *a, const Task *task, Scratch *s, const int dim) {
+static inline void attend_by_tiles(const Arguments *a, const Task *task, Scratch *s, const int dim) {
     const Plan *plan = a->plan;
     const Request *request = plan->requests + task->request;
     const int64_t head = task->head, column = task->column, group = plan->group, kv_heads = plan->kv_heads;
@@ -406,7 +274,7 @@ static inline void attend(const Arguments *a, const Task *task, Scratch *s, cons
     const int64_t value_offset = a->pool_pages * kv_heads * page_size * dim;
     const float scale = a->scale * 1.44269504f;
 
-    s->ahead = s->ahead_end = s->then = s->then_end = NULL;
+    s->ahead = (Ahead){0};
     for (int block = 0; block < blocks; block++) {
         take_queries(s, block, a->queries + offset, column + block * 16, columns, group, row_size, dim);
         for (int i = 0; i < dim / 16; i++)
@@ -416,10 +284,10 @@ static inline void attend(const Arguments *a, const Task *task, Scratch *s, cons
     }
     for (int64_t at = 0; at < request->segments; at++) {
         const Segment *segment = plan->segments + request->first_segment + at;
-        const int64_t stop = look(s, segment, positions, column, columns, group);
+        const int64_t stop = look(&s->sight, segment, positions, column, columns, group);
         if (stop <= segment->start) continue;
         rotate(s, blocks, plan->angles + segment->angles, request->rows, column, group, dim);
-        const int64_t size = page_size < STEP ? page_size : STEP;
+        const int64_t size = page_size < KEYS ? page_size : KEYS;
         for (int64_t first = segment->start / 32 * 32; first < stop;) {
             const int64_t page = first / page_size, inside = first % page_size;
             int64_t last = (first / size + 1) * size; /* whole groups of 32 keys, to the step's end or the last seen */
@@ -427,8 +295,8 @@ static inline void attend(const Arguments *a, const Task *task, Scratch *s, cons
             const int count = (int)(last - first);
             const int64_t tile = (segment->pages[page] * kv_heads + head) * page_size + inside;
             const bf16 *keys = a->kv + tile * dim, *values = keys + value_offset;
-            look_ahead(s, a, request, segment, head, last, stop, dim);
-            const int all_seen = see(s, segment, first, stop, count);
+            s->ahead = look_ahead(a, request, segment, head, last, stop, dim);
+            const int all_seen = see(&s->sight, segment, first, stop, count);
             for (int group = 0; group < count / 32; group++)
                 for (int block = 0; block < blocks; block += 2) {
                     const int two = block + 1 < blocks;
@@ -438,10 +306,10 @@ static inline void attend(const Arguments *a, const Task *task, Scratch *s, cons
                     else
                         score(s, block, 0, at, dim);
                     for (int slot = 0; slot < 1 + two; slot++) {
-                        if (all_seen && last <= s->lowest_limit[block + slot]) {
+                        if (all_seen && last <= s->sight.lowest_limit[block + slot]) {
                             weigh(s, slot, block + slot, group, scale, 0, dim);
                         } else {
-                            hide(s->scores[slot], s->limits[block + slot], s->seen + group * 32, first + group * 32);
+                            hide(s->scores[slot], s->sight.limits[block + slot], s->sight.seen + group * 32, first + group * 32);
                             weigh(s, slot, block + slot, group, scale, 1, dim);
                         }
                     }
@@ -460,58 +328,4 @@ static inline void attend(const Arguments *a, const Task *task, Scratch *s, cons
     }
     for (int block = 0; block < blocks; block++)
         give(s, block, a->out + offset, column + block * 16, columns, group, row_size, dim);
-}
-
-/* Attention of all requests; the threads take the plan's tasks in order. */
-void attention(void *pointer, int thread, int threads) {
-    Arguments *a = pointer;
-    Scratch scratch;
-    (void)thread;
-    (void)threads;
-    const unsigned state = _mm_getcsr();
-    _mm_setcsr(state | 0x8040); /* numbers below 2^-126 are zero: else each costs the core a detour of 100 cycles */
-    full_tiles();
-    for (long next; (next = atomic_fetch_add(&a->next, 1)) < a->plan->tasks_count;) {
-        const Task *task = a->plan->tasks + next;
-        if (a->plan->head_dim == 128)
-            attend(a, task, &scratch, 128);
-        else if (a->plan->head_dim == 64)
-            attend(a, task, &scratch, 64);
-        else
-            attend(a, task, &scratch, (int)a->plan->head_dim);
-    }
-    _tile_release();
-    _mm_setcsr(state);
-}
-
-/* Fill in a plan's angles and tasks. Tables: [table_rows, head_dim / 2]. Gives the highest page id; -1 if some position
-   in a segment's frame is not in the tables, -2 if some page id is negative. */
-int64_t attention_plan(const Plan *plan, const float *cosines, const float *sines, int64_t table_rows) {
-    const int64_t half = plan->head_dim / 2;
-    int64_t highest = 0, tasks = 0;
-    for (int64_t at = 0; at < plan->requests_count; at++) {
-        const Request *request = plan->requests + at;
-        for (int64_t head = 0; head < plan->kv_heads; head++)
-            for (int64_t column = 0; column < request->rows * plan->group; column += COLUMNS)
-                plan->tasks[tasks++] = (Task){at, head, column};
-        for (int64_t index = 0; index < request->segments; index++) {
-            const Segment *segment = plan->segments + request->first_segment + index;
-            for (int64_t page = segment->start / plan->page_size; page * plan->page_size < segment->stop; page++) {
-                if (segment->pages[page] < 0) return -2;
-                highest = segment->pages[page] > highest ? segment->pages[page] : highest;
-            }
-            for (int64_t row = 0; row < request->rows; row++) {
-                /* A row before a segment's frame sees none of its keys, so any rotation will do. */
-                int64_t position = plan->positions[request->first_row + row] - segment->origin;
-                position = position < 0 ? 0 : position;
-                if (position >= table_rows) return -1;
-                float *angles = plan->angles + segment->angles + row;
-                for (int64_t i = 0; i < half; i++) {
-                    angles[(i / 2 * 4 + i % 2) * request->rows] = cosines[position * half + i];
-                    angles[(i / 2 * 4 + i % 2 + 2) * request->rows] = sines[position * half + i];
-                }
-            }
-        }
-    }
-    return highest;
 }
