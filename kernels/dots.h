@@ -98,7 +98,7 @@ INLINE void dots_of(const int rows, const bf16 *const others[4], const bf16 *con
         for (int o = 0; o < 4; o++) {
             step values = stepped(load_step(others[o] + k));
             if (next)
-                _mm_prefetch((const char *)(next[o] + k), _MM_HINT_T0);
+                _mm_prefetch((const char *)(next[o] + k), _MM_HINT_T1);
             for (int r = 0; r < rows; r++)
                 sums[r][o] = add_products(sums[r][o], x + r * x_row + k, values);
         }

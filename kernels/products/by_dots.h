@@ -7,7 +7,8 @@
    128th of the group's largest is exact. Products of a group are added as integers, those sums are scaled and added. */
 
 enum {
-    OUTPUTS = 4,        /* rows of the weight at once */
+    OUTPUTS = 4,            /* rows of the weight at once */
+    AHEAD_BYTES = 1 << 13,  /* of the weight, at least, from what is read to what is asked for */
     BLOCK_BYTES = 5 << 17, /* of rows of x: they stay in the L2 cache while the weight passes by */
 #ifdef __AVX512F__
     INT8_ROWS = 3, /* rows of x at once, with two vectors for each sum */
@@ -109,11 +110,23 @@ static void prepare(const Arguments *a, const Rows *s, int64_t start, int64_t co
     }
 }
 
-/* OUTPUTS rows of the weight, those after them, which are asked for, and scales. */
+/* OUTPUTS rows of the weight, those that are asked for meanwhile, and scales. */
 typedef struct {
     const void *row[OUTPUTS], *next[OUTPUTS];
     const float *scales[OUTPUTS];
 } Weight;
+
+static Weight weight_at(const Arguments *a, int64_t first) {
+    int64_t bytes = OUTPUTS * a->columns * (a->weight[0].scales ? 1 : 2);
+    int64_t later = OUTPUTS * ((AHEAD_BYTES + bytes - 1) / bytes);
+    const float *scales;
+    Weight w;
+    for (int o = 0; o < OUTPUTS; o++) {
+        w.row[o] = weight_row(a, first + o, w.scales + o, 0);
+        w.next[o] = weight_row(a, first + later + o, &scales, 0);
+    }
+    return w;
+}
 
 /* INT8_STEP int8 as 16-bit numbers. */
 INLINE ivec load_int8(const int8_t *from) {
@@ -140,7 +153,7 @@ INLINE ivec add_fixed(ivec sums, const int16_t *x, ivec w) {
 #endif
 }
 
-INLINE void multiply_fixed(const int rows, const Weight *w, const Rows *s, int64_t row, int64_t columns, float *to,
+INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, const Rows *s, int64_t row, int64_t columns, float *to,
                            int64_t width) {
     vec sums[INT8_ROWS][OUTPUTS];
     const int8_t *weight[OUTPUTS];
@@ -160,8 +173,8 @@ INLINE void multiply_fixed(const int rows, const Weight *w, const Rows *s, int64
         for (; k + INT8_STEP <= last; k += INT8_STEP)
             for (int o = 0; o < OUTPUTS; o++) {
                 ivec values = load_int8(weight[o] + k);
-                if (k % LINE == 0)
-                    _mm_prefetch((const char *)w->next[o] + k, _MM_HINT_T0);
+                if (asking && k % LINE == 0)
+                    _mm_prefetch((const char *)w->next[o] + k, _MM_HINT_T1);
                 for (int r = 0; r < rows; r++)
                     parts[r][o] = add_fixed(parts[r][o], x + r * s->padded + k, values);
             }
@@ -180,30 +193,32 @@ INLINE void multiply_fixed(const int rows, const Weight *w, const Rows *s, int64
         _mm_storeu_ps(to + r * width, four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
 }
 
+/* Likewise for as many rows as there are, INT8_ROWS at most. */
+INLINE void multiply_fixed_rows(int64_t rows, const int asking, const Weight *w, const Rows *s, int64_t row,
+                                int64_t columns, float *to, int64_t width) {
+    switch (least(rows, INT8_ROWS)) {
+    case 1: multiply_fixed(1, asking, w, s, row, columns, to, width); break;
+    case 2: multiply_fixed(2, asking, w, s, row, columns, to, width); break;
+#ifdef __AVX512F__
+    case 3: multiply_fixed(3, asking, w, s, row, columns, to, width); break;
+#endif
+    }
+}
+
 /* Products of all prepared rows with OUTPUTS rows of the weight, from row `first` on: OUTPUTS columns of `to`. */
 static void outputs_of_rows(const Arguments *a, const Rows *s, int64_t count, int64_t first, float *to) {
     int64_t width = unit_width(a), row = 0;
-    Weight w;
-    for (int o = 0; o < OUTPUTS; o++) {
-        w.row[o] = weight_row(a, first + o, w.scales + o, 0);
-        const float *scales;
-        w.next[o] = weight_row(a, first + OUTPUTS + o, &scales, 0);
-    }
+    const Weight w = weight_at(a, first);
     if (a->weight[0].scales) {
-        for (; row < count; row += INT8_ROWS) {
-            float *at = to + row * width;
-            if (count - row == 1)
-                multiply_fixed(1, &w, s, row, a->columns, at, width);
-            else if (count - row == 2 || INT8_ROWS == 2)
-                multiply_fixed(2, &w, s, row, a->columns, at, width);
-            else
-                multiply_fixed(INT8_ROWS, &w, s, row, a->columns, at, width);
-        }
+        multiply_fixed_rows(count, 1, &w, s, 0, a->columns, to, width);
+        for (row = INT8_ROWS; row < count; row += INT8_ROWS)
+            multiply_fixed_rows(count - row, 0, &w, s, row, a->columns, to + row * width, width);
         return;
     }
-    for (; row < count; row += DOT_ROWS)
-        dots_of_rows(count - row, (const bf16 *const *)w.row, (const bf16 *const *)w.next, s->x + row * s->padded,
-                     s->padded, a->columns, to + row * width, width);
+    const bf16 *const *at = (const bf16 *const *)w.row, *const *next = (const bf16 *const *)w.next;
+    dots_of_rows(count, at, next, s->x, s->padded, a->columns, to, width);
+    for (row = DOT_ROWS; row < count; row += DOT_ROWS)
+        dots_of_rows(count - row, at, 0, s->x + row * s->padded, s->padded, a->columns, to + row * width, width);
 }
 
 static void products_by_dots(const Arguments *a, char *scratch, int thread, int threads) {
