@@ -102,11 +102,12 @@ INLINE void dots_of(const int rows, const bf16 *const others[4], const bf16 *con
             for (int r = 0; r < rows; r++)
                 sums[r][o] = add_products(sums[r][o], x + r * x_row + k, values);
         }
-    for (int o = 0; k < count && o < 4; o++) {
-        step values = stepped(load_step_of(others[o] + k, count - k));
-        for (int r = 0; r < rows; r++)
-            sums[r][o] = add_products(sums[r][o], x + r * x_row + k, values);
-    }
+    if (k < count)
+        for (int o = 0; o < 4; o++) {
+            step values = stepped(load_step_of(others[o] + k, count - k));
+            for (int r = 0; r < rows; r++)
+                sums[r][o] = add_products(sums[r][o], x + r * x_row + k, values);
+        }
     for (int r = 0; r < rows; r++)
         _mm_storeu_ps(to + r * to_row, four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
 }

@@ -20,10 +20,10 @@ enum {
 
 /* One thread's rows of x: one of the two. */
 typedef struct {
-    int64_t padded, groups;
+    int64_t padded, apart, groups;
     bf16 *normed;     /* [padded] */
-    operand *x;       /* [rows, padded] */
-    int16_t *fixed;   /* [rows, padded] */
+    operand *x;       /* [rows, apart]; some more than padded: rows a power of 2 apart would share a few cache lines */
+    int16_t *fixed;   /* [rows, apart] */
     float *fixed_one; /* [rows, groups]: what 1 stands for */
     float *unit;      /* [rows, width of a unit] */
 } Rows;
@@ -44,11 +44,12 @@ static int64_t rows_at_once(const Arguments *a) { return round_up(least(a->rows,
 
 static Rows rows_in(const Arguments *a, char *scratch, int64_t *bytes) {
     int64_t rows = rows_at_once(a), padded = padded_columns(a), groups = (a->columns + GROUP - 1) / GROUP;
-    Rows s = {padded, groups, 0, 0, 0, 0, 0};
+    int64_t apart = padded + LINE / operand_bytes(a);
+    Rows s = {padded, apart, groups, 0, 0, 0, 0, 0};
     char *at = scratch;
     s.x = (operand *)at;
     s.fixed = (int16_t *)at;
-    at += round_up(rows * padded * operand_bytes(a), LINE);
+    at += rows * apart * operand_bytes(a);
     s.unit = (float *)at;
     at += rows * unit_width(a) * (int64_t)sizeof(float);
     s.fixed_one = (float *)at;
@@ -104,9 +105,9 @@ static void prepare(const Arguments *a, const Rows *s, int64_t start, int64_t co
     for (int64_t row = 0; row < count; row++) {
         prepare_row(a, start + row, s->normed, s->padded);
         if (a->weight[0].scales)
-            fix(s->normed, a->columns, s->padded, s->fixed + row * s->padded, s->fixed_one + row * s->groups);
+            fix(s->normed, a->columns, s->padded, s->fixed + row * s->apart, s->fixed_one + row * s->groups);
         else
-            lay_out(s->normed, s->x + row * s->padded, s->padded);
+            lay_out(s->normed, s->x + row * s->apart, s->padded);
     }
 }
 
@@ -157,7 +158,7 @@ INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, co
                            int64_t width) {
     vec sums[INT8_ROWS][OUTPUTS];
     const int8_t *weight[OUTPUTS];
-    const int16_t *x = s->fixed + row * s->padded;
+    const int16_t *x = s->fixed + row * s->apart;
     const float *one = s->fixed_one + row * s->groups;
     for (int o = 0; o < OUTPUTS; o++) {
         weight[o] = w->row[o];
@@ -176,13 +177,13 @@ INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, co
                 if (asking && k % LINE == 0)
                     _mm_prefetch((const char *)w->next[o] + k, _MM_HINT_T1);
                 for (int r = 0; r < rows; r++)
-                    parts[r][o] = add_fixed(parts[r][o], x + r * s->padded + k, values);
+                    parts[r][o] = add_fixed(parts[r][o], x + r * s->apart + k, values);
             }
         if (k < last)
             for (int o = 0; o < OUTPUTS; o++) {
                 ivec values = load_int8_of(weight[o] + k, last - k);
                 for (int r = 0; r < rows; r++)
-                    parts[r][o] = add_fixed(parts[r][o], x + r * s->padded + k, values);
+                    parts[r][o] = add_fixed(parts[r][o], x + r * s->apart + k, values);
             }
         for (int o = 0; o < OUTPUTS; o++)
             for (int r = 0; r < rows; r++)
@@ -216,9 +217,9 @@ static void outputs_of_rows(const Arguments *a, const Rows *s, int64_t count, in
         return;
     }
     const bf16 *const *at = (const bf16 *const *)w.row, *const *next = (const bf16 *const *)w.next;
-    dots_of_rows(count, at, next, s->x, s->padded, a->columns, to, width);
+    dots_of_rows(count, at, next, s->x, s->apart, a->columns, to, width);
     for (row = DOT_ROWS; row < count; row += DOT_ROWS)
-        dots_of_rows(count - row, at, 0, s->x + row * s->padded, s->padded, a->columns, to + row * width, width);
+        dots_of_rows(count - row, at, 0, s->x + row * s->apart, s->apart, a->columns, to + row * width, width);
 }
 
 static void products_by_dots(const Arguments *a, char *scratch, int thread, int threads) {
