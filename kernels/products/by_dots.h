@@ -15,6 +15,7 @@ enum {
 #else
     INT8_ROWS = 2,
 #endif
+    MANY_ROWS = 7,    /* by measurement */
     INT8_STEP = STEP, /* int8 that are read at once; they fill a vector when they are 16 bits wide */
 };
 
@@ -26,13 +27,21 @@ typedef struct {
     int16_t *fixed;   /* [rows, apart] */
     float *fixed_one; /* [rows, groups]: what 1 stands for */
     float *unit;      /* [rows, width of a unit] */
+    bf16 *widened;    /* [OUTPUTS, padded]: of a weight in int8 */
 } Rows;
 
 static int64_t padded_columns(const Arguments *a) { return round_up(a->columns, STEP); }
 
-static int64_t operand_bytes(const Arguments *a) {
-    return a->weight[0].scales ? sizeof(int16_t) : sizeof(operand);
+/* Whether x meets a weight in int8 as fixed point. Where the CPU multiplies bf16, many rows are worth a weight in it. */
+static int in_fixed_point(const Arguments *a) {
+#ifdef __AVX512BF16__
+    return a->weight[0].scales && a->rows < MANY_ROWS;
+#else
+    return a->weight[0].scales != 0;
+#endif
 }
+
+static int64_t operand_bytes(const Arguments *a) { return in_fixed_point(a) ? sizeof(int16_t) : sizeof(operand); }
 
 /* Rows of x that are computed together. */
 static int64_t most_rows(const Arguments *a) {
@@ -45,7 +54,7 @@ static int64_t rows_at_once(const Arguments *a) { return round_up(least(a->rows,
 static Rows rows_in(const Arguments *a, char *scratch, int64_t *bytes) {
     int64_t rows = rows_at_once(a), padded = padded_columns(a), groups = (a->columns + GROUP - 1) / GROUP;
     int64_t apart = padded + LINE / operand_bytes(a);
-    Rows s = {padded, apart, groups, 0, 0, 0, 0, 0};
+    Rows s = {padded, apart, groups, 0, 0, 0, 0, 0, 0};
     char *at = scratch;
     s.x = (operand *)at;
     s.fixed = (int16_t *)at;
@@ -56,6 +65,8 @@ static Rows rows_in(const Arguments *a, char *scratch, int64_t *bytes) {
     at += round_up(rows * groups * (int64_t)sizeof(float), LINE);
     s.normed = (bf16 *)at;
     at += padded * (int64_t)sizeof(bf16);
+    s.widened = (bf16 *)at;
+    at += OUTPUTS * padded * (int64_t)sizeof(bf16);
     *bytes = at - scratch;
     return s;
 }
@@ -104,7 +115,7 @@ static void fix(const bf16 *x, int64_t columns, int64_t padded, int16_t *to, flo
 static void prepare(const Arguments *a, const Rows *s, int64_t start, int64_t count) {
     for (int64_t row = 0; row < count; row++) {
         prepare_row(a, start + row, s->normed, s->padded);
-        if (a->weight[0].scales)
+        if (in_fixed_point(a))
             fix(s->normed, a->columns, s->padded, s->fixed + row * s->apart, s->fixed_one + row * s->groups);
         else
             lay_out(s->normed, s->x + row * s->apart, s->padded);
@@ -154,7 +165,7 @@ INLINE ivec add_fixed(ivec sums, const int16_t *x, ivec w) {
 #endif
 }
 
-INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, const Rows *s, int64_t row, int64_t columns, float *to,
+INLINE void multiply_fixed(const int rows, const Weight *w, const void *const *next, const Rows *s, int64_t row, int64_t columns, float *to,
                            int64_t width) {
     vec sums[INT8_ROWS][OUTPUTS];
     const int8_t *weight[OUTPUTS];
@@ -174,8 +185,8 @@ INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, co
         for (; k + INT8_STEP <= last; k += INT8_STEP)
             for (int o = 0; o < OUTPUTS; o++) {
                 ivec values = load_int8(weight[o] + k);
-                if (asking && k % LINE == 0)
-                    _mm_prefetch((const char *)w->next[o] + k, _MM_HINT_T1);
+                if (next && k % LINE == 0)
+                    _mm_prefetch((const char *)next[o] + k, _MM_HINT_T1);
                 for (int r = 0; r < rows; r++)
                     parts[r][o] = add_fixed(parts[r][o], x + r * s->apart + k, values);
             }
@@ -187,39 +198,79 @@ INLINE void multiply_fixed(const int rows, const int asking, const Weight *w, co
             }
         for (int o = 0; o < OUTPUTS; o++)
             for (int r = 0; r < rows; r++)
-                sums[r][o] = multiply_add(from_integers(parts[r][o]),
-                                          all(w->scales[o][group] * one[r * s->groups + group]), sums[r][o]);
+                sums[r][o] = multiply_add(from_integers(parts[r][o]) * all(one[r * s->groups + group]),
+                                          all(w->scales[o][group]), sums[r][o]);
     }
     for (int r = 0; r < rows; r++)
         _mm_storeu_ps(to + r * width, four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3]));
 }
 
 /* Likewise for as many rows as there are, INT8_ROWS at most. */
-INLINE void multiply_fixed_rows(int64_t rows, const int asking, const Weight *w, const Rows *s, int64_t row,
+INLINE void multiply_fixed_rows(int64_t rows, const Weight *w, const void *const *next, const Rows *s, int64_t row,
                                 int64_t columns, float *to, int64_t width) {
     switch (least(rows, INT8_ROWS)) {
-    case 1: multiply_fixed(1, asking, w, s, row, columns, to, width); break;
-    case 2: multiply_fixed(2, asking, w, s, row, columns, to, width); break;
+    case 1: multiply_fixed(1, w, next, s, row, columns, to, width); break;
+    case 2: multiply_fixed(2, w, next, s, row, columns, to, width); break;
 #ifdef __AVX512F__
-    case 3: multiply_fixed(3, asking, w, s, row, columns, to, width); break;
+    case 3: multiply_fixed(3, w, next, s, row, columns, to, width); break;
 #endif
     }
 }
 
+#ifdef __AVX512BF16__
+/* OUTPUTS rows of a weight in int8 as bf16, to `to`. */
+static void widen_weight(Weight *w, int64_t columns, int64_t padded, bf16 *to) {
+    for (int o = 0; o < OUTPUTS; o++, to += padded) {
+        const int8_t *from = w->row[o];
+        for (int64_t k = 0; k < columns; k += LANES) {
+            __m128i some = _mm_maskz_loadu_epi8(lanes(columns - k), from + k);
+            store_bf16(to + k, from_integers(_mm512_cvtepi8_epi32(some)) * all(w->scales[o][k / GROUP]));
+        }
+        w->row[o] = to;
+    }
+}
+#endif
+
+/* Rows `row` and on are the `part`-th of `parts` that meet the same rows of the weight; each of the first few parts has
+   some of what comes next asked for: else what is there already, the row itself. */
+static const void *const *asked(const Weight *w, int64_t part, int64_t parts, const void *there, const void **next) {
+    if (part >= OUTPUTS)
+        return 0;
+    for (int o = 0; o < OUTPUTS; o++)
+        next[o] = o * least(parts, OUTPUTS) / OUTPUTS == part ? w->next[o] : there;
+    return next;
+}
+
 /* Products of all prepared rows with OUTPUTS rows of the weight, from row `first` on: OUTPUTS columns of `to`. */
 static void outputs_of_rows(const Arguments *a, const Rows *s, int64_t count, int64_t first, float *to) {
-    int64_t width = unit_width(a), row = 0;
-    const Weight w = weight_at(a, first);
-    if (a->weight[0].scales) {
-        multiply_fixed_rows(count, 1, &w, s, 0, a->columns, to, width);
-        for (row = INT8_ROWS; row < count; row += INT8_ROWS)
-            multiply_fixed_rows(count - row, 0, &w, s, row, a->columns, to + row * width, width);
-        return;
+    int64_t width = unit_width(a), columns = a->columns, at_once = in_fixed_point(a) ? INT8_ROWS : DOT_ROWS;
+    int64_t parts = (count + at_once - 1) / at_once, row = 0;
+    Weight w = weight_at(a, first);
+#ifdef __AVX512BF16__
+    if (a->weight[0].scales && !in_fixed_point(a))
+        widen_weight(&w, columns, s->padded, s->widened);
+#endif
+    for (int64_t part = 0; part < parts; part++) {
+        int64_t some = (count - row + parts - part - 1) / (parts - part);
+        float *results = to + row * width;
+        const void *next[OUTPUTS];
+        if (in_fixed_point(a)) {
+            const void *const *ahead = asked(&w, part, parts, s->fixed + row * s->apart, next);
+            if (ahead)
+                multiply_fixed_rows(some, &w, ahead, s, row, columns, results, width);
+            else
+                multiply_fixed_rows(some, &w, 0, s, row, columns, results, width);
+        } else {
+            const operand *x = s->x + row * s->apart;
+            const void *const *ahead = asked(&w, part, parts, x, next);
+            const bf16 *const *rows = (const bf16 *const *)w.row;
+            if (ahead)
+                dots_of_rows(some, rows, (const bf16 *const *)ahead, x, s->apart, columns, results, width);
+            else
+                dots_of_rows(some, rows, 0, x, s->apart, columns, results, width);
+        }
+        row += some;
     }
-    const bf16 *const *at = (const bf16 *const *)w.row, *const *next = (const bf16 *const *)w.next;
-    dots_of_rows(count, at, next, s->x, s->apart, a->columns, to, width);
-    for (row = DOT_ROWS; row < count; row += DOT_ROWS)
-        dots_of_rows(count - row, at, 0, s->x + row * s->apart, s->apart, a->columns, to + row * width, width);
 }
 
 static void products_by_dots(const Arguments *a, char *scratch, int thread, int threads) {
