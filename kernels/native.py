@@ -126,7 +126,7 @@ def obstacle() -> str | None:
 
 @cache
 def library(source: Path) -> ctypes.CDLL:
-    """A C file's functions, compiled for this CPU unless it was before. It may include our headers, and those beside it.
+    """A C file's functions, compiled for this CPU unless it was before. It may include our headers and those beside it.
 
     Raises:
         RuntimeError: there is no C compiler, it does not compile, or what it makes can't be kept.

@@ -16,6 +16,7 @@ from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
+from braidsdk.kernels.weight import whole
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
 from braidsdk.models.config import EMBEDDING, HEAD, NORM, CheckpointConfig, switched_off, weight_shapes
 from braidsdk.models.weights import Weights, WeightsWarning
@@ -149,7 +150,10 @@ class Decoder:
                 down=linear(backends.out_proj, f"{mlp}.down_proj.weight"),
             )
 
-        embedding = take(EMBEDDING)
+        def take_mapped(name: str) -> Tensor:
+            return whole(weights.take([name], dtype, device, mapped=True))
+
+        embedding = take_mapped(EMBEDDING)
         layers = tuple(layer(index) for index in range(numbers.layers))
         wide = torch.promote_types(dtype, torch.float32)
         return cls(
@@ -159,7 +163,7 @@ class Decoder:
             embedding=embedding,
             layers=layers,
             norm=take(NORM),
-            head=embedding if tied else take(HEAD),
+            head=embedding if tied else take_mapped(HEAD),
             fingerprint=_fingerprint(weights.finish(), config.eps),
             backends=backends,
         )

@@ -196,7 +196,7 @@ class GGUFWeights(Weights):
         }
         self._stamp = stamp(self._files)
         self._known = recall(fingerprints, self._stamp) if fingerprints else None
-        self._digests, self._not_finite, self._absurd = {}, [], []
+        self._maps, self._digests, self._not_finite, self._absurd = {}, {}, [], []
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
         """The dtype that a weight is stored in; bfloat16 for one that is quantised. None if it is not there."""
@@ -204,6 +204,23 @@ class GGUFWeights(Weights):
 
     def _reads(self, _code: str) -> bool:
         return True  # the package gguf says what it can't dequantise
+
+    def _is_mappable(self, name: str, dtype: torch.dtype, device: torch.device) -> bool:
+        return not self._pairs(name) and super()._is_mappable(name, dtype, device)
+
+    def _inspect(self, name: str, values: Tensor) -> None:
+        self._digests[name] = self._digest(name)
+        self._judge(name, _largest(values), values.dtype)
+
+    def _pairs(self, name: str) -> int:
+        """The heads of a weight that llama.cpp stores with RoPE's pairs as neighbours, where transformers pairs the
+        halves of a head. 0 for a weight that both store alike."""
+        return self._heads.get(name.split(".")[-2], 0) if self._interleaved else 0
+
+    def _digest(self, name: str) -> str:
+        stored = self._stored[name]
+        kind = f"{name} {stored.code} {list(stored.shape)}".encode()
+        return xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(self._tensors[name].data.tobytes()))
 
     def _read(self, name: str, target: Tensor) -> None:
         from gguf import dequantize
@@ -217,15 +234,17 @@ class GGUFWeights(Weights):
                 f"{str(error)[:200]}. Install a newer one, or use a file of another quantisation."
             ) from error
         if not self._known:
-            kind = f"{name} {stored.code} {list(stored.shape)}".encode()
-            self._digests[name] = xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(tensor.data.tobytes()))
+            self._digests[name] = self._digest(name)
         whole = torch.from_numpy(values).view(stored.shape)
-        heads = self._heads.get(name.split(".")[-2], 0) if self._interleaved else 0
-        if heads:  # llama.cpp pairs neighbouring dimensions for RoPE, transformers the halves of a head
+        if heads := self._pairs(name):
             whole = whole.view(heads, -1, 2, *whole.shape[1:]).transpose(1, 2).reshape(stored.shape)
         target.copy_(whole.view(-1))
-        largest = float(whole.abs().max()) if whole.isfinite().all() else float("inf")
-        self._judge(name, largest, target.dtype)
+        self._judge(name, _largest(whole), target.dtype)
+
+
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; infinity where one is not finite."""
+    return float(values.abs().max()) if values.isfinite().all() else float("inf")
 
 
 def _name(name: str) -> str:

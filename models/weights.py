@@ -1,17 +1,23 @@
 """Reads a checkpoint's safetensors files, strictly and in bounded memory.
 
-All names and shapes are checked before a weight is read. Bytes go from the file into the packed tensor in pieces, with
-plain reads. A mapped file would count twice in memory, and one that is truncated while it is read would kill the
-process.
+All names and shapes are checked before a weight is read. A weight that is computed in the dtype that it is stored in
+may be mapped: it stays in the file, and processes that map the same file share its memory. Other weights are read into
+tensors in pieces.
+
+A mapped file must keep its content while a process has it open. A file that is overwritten in place changes the model,
+and one that is truncated ends the process with SIGBUS. Neither can be caught. So replace a checkpoint's file by
+renaming a new one over it: the old file stays there until nobody maps it.
 """
 
 import itertools
 import json
+import math
+import mmap
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import xxhash
@@ -20,6 +26,7 @@ from torch import Tensor
 
 from braidsdk.errors import ModelNotFoundError, WeightsError
 from braidsdk.kernels.memory import empty
+from braidsdk.kernels.weight import Rows, Weight
 from braidsdk.models.fingerprints import recall, remember, stamp
 
 PIECE_BYTES = 4 << 20
@@ -93,6 +100,7 @@ class Weights:
         self._known = recall(fingerprints, self._stamp) if fingerprints else None
         # One buffer for all reads leaves no holes in the heap.
         self._buffer = torch.frombuffer(bytearray(PIECE_BYTES), dtype=torch.uint8)
+        self._maps: dict[Path, mmap.mmap] = {}
         self._digests: dict[str, str] = {}
         self._not_finite: list[str] = []
         self._absurd: list[str] = []
@@ -143,12 +151,29 @@ class Weights:
         if spare := [repr(name) for name in sorted(self._stored.keys() & set(unused))]:
             self._warn(f"{self.path} holds weights that its config.json switches off; they are not used", spare)
 
-    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Tensor:
+    @overload
+    def take(
+        self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool) -> Weight: ...
+
+    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool = False) -> Weight:
         """Read the named tensors, and stack them along their first dimension in this order. Call `expect` first.
+
+        Args:
+            names: the weights.
+            dtype, device: what is wanted.
+            mapped: leave them in their files if they lie there as they are wanted. Several of them are `Rows` then.
+                Write to none of them.
 
         Raises:
             WeightsError: a file can't be read or ends early.
         """
+        if mapped and all(self._is_mappable(name, dtype, device) for name in names):
+            views = tuple(map(self._view, names))
+            return views[0] if len(views) == 1 else Rows(views)
         parts = [self._stored[name] for name in names]
         packed = empty((sum(part.shape[0] for part in parts), *parts[0].shape[1:]), dtype, device)
         for name, rows in zip(names, packed.split([part.shape[0] for part in parts]), strict=True):
@@ -185,6 +210,41 @@ class Weights:
             remember(self._remembered, self._stamp, self._files, fingerprint)
         return fingerprint
 
+    def _is_mappable(self, name: str, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether a weight lies in its file as it is wanted."""
+        stored = self._stored[name]
+        return device.type == "cpu" and _DTYPES.get(stored.code) == dtype and stored.start % dtype.itemsize == 0
+
+    def _view(self, name: str) -> Tensor:
+        """A stored weight in its mapped file."""
+        stored = self._stored[name]
+        try:
+            file = self._map(stored.path)
+            if stored.start + stored.nbytes > file.size():  # its size now
+                raise _cut_short(stored.path, name)
+        except (OSError, ValueError) as error:  # ValueError: nothing is left of it
+            raise _unreadable(stored.path, error) from error
+        values = torch.frombuffer(file, dtype=stored.dtype, count=math.prod(stored.shape), offset=stored.start)
+        if not self._known:
+            self._inspect(name, values)
+        return values.view(stored.shape)
+
+    def _inspect(self, name: str, values: Tensor) -> None:
+        """Hash and check a weight where it lies, flat."""
+        seen = _Seen(name, self._stored[name])
+        for piece in values.split(PIECE_BYTES // values.itemsize):
+            seen.add(piece)
+        self._note(name, seen, values.dtype)
+
+    def _map(self, path: Path) -> mmap.mmap:
+        """A file in memory. What is written there would be a copy and leave the file as it is."""
+        if path not in self._maps:
+            with path.open("rb") as file:
+                self._maps[path] = memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if hasattr(mmap, "MADV_WILLNEED"):
+                memory.madvise(mmap.MADV_WILLNEED)  # the system reads ahead
+        return self._maps[path]
+
     def _read(self, name: str, target: Tensor) -> None:
         """Fill `target`, which is flat, with a stored weight. Hash and check it unless the same files were read
         before."""
@@ -192,8 +252,7 @@ class Weights:
         direct = target.device.type == "cpu" and target.dtype == stored.dtype
         step = PIECE_BYTES // stored.dtype.itemsize
         buffer = self._buffer.view(stored.dtype)
-        digest = xxhash.xxh3_128(f"{name} {stored.dtype} {list(stored.shape)}".encode())
-        largest = torch.zeros((), dtype=torch.float64)
+        seen = None if self._known else _Seen(name, stored)
         try:
             with stored.path.open("rb") as file:
                 file.seek(stored.start)
@@ -201,17 +260,19 @@ class Weights:
                     values = piece if direct else buffer[: piece.numel()]
                     data = values.view(torch.uint8).numpy().data
                     if file.readinto(data) != data.nbytes:
-                        raise WeightsError(f"{stored.path} is cut short within {name!r}. Copy the checkpoint again.")
-                    if not self._known:
-                        digest.update(data)
-                        low, high = torch.aminmax(values)
-                        largest = torch.maximum(largest, torch.maximum(-low, high).double())  # NaN stays NaN
+                        raise _cut_short(stored.path, name)
+                    if seen:
+                        seen.add(values)
                     if not direct:
                         piece.copy_(values)
         except OSError as error:
-            raise WeightsError(f"{stored.path} can't be read: {error}. Copy the checkpoint again.") from error
-        self._digests[name] = digest.hexdigest()
-        self._judge(name, float(largest), target.dtype)
+            raise _unreadable(stored.path, error) from error
+        if seen:
+            self._note(name, seen, target.dtype)
+
+    def _note(self, name: str, seen: "_Seen", dtype: torch.dtype) -> None:
+        self._digests[name] = seen.digest.hexdigest()
+        self._judge(name, float(seen.largest), dtype)
 
     def _judge(self, name: str, largest: float, dtype: torch.dtype) -> None:
         """Note a weight whose largest magnitude is not finite in this dtype, or absurd."""
@@ -222,6 +283,32 @@ class Weights:
 
     def _warn(self, what: str, names: Sequence[str]) -> None:
         warnings.warn(f"{what}: {_listed(names)}.", WeightsWarning, stacklevel=6)
+
+
+class _Seen:
+    """What is found out about a weight while it passes in pieces.
+
+    Attributes:
+        digest: of its name, dtype, shape and bytes.
+        largest: its largest magnitude, NaN if it holds one.
+    """
+
+    def __init__(self, name: str, stored: Stored) -> None:
+        self.digest = xxhash.xxh3_128(f"{name} {stored.dtype} {list(stored.shape)}".encode())
+        self.largest = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        self.digest.update(values.view(torch.uint8).numpy().data)
+        low, high = torch.aminmax(values)
+        self.largest = torch.maximum(self.largest, torch.maximum(-low, high).double())  # NaN stays NaN
+
+
+def _cut_short(path: Path, name: str) -> WeightsError:
+    return WeightsError(f"{path} is cut short within {name!r}. Copy the checkpoint again.")
+
+
+def _unreadable(path: Path, error: Exception) -> WeightsError:
+    return WeightsError(f"{path} can't be read: {error}. Copy the checkpoint again.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -247,7 +334,7 @@ def _header(path: Path) -> dict[str, Stored]:
             size = int.from_bytes(file.read(8), "little")
             header: dict[str, dict[str, Any]] = json.loads(file.read(size))
     except (OSError, SafetensorError, ValueError) as error:
-        raise WeightsError(f"{path} can't be read: {error}. Copy the checkpoint again.") from error
+        raise _unreadable(path, error) from error
     header.pop("__metadata__", None)
     found = {}
     for name, info in header.items():

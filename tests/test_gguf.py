@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from braidsdk import Braid
 from braidsdk.errors import ModelError, UnsupportedModelError, WeightsError
+from braidsdk.kernels.weight import whole
 from braidsdk.models import gguf as ours
+from braidsdk.models.config import weight_shapes
+from braidsdk.models.families.llama import LLAMA
+from braidsdk.models.gguf import GGUFFile, GGUFWeights
 from braidsdk.models.registry import load_model
 
 CPU = torch.device("cpu")
@@ -141,6 +146,25 @@ def test_quantised_weights_are_those_of_transformers(
         want = peer(torch.tensor([context.prompt_ids("Which?")])).logits[0, -1]
         got = context.next_token_logits("Which?")
     assert float((got - want).abs().max() / want.abs().max()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0"])
+def test_mapped_weights_are_those_that_are_read(made: Callable[..., tuple[Path, Path]], kind: str) -> None:
+    file = GGUFFile(made("llama", kind=kind)[1])
+    config = file.config(LLAMA)
+    read, mapped = GGUFWeights(file, config), GGUFWeights(file, config)
+    dtype = torch.float16 if kind == "F16" else torch.float32
+    names = list(weight_shapes(config, tied=False))
+    taken = {name: whole(mapped.take([name], dtype, CPU, mapped=True)) for name in names}
+    want = {name: read.take([name], dtype, CPU) for name in names}
+    assert all(torch.equal(taken[name], want[name]) for name in names)
+    assert mapped.finish() == read.finish()
+    with file.path.open("r+b") as opened:
+        opened.write(bytes(file.path.stat().st_size))
+    shown = {name for name in names if not torch.equal(taken[name], want[name])}
+    as_stored = {name for name in names if read.stored_dtype(name) == dtype}
+    assert shown == {name for name in as_stored if not re.search(r"\.[qk]_proj\.", name)}, "RoPE's pairs lie apart"
+    assert len(shown) > 3
 
 
 def test_tokenizer_and_template_come_from_the_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

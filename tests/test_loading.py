@@ -17,7 +17,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from braidsdk import Braid
 from braidsdk.errors import UnsupportedModelError, WeightsError
 from braidsdk.kernels.backends import Backends
+from braidsdk.kernels.weight import Rows, whole
 from braidsdk.models import config as models_config
+from braidsdk.models import weights as models_weights
 from braidsdk.models.base import GenerationDefaults
 from braidsdk.models.config import CheckpointConfig, weight_shapes
 from braidsdk.models.families.qwen3 import QWEN3
@@ -473,21 +475,110 @@ def test_quantised_weights_are_refused_by_name(make_checkpoint: Make) -> None:
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(
     make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from braidsdk.models import weights
-
     folder = make_checkpoint()
     file = folder / "model.safetensors"
-    monkeypatch.setattr(weights.Weights, "take", shrinking(weights.Weights.take, file))
+    monkeypatch.setattr(models_weights.Weights, "take", shrinking(models_weights.Weights.take, file))
     with pytest.raises(WeightsError, match="cut short within"):
         load_model(folder, device=CPU, dtype=None)
 
 
 def shrinking(take: Callable[..., torch.Tensor], file: Path) -> Callable[..., torch.Tensor]:
-    def shrink_and_take(*arguments: object) -> torch.Tensor:
+    def shrink_and_take(*arguments: object, **options: object) -> torch.Tensor:
         os.truncate(file, file.stat().st_size // 2)
-        return take(*arguments)
+        return take(*arguments, **options)
 
     return shrink_and_take
+
+
+# Mapped files
+
+
+def opened(folder: Path, known: Path | None = None) -> models_weights.Weights:
+    found = models_weights.Weights(folder, known)
+    found.expect(weight_shapes(read_config(folder), tied=False))
+    return found
+
+
+def shows_the_file(weight: torch.Tensor, file: Path) -> bool:
+    """Whether a tensor changes with the file. Sets the file to zeros."""
+    before = weight.clone()
+    with file.open("r+b") as opened:
+        opened.write(bytes(file.stat().st_size))
+    return not torch.equal(weight, before)
+
+
+QKV = [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+
+
+def test_mapped_weights_are_those_that_are_read(random_checkpoint: Path, tmp_path: Path) -> None:
+    folder = sharded(random_checkpoint, tmp_path / "sharded")
+    read, mapped = opened(folder), opened(folder)
+    for names in [*([name] for name in weight_shapes(read_config(folder), tied=False)), QKV]:
+        taken = mapped.take(names, torch.float32, CPU, mapped=True)
+        assert torch.equal(whole(taken), read.take(names, torch.float32, CPU))
+    assert mapped.finish() == read.finish()
+
+
+def test_a_mapped_weight_is_the_file_itself(make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    rows = opened(folder).take(QKV, torch.float32, CPU, mapped=True)
+    assert isinstance(rows, Rows)
+    assert (rows.shape, len(rows), rows.dtype, rows.device) == ((256, 96), 256, torch.float32, CPU)
+    assert shows_the_file(rows.parts[2], folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("names", [QKV, QKV[:1]], ids=["several", "one"])
+def test_weights_of_another_dtype_are_converted_and_copied(make_checkpoint: Make, names: list[str]) -> None:
+    folder = make_checkpoint()
+    taken = opened(folder).take(names, torch.bfloat16, CPU, mapped=True)
+    assert isinstance(taken, torch.Tensor)
+    assert torch.equal(taken, opened(folder).take(names, torch.float32, CPU).bfloat16())
+    assert not shows_the_file(taken, folder / "model.safetensors")
+
+
+def test_weights_that_are_not_aligned_are_copied(make_checkpoint: Make) -> None:
+    folder = make_checkpoint()
+    file = folder / "model.safetensors"
+    want = opened(folder).take(QKV, torch.float32, CPU)
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    file.write_bytes((size + 1).to_bytes(8, "little") + data[8 : 8 + size] + b" " + data[8 + size :])
+    taken = opened(folder).take(QKV, torch.float32, CPU, mapped=True)
+    assert isinstance(taken, torch.Tensor)
+    assert torch.equal(taken, want)
+
+
+def test_mapped_weights_are_checked_until_they_are_known(
+    make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braidsdk.models.fingerprints.SETTLED_NS", 0)
+    folder, known = make_checkpoint(), tmp_path / "known"
+
+    def take() -> tuple[torch.Tensor, str]:
+        found = opened(folder, known)
+        return whole(found.take(QKV, torch.float32, CPU, mapped=True)), found.finish()
+
+    first = take()
+    with monkeypatch.context() as patch:
+        patch.delattr(torch, "aminmax")
+        second = take()
+    assert torch.equal(first[0], second[0])
+    assert first[1] == second[1]
+    edit_weights(folder, lambda w: w[QKV[1]].view(-1).__setitem__(5, float("nan")))
+    with pytest.raises(WeightsError, match=f"NaN or infinity in '{QKV[1]}'"):
+        take()
+
+
+@pytest.mark.parametrize(("kept", "says"), [(0.5, "cut short within"), (0.0, "can't be read")])
+def test_a_file_that_is_cut_short_before_it_is_mapped_is_an_error(
+    make_checkpoint: Make, kept: float, says: str
+) -> None:
+    folder = make_checkpoint()
+    found, file = opened(folder), folder / "model.safetensors"
+    os.truncate(file, int(file.stat().st_size * kept))
+    last = max(QKV, key=lambda name: found._stored[name].start)
+    with pytest.raises(WeightsError, match=says):
+        found.take([last], torch.float32, CPU, mapped=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
