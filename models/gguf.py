@@ -6,6 +6,7 @@ reads it.
 
 import json
 import re
+import struct
 from dataclasses import replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -23,12 +24,18 @@ from braidsdk.models.fingerprints import recall, stamp
 from braidsdk.models.weights import Stored, Weights
 
 if TYPE_CHECKING:
-    from gguf import ReaderTensor
+    from gguf import GGUFReader, ReaderTensor
 
 SUFFIX = ".gguf"
 
 FACTORS = "rope_freqs.weight"
 """A divisor for each of RoPE's frequencies, where a model scales them (Llama 3.1 and later)."""
+
+PIECE_ELEMENTS = 1 << 15
+"""This many values are dequantised at a time. They stay in a core's cache, and torch does not wake its threads."""
+
+LONG = 4096
+"""Arrays of the metadata with so many items are a vocabulary's. Those with an item per layer are shorter."""
 
 _NAMES = {"token_embd.weight": EMBEDDING, "output_norm.weight": NORM, "output.weight": HEAD}
 _OTHER = (
@@ -73,11 +80,9 @@ class GGUFFile:
         """
         if find_spec("gguf") is None:
             raise ModelError(f"{path} needs the package gguf. Install it: pip install 'braidsdk[gguf]'.")
-        from gguf import GGUFReader
-
         self.path = path
         try:
-            self._reader: GGUFReader = GGUFReader(path)
+            self._reader = _reader(path)
         except Exception as error:  # of several types: no magic number, a wrong version, an end too early
             raise UnsupportedModelError(
                 f"{path} must be a GGUF file; it can't be read: {str(error)[:200]}. Copy the file again."
@@ -169,6 +174,32 @@ class GGUFFile:
         }
 
 
+def _reader(path: Path) -> "GGUFReader":
+    """The package's reader, which passes over long arrays. It takes apart each item of a vocabulary, which takes
+    seconds, and nothing here asks for one."""
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":  # "I" is this machine's order
+                return super()._get_field_parts(orig_offs, raw_type)
+            data = self.data.data
+            kind, count = struct.unpack_from("=IQ", data, orig_offs)
+            if count < LONG:
+                return super()._get_field_parts(orig_offs, raw_type)
+            end = orig_offs + 12
+            if kind == GGUFValueType.STRING:
+                for _ in range(count):
+                    end += 8 + struct.unpack_from("=Q", data, end)[0]
+            elif kind in self.gguf_scalar_to_np:
+                end += count * np.dtype(self.gguf_scalar_to_np[GGUFValueType(kind)]).itemsize
+            else:
+                return super()._get_field_parts(orig_offs, raw_type)
+            return end - orig_offs, [], [], [GGUFValueType.ARRAY, GGUFValueType(kind)]
+
+    return Reader(path)
+
+
 class GGUFWeights(Weights):
     """`Weights` of a GGUF file: under the names of a checkpoint, dequantised as they are taken."""
 
@@ -210,7 +241,8 @@ class GGUFWeights(Weights):
 
     def _inspect(self, name: str, values: Tensor) -> None:
         self._digests[name] = self._digest(name)
-        self._judge(name, _largest(values), values.dtype)
+        low, high = torch.aminmax(values)
+        self._judge(name, float(torch.maximum(-low, high)), values.dtype)
 
     def _pairs(self, name: str) -> int:
         """The heads of a weight that llama.cpp stores with RoPE's pairs as neighbours, where transformers pairs the
@@ -220,31 +252,42 @@ class GGUFWeights(Weights):
     def _digest(self, name: str) -> str:
         stored = self._stored[name]
         kind = f"{name} {stored.code} {list(stored.shape)}".encode()
-        return xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(self._tensors[name].data.tobytes()))
+        return xxhash.xxh3_128_hexdigest(kind + xxhash.xxh3_128_digest(_bytes(self._tensors[name]).data))
 
     def _read(self, name: str, target: Tensor) -> None:
-        from gguf import dequantize
+        """Fill `target`, which is flat, with a weight, dequantised in pieces of whole blocks."""
+        from gguf import GGML_QUANT_SIZES, dequantize
 
-        stored, tensor = self._stored[name], self._tensors[name]
-        try:
-            values = np.array(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        except Exception as error:
-            raise WeightsError(
-                f"{self.path} stores {name!r} as {stored.code}, which the package gguf can't dequantise: "
-                f"{str(error)[:200]}. Install a newer one, or use a file of another quantisation."
-            ) from error
+        stored, kind = self._stored[name], self._tensors[name].tensor_type
+        heads = self._pairs(name)
+        straight = torch.empty(target.shape) if heads else target
+        elements, nbytes = GGML_QUANT_SIZES[kind]
+        blocks = _bytes(self._tensors[name]).reshape(-1, nbytes)
+        step = max(1, PIECE_ELEMENTS // elements)
+        largest = torch.zeros(())
+        for start, piece in zip(range(0, len(blocks), step), straight.split(step * elements), strict=True):
+            try:
+                values = np.array(dequantize(blocks[start : start + step].reshape(-1), kind), dtype=np.float32)
+            except Exception as error:
+                raise WeightsError(
+                    f"{self.path} stores {name!r} as {stored.code}, which the package gguf can't dequantise: "
+                    f"{str(error)[:200]}. Install a newer one, or use a file of another quantisation."
+                ) from error
+            piece.copy_(torch.from_numpy(values))
+            if not self._known:
+                low, high = torch.aminmax(torch.from_numpy(values))
+                largest = torch.maximum(largest, torch.maximum(-low, high))  # NaN stays NaN
+        if heads:
+            whole = straight.view(heads, -1, 2, *stored.shape[1:])
+            target.view(heads, 2, -1, *stored.shape[1:]).copy_(whole.transpose(1, 2))
         if not self._known:
             self._digests[name] = self._digest(name)
-        whole = torch.from_numpy(values).view(stored.shape)
-        if heads := self._pairs(name):
-            whole = whole.view(heads, -1, 2, *whole.shape[1:]).transpose(1, 2).reshape(stored.shape)
-        target.copy_(whole.view(-1))
-        self._judge(name, _largest(whole), target.dtype)
+            self._judge(name, float(largest), target.dtype)
 
 
-def _largest(values: Tensor) -> float:
-    """The largest magnitude; infinity where one is not finite."""
-    return float(values.abs().max()) if values.isfinite().all() else float("inf")
+def _bytes(tensor: "ReaderTensor") -> "np.ndarray[Any, np.dtype[np.uint8]]":
+    """A tensor's bytes in the file, flat. numpy computes with the file's own type, a memmap, many times slower."""
+    return tensor.data.view(np.ndarray).reshape(-1).view(np.uint8)
 
 
 def _name(name: str) -> str:

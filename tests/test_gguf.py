@@ -167,7 +167,11 @@ def test_mapped_weights_are_those_that_are_read(made: Callable[..., tuple[Path, 
     assert len(shown) > 3
 
 
-def test_tokenizer_and_template_come_from_the_file(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("long", [2, ours.LONG], ids=["its arrays are passed over", "its arrays are read"])
+def test_tokenizer_and_template_come_from_the_file(
+    make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: int
+) -> None:
+    monkeypatch.setattr(ours, "LONG", long)
     folder = make_checkpoint(family="qwen2")
     (tmp_path / "alone").mkdir()
     file = write(folder, tmp_path / "alone" / "model.gguf", tokenizer=True)
@@ -237,9 +241,19 @@ def test_a_damaged_file_says_so(make_checkpoint: Callable[..., Path], tmp_path: 
         load_model(file, device=CPU, dtype=None)
 
 
-def test_flipped_bytes_never_give_another_error(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    data = write(make_checkpoint(), tmp_path / "model.gguf").read_bytes()
-    chance, head = random.Random(5), 3000
+@pytest.mark.parametrize(
+    ("options", "head"), [({}, 3000), ({"tokenizer": True}, 1200)], ids=["", "where its arrays begin"]
+)
+def test_flipped_bytes_never_give_another_error(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, bool],
+    head: int,
+) -> None:
+    monkeypatch.setattr(ours, "LONG", 2)
+    data = write(make_checkpoint(), tmp_path / "model.gguf", **options).read_bytes()
+    chance = random.Random(5)
     for turn in range(60):
         bad = bytearray(data)
         for _ in range(3):
