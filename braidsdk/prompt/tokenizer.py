@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from braidsdk.errors import ModelNotFoundError, UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
@@ -140,8 +140,8 @@ def _read(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
         if beside.is_file():
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             written = json.loads(beside.read_text(encoding="utf-8"))
-        else:  # transformers makes one of what a GGUF file says
-            found = AutoTokenizer.from_pretrained(folder, gguf_file=checkpoint.name, trust_remote_code=False)
+        else:  # transformers makes one of what a GGUF file says; AutoTokenizer would read the whole vocabulary twice
+            found = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=checkpoint.name)
             written = json.loads(found.backend_tokenizer.to_str())
     except Exception as error:  # of several libraries: JSON, gguf, tokenizers, transformers
         raise UnsupportedModelError(
