@@ -1,7 +1,7 @@
 """Kernels in C for x86-64 CPUs: compiled on first use with the user's C compiler, loaded through ctypes.
 
 What was compiled is kept in `$XDG_CACHE_HOME/braidsdk/native`, or `~/.cache/braidsdk/native`, by the hash of all that
-it was made of.
+it was made of. `code_cache.py` sees to it that nobody else can put code there.
 """
 
 import ctypes
@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from braidsdk.kernels import code_cache
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,6 @@ FLAGS = ("-std=c11", "-O3", "-shared", "-fPIC", "-Wall", "-Wextra", "-ffp-contra
 """For the compiler, on every level."""
 
 _FOLDER = Path(__file__).resolve().parent
-_DIGEST_BYTES = hashlib.sha256().digest_size
 _OPENMP = ("libgomp", "libiomp5", "libomp")
 
 
@@ -136,37 +137,18 @@ def library(source: Path) -> ctypes.CDLL:
     for file in (source, *sorted({*_FOLDER.glob("*.h"), *source.parent.glob("*.h")})):
         made_of.update(file.read_bytes())
     name = source.stem if source.parent == _FOLDER else f"{source.parent.name}-{source.stem}"
-    folder = _cache_folder()
-    built = folder / f"{name}-{made_of.hexdigest()[:24]}.so"
+    built = f"{name}-{made_of.hexdigest()[:24]}.so"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(folder)
-        if not _whole(built):
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                made = Path(scratch) / built.name
-                _compile(compiler, source, made)
-                code = made.read_bytes()
-                made.write_bytes(code + hashlib.sha256(code).digest())
-                made.replace(built)  # at once, whoever else compiles it meanwhile
-        return ctypes.CDLL(str(built))
+        with code_cache.opened(_cache_folder()) as folder:
+            code = code_cache.read(folder, built)
+            if code is None:
+                code = _compiled(compiler, source, folder.path)
+                code_cache.write(folder, built, code)
     except OSError as error:
         raise RuntimeError(
-            f"compiled C kernels can't be kept in {folder} ({error}); set XDG_CACHE_HOME to another folder"
+            f"compiled C kernels can't be kept in {_cache_folder()} ({error}); set XDG_CACHE_HOME to another folder"
         ) from error
-
-
-def _whole(built: Path) -> bool:
-    """Whether a kept file is there and ends in the digest of the rest: loading half a file would end the process."""
-    code = built.read_bytes() if built.exists() else b""
-    return hashlib.sha256(code[:-_DIGEST_BYTES]).digest() == code[-_DIGEST_BYTES:]
-
-
-def _check_owner(folder: Path) -> None:
-    status = folder.stat()
-    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-        raise RuntimeError(
-            f"others could write to {folder}, where compiled C kernels are kept; set XDG_CACHE_HOME to your own folder"
-        )
+    return code_cache.load(built, code)
 
 
 def parallel(function: "ctypes._NamedFuncPointer", arguments: ctypes.Structure, threads: int | None = None) -> None:
@@ -231,9 +213,14 @@ def _version(compiler: list[str]) -> str:
     return _version_of(tuple(compiler))
 
 
-def _compile(compiler: list[str], source: Path, target: Path) -> None:
-    command = [*compiler, *level().flags, f"-I{_FOLDER}", "-o", str(target), str(source), "-lm"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
-        raise RuntimeError(f"{compiler[0]} can't compile {source.name} (gcc 11 or clang 12 can):\n{said}")
+def _compiled(compiler: list[str], source: Path, folder: Path) -> bytes:
+    """A shared library. Nothing of it is written outside the folder."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        target = Path(scratch) / "compiled.so"
+        command = [*compiler, *level().flags, f"-I{_FOLDER}", "-o", str(target), str(source), "-lm"]
+        environment = {**os.environ, "TMPDIR": scratch}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
+        if done.returncode:
+            said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:6])
+            raise RuntimeError(f"{compiler[0]} can't compile {source.name} (gcc 11 or clang 12 can):\n{said}")
+        return target.read_bytes()
