@@ -116,7 +116,8 @@ def _troubles(geometry: Geometry, device: torch.device) -> dict[str, str]:
             return found  # true now, perhaps not the next time
         known[key] = found
         with suppress(OSError):  # if this fails, the next process repeats the test
-            memory.parent.mkdir(parents=True, exist_ok=True)
+            for folder in (memory.parent.parent, memory.parent):  # the user's alone: C kernels are loaded from there
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             scratch = memory.with_suffix(f".{os.getpid()}")
             scratch.write_text(json.dumps(known, indent=1), encoding="utf-8")
             scratch.replace(memory)
