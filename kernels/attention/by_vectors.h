@@ -44,6 +44,42 @@ INLINE void put(element *to, int64_t between, vec first, vec second) {
 INLINE vec add_element(vec sum, element a, const element *b) { return multiply_add(all(a), load(b), sum); }
 #endif
 
+/* STEP dimensions of V as elements, in the order that is cheapest: `ordered` undoes it. */
+typedef struct {
+    vec first, second;
+} Spread;
+
+#ifdef __AVX512BF16__
+INLINE Spread spread(const ivec values[PER]) {
+    return (Spread){_mm512_castsi512_ps(_mm512_unpacklo_epi16(values[0], values[1])),
+                    _mm512_castsi512_ps(_mm512_unpackhi_epi16(values[0], values[1]))};
+}
+INLINE Spread ordered(vec first, vec second) {
+    const __m512i lower = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
+    const __m512i upper = _mm512_set_epi32(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8);
+    return (Spread){_mm512_permutex2var_ps(first, lower, second), _mm512_permutex2var_ps(first, upper, second)};
+}
+INLINE vec add_spread(vec sum, element a, vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)all_integers((int32_t)a), (__m512bh)b);
+}
+#else
+INLINE Spread spread(const ivec values[PER]) {
+    step both = stepped(values[0]);
+    return (Spread){both.even, both.odd};
+}
+INLINE Spread ordered(vec first, vec second) {
+#ifdef __AVX512F__
+    const __m512i lower = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i upper = _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8);
+    return (Spread){_mm512_permutex2var_ps(first, lower, second), _mm512_permutex2var_ps(first, upper, second)};
+#else
+    vec low = _mm256_unpacklo_ps(first, second), high = _mm256_unpackhi_ps(first, second);
+    return (Spread){_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+#endif
+}
+INLINE vec add_spread(vec sum, element a, vec b) { return multiply_add(all(a), b, sum); }
+#endif
+
 typedef struct {
     _Alignas(64) bf16 unrotated[MAX_HEAD_DIM][COLUMNS];          /* Q^T */
     _Alignas(64) element rotated[MAX_HEAD_DIM / PER][COLUMNS];
@@ -227,7 +263,8 @@ static inline void weigh_few(Vectors *s, int c, int count, int hiding, int64_t f
         store(each, power_of_two(larger(all(-200.0f), load(before) - load(after))));
         s->highest[c] = after[0];
         s->total[c] *= each[0];
-        for (int i = 0; i < dim; i += LANES) store(s->sums[c] + i, load(s->sums[c] + i) * all(each[0]));
+        for (int i = 0; i < round_up(dim, STEP); i += LANES)
+            store(s->sums[c] + i, load(s->sums[c] + i) * all(each[0]));
     }
     const vec highest = all(s->highest[c]);
     for (int key = 0; key < count; key += LANES) {
@@ -267,20 +304,73 @@ static inline void take_values(Vectors *s, const bf16 *values, int count, int al
 }
 
 /* O += P . V for up to CHUNK dimensions, from `first` on. */
-static inline void mix(Vectors *s, int columns, int few, int count, int first, const int dims) {
-    const int64_t column_size = few ? KEYS : 1, step = few ? 1 : COLUMNS;
+static inline void mix(Vectors *s, int columns, int count, int first, const int dims) {
     for (int c = 0; c < columns; c += AT_ONCE) {
-        const element *a = few ? s->few_weights[c] : s->weights[0] + c, *b = s->values[0];
+        const element *a = s->weights[0] + c, *b = s->values[0];
         float *to = s->sums[c] + first;
         switch (dims / LANES) {
-        case 1: outer(1, 1, a, column_size, step, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
-        case 2: outer(2, 1, a, column_size, step, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
+        case 1: outer(1, 1, a, 1, COLUMNS, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
+        case 2: outer(2, 1, a, 1, COLUMNS, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
 #ifdef __AVX512F__
-        case 3: outer(3, 1, a, column_size, step, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
-        case 4: outer(4, 1, a, column_size, step, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
+        case 3: outer(3, 1, a, 1, COLUMNS, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
+        case 4: outer(4, 1, a, 1, COLUMNS, b, CHUNK, to, MAX_HEAD_DIM, count / PER); break;
 #endif
         }
     }
+}
+
+/* Likewise for some of few columns, with V as it lies, and the sums in the order of `spread`. */
+INLINE void mix_some(Vectors *s, const int columns, const int steps, int c, const bf16 *values, int count, int all_seen,
+                     int first, const int dim) {
+    vec sums[AT_ONCE][VECTORS];
+    const uint8_t *seen = s->sight.seen;
+    for (int r = 0; r < columns; r++)
+        for (int v = 0; v < 2 * steps; v++) sums[r][v] = load(s->sums[c + r] + first + v * LANES);
+    for (int key = 0; key < count; key += PER) {
+        Spread parts[VECTORS / 2];
+        for (int part = 0; part < steps; part++) {
+            ivec those[PER];
+            for (int j = 0; j < PER; j++) {
+                const int at = first + part * STEP, left = dim - at;
+                const bf16 *from = values + (key + j) * dim + at;
+                those[j] = left >= STEP ? load_step(from) : load_step_of(from, left);
+                if (!all_seen && !seen[key + j]) those[j] = all_integers(0);
+            }
+            parts[part] = spread(those);
+        }
+        if (!c) fetch_ahead(&s->ahead, steps * STEP * PER / 32);
+        for (int r = 0; r < columns; r++) {
+            const element weight = s->few_weights[c + r][key / PER];
+            for (int part = 0; part < steps; part++) {
+                sums[r][2 * part] = add_spread(sums[r][2 * part], weight, parts[part].first);
+                sums[r][2 * part + 1] = add_spread(sums[r][2 * part + 1], weight, parts[part].second);
+            }
+        }
+    }
+    for (int r = 0; r < columns; r++)
+        for (int v = 0; v < 2 * steps; v++) store(s->sums[c + r] + first + v * LANES, sums[r][v]);
+}
+
+static inline void mix_few(Vectors *s, int columns, const bf16 *values, int count, int all_seen, const int dim) {
+    for (int c = 0; c < columns; c += AT_ONCE)
+        for (int first = 0; first < dim; first += CHUNK) {
+            const int some = columns - c;
+#define MIX(columns)                                                                  \
+    if (dim - first > STEP)                                                           \
+        mix_some(s, columns, VECTORS / 2, c, values, count, all_seen, first, dim);    \
+    else                                                                              \
+        mix_some(s, columns, 1, c, values, count, all_seen, first, dim)
+            if (some == 1) {
+                MIX(1);
+            } else if (some == 2) {
+                MIX(2);
+            } else if (some == 3) {
+                MIX(3);
+            } else {
+                MIX(4);
+            }
+#undef MIX
+        }
 }
 
 static inline void attend_by_vectors(const Arguments *a, const Task *task, Vectors *s, const int dim) {
@@ -300,7 +390,7 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
         const int64_t at = column + c;
         const bf16 *query = a->queries + offset + at / group * row_size + at % group * dim;
         for (int i = 0; i < dim; i++) s->unrotated[i][c] = c < columns ? query[i] : 0;
-        for (int i = 0; i < dim; i += LANES) store(s->sums[c] + i, all(0));
+        for (int i = 0; i < MAX_HEAD_DIM; i += LANES) store(s->sums[c] + i, all(0));
         s->highest[c] = NEVER;
         s->total[c] = 0.0f;
     }
@@ -330,10 +420,11 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
             }
             s->ahead = look_ahead(a, request, segment, head, last, stop, dim);
             s->ahead.then = s->ahead.then_end = 0;
-            for (int part = 0; part < dim; part += CHUNK) {
+            if (few) mix_few(s, columns, values, count, all_seen, dim);
+            for (int part = 0; !few && part < dim; part += CHUNK) {
                 const int dims = dim - part < CHUNK ? dim - part : CHUNK;
                 take_values(s, values + part, count, all_seen, dims, dim);
-                mix(s, columns, few, count, part, dims);
+                mix(s, columns, count, part, dims);
             }
             first = last;
         }
@@ -342,6 +433,11 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
         const int64_t at = column + c;
         bf16 *out = a->out + offset + at / group * row_size + at % group * dim;
         const vec factor = all(s->total[c] == 0.0f ? 0.0f : 1.0f / s->total[c]);
-        for (int i = 0; i < dim; i += LANES) store_bf16(out + i, load(s->sums[c] + i) * factor);
+        for (int i = 0; i < dim; i += STEP) {
+            Spread sums = {load(s->sums[c] + i), load(s->sums[c] + i + LANES)};
+            if (few) sums = ordered(sums.first, sums.second);
+            store_bf16(out + i, sums.first * factor);
+            if (i + LANES < dim) store_bf16(out + i + LANES, sums.second * factor);
+        }
     }
 }
