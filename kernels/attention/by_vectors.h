@@ -386,7 +386,7 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
     const vec scale = all(a->scale * 1.44269504f);
 
     s->ahead = (Ahead){0};
-    for (int c = 0; c < blocks * LANES; c++) {
+    for (int c = 0; c < (few ? few : blocks * LANES); c++) { /* few columns have lanes that nobody looks at */
         const int64_t at = column + c;
         const bf16 *query = a->queries + offset + at / group * row_size + at % group * dim;
         for (int i = 0; i < dim; i++) s->unrotated[i][c] = c < columns ? query[i] : 0;
