@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from braidsdk.kernels import native
 from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
+from braidsdk.kernels.products import amx as native_products
 from braidsdk.kernels.swiglu import norm_swiglu
 
 pytestmark = pytest.mark.usefixtures("level")
@@ -225,6 +227,132 @@ def test_is_as_close_to_the_truth_as_torch(name, rows, assert_as_good) -> None:
         return tuple(queries if name.startswith("queries") else case.written(kv) for queries, kv in runs)
 
     assert_as_good(results)
+
+
+def in_pieces(monkeypatch: pytest.MonkeyPatch, *cuts: int, make: Callable[[Tensor], object] = lambda piece: piece) -> None:
+    """Have every weight lie in pieces, cut before these rows, with what `make` gives for each."""
+    blocks, kept = native_products._blocks, []
+
+    def cut(weight: Tensor) -> object:
+        pieces = [make(piece) for piece in weight.tensor_split([at % len(weight) for at in cuts]) if len(piece)]
+        kept.append(pieces)  # C knows addresses alone
+        return blocks(pieces)
+
+    monkeypatch.setattr(native_products, "_blocks", cut)
+
+
+def at_odd_address(piece: Tensor) -> Tensor:
+    """A copy that begins one element after a cache line's start, NaN or the largest number before and behind it."""
+    around = float("nan") if piece.is_floating_point() else 127
+    space = torch.full((piece.numel() + 130,), around, dtype=piece.dtype)
+    begin = -space.data_ptr() % 64 // space.element_size() + 1
+    return space[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
+
+
+@each_op
+@pytest.mark.parametrize("rows", [1, 6, 33])
+@pytest.mark.parametrize("size", [96, 41])
+@pytest.mark.parametrize("cuts", [(), (17,), (33, 34)], ids=str)
+def test_a_weight_may_lie_in_pieces_at_any_address(name, rows, size, cuts, seed, poisoned, monkeypatch) -> None:
+    make, run = OPS[name]
+    values = make(rows, size, 38)
+    whole = run(**values, path="amx")
+    in_pieces(monkeypatch, *cuts, make=at_odd_address)
+    assert torch.equal(run(**values, path="amx"), whole)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_queries_keys_and_values_may_lie_apart(rows, seed, monkeypatch) -> None:
+    case = Heads(rows, 96, 4, 2, 32)
+    queries, kv = case.run("amx")
+    in_pieces(monkeypatch, 128, 192, make=at_odd_address)
+    again, kv_again = case.run("amx")
+    assert torch.equal(again, queries)
+    assert torch.equal(kv_again.nan_to_num(), kv.nan_to_num())
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """In int8, and a scale for each group of columns."""
+    size = weight.shape[1]
+    groups = -(-size // native_products.GROUP)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * native_products.GROUP - size)).unflatten(1, (groups, -1))
+    scales = padded.abs().amax(-1) / 127
+    codes = (padded / scales[..., None]).round().to(torch.int8)
+    return codes.flatten(1)[:, :size].contiguous(), scales
+
+
+def as_quantized(weight: Tensor) -> Tensor:
+    """What the weight becomes, in float64."""
+    codes, scales = quantized(weight)
+    return codes.double() * scales.double().repeat_interleave(native_products.GROUP, 1)[:, : weight.shape[1]]
+
+
+WEIGHTS = ("weight", "gate_up", "head")
+INT8_SIZES = [(128, 32), (96, 33), (300, 20), (41, 5), (1056, 70)]
+"""Whole groups, and last ones of 96, 44, 41 and 32 columns."""
+
+
+@each_op
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 33])
+@pytest.mark.parametrize(("size", "outputs"), INT8_SIZES)
+def test_a_weight_in_int8_equals_the_truth(name, rows, size, outputs, seed, poisoned, monkeypatch, assert_near) -> None:
+    make, run = OPS[name]
+    values = make(rows, size, outputs)
+    truth = run(**wide(values) | {key: as_quantized(values[key]) for key in WEIGHTS if key in values})
+    in_pieces(monkeypatch, 3, make=lambda piece: tuple(map(at_odd_address, quantized(piece))))
+    assert_near(run(**values, path="amx"), truth, BF16)
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_heads_of_a_weight_in_int8_equal_the_truth(rows, seed, monkeypatch, assert_near) -> None:
+    case = Heads(rows, 160, 4, 2, 32, head_norms=False)
+    weights = case.weights
+    case.weights = replace(weights, qkv=as_quantized(weights.qkv))
+    queries, truth = case.run("torch", torch.float64)
+    case.weights = weights
+    in_pieces(monkeypatch, 128, 192, make=quantized)
+    ours, kv = case.run("amx")
+    assert_near(ours, queries, BF16)
+    assert_near(case.written(kv)[0], case.written(truth)[0], BF16)
+    assert_near(case.written(kv)[1], case.written(truth)[1], BF16)
+
+
+def test_fixed_point_loses_less_than_bfloat16_does(seed, monkeypatch) -> None:
+    """Also where one number is a thousand times the others. Weights are sums' only other error, and exact here."""
+    values = score(3, 512, 64)
+    values["hidden"], values["norm"] = draw(3, 512), torch.ones(512, dtype=BF16)
+    values["hidden"][:, 200] *= 1000
+    normed = (values["hidden"].double() * values["hidden"].double().square().mean(-1, keepdim=True).rsqrt()).to(BF16)
+    truth = normed.double() @ as_quantized(values["head"]).T
+    in_pieces(monkeypatch, make=quantized)
+    ours = norm_head(**values | {"eps": 0.0}, path="amx").double()
+    assert (ours - truth).norm() <= 2**-11 * truth.norm()
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(rows, value, seed, monkeypatch) -> None:
+    values = project(rows, 300, 20)
+    values["x"][1, 200] = value
+    in_pieces(monkeypatch, make=quantized)
+    finite = out_proj(**values, path="amx").isfinite().all(1)
+    assert finite.tolist() == [row != 1 for row in range(rows)]
+
+
+@pytest.mark.parametrize("in_int8", [False, True], ids=["bfloat16", "int8"])
+@each_op
+def test_a_rows_result_does_not_depend_on_those_beside_it(name, in_int8, seed, monkeypatch, level: native.Level) -> None:
+    """But for tiles, which take several rows alone, and for a weight in int8, which many rows meet as bfloat16."""
+    make, run = OPS[name]
+    values = make(6 if in_int8 else 20, 300, 40)
+    if in_int8:
+        in_pieces(monkeypatch, make=quantized)
+    elif level.name == "amx":
+        pytest.skip("of several rows in bfloat16 tiles are multiplied")
+    together = run(**values, path="amx")
+    for row in range(len(together)):
+        alone = {key: each[row : row + 1] if key in ("x", "hidden", "residual") else each for key, each in values.items()}
+        assert torch.equal(run(**alone, path="amx")[0], together[row])
 
 
 @each_op
