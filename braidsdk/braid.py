@@ -32,7 +32,7 @@ from braidsdk.ingest.plan import check_disk, estimate, plan
 from braidsdk.ingest.register import compute_missing, store_chunks
 from braidsdk.model_kernels import Kernels
 from braidsdk.models.base import Model
-from braidsdk.models.device import parse_device, parse_dtype
+from braidsdk.models.device import parse_device, parse_dtype, parse_weights
 from braidsdk.models.registry import EMBEDDED, find_checkpoint, load_model
 from braidsdk.models.tiny.outside import warn_once
 from braidsdk.progress import ProgressBar, steps_bar
@@ -76,6 +76,7 @@ class Braid:
         store: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        weights: str = "auto",
         namespace: str = "default",
         revision: str | None = None,
         thinking: bool = False,
@@ -93,6 +94,9 @@ class Braid:
             device: "auto", "cpu", "cuda" or "cuda:N".
             dtype: "float32", "bfloat16", "float64", or "auto": what the checkpoint's config names, or else what its
                 weights are stored in; float32 for a float16 checkpoint. Entries of one dtype are misses in another.
+            weights: "auto": in that dtype. "int8": those of products, the LM head among them, in 8-bit integers with a
+                scale for each 128 columns; activations and KV cache stay as they are. That halves what a token reads,
+                and costs a little accuracy (docs/performance.md). Entries of one are misses in the other.
             namespace: chunks and entries of one namespace are not seen from another.
             revision: branch, tag or commit of a hub checkpoint; None is its default branch.
             thinking: let the model think before it answers, where its chat template has the choice (Qwen3's own does).
@@ -105,7 +109,7 @@ class Braid:
             max_queue: requests that may wait for memory or a place; one more is refused with QueueFullError.
 
         Raises:
-            InputError: device, dtype, namespace, pool_bytes, kernels or max_queue can't be used.
+            InputError: device, dtype, weights, namespace, pool_bytes, kernels or max_queue can't be used.
             ModelError: the checkpoint can't be used.
             PoolFullError: there is less memory than CUDA graphs take.
             StoreError: the store can't be used.
@@ -117,6 +121,7 @@ class Braid:
         if type(max_queue) is not int or max_queue < 1:
             raise InputError(f"max_queue must be a whole number of at least 1; got {shown(max_queue)}.")
         target, wanted, wanted_kernels = parse_device(device), parse_dtype(dtype), parse_kernels(kernels)
+        int8 = parse_weights(weights)
         folder = find_checkpoint(model, revision)
         verbose.begin()
         started = perf_counter()
@@ -126,7 +131,7 @@ class Braid:
             def load() -> tuple[Model, Pool]:
                 choose = partial(choose_backends, wanted_kernels)
                 known = opened.path / "fingerprints.json"
-                model = load_model(folder, device=target, dtype=wanted, choose=choose, fingerprints=known)
+                model = load_model(folder, device=target, dtype=wanted, int8=int8, choose=choose, fingerprints=known)
                 budget = pool_bytes or default_capacity_bytes(model.device)
                 return model, Pool.for_model(model, left_for_entries(model, budget))
 
@@ -137,7 +142,7 @@ class Braid:
         except BaseException:
             opened.close()
             raise
-        self._adopt(engine, str(model), folder == EMBEDDED["braid-tiny"])
+        self._adopt(engine, f"{model} (int8)" if int8 else str(model), folder == EMBEDDED["braid-tiny"])
         _log.info("opened a model of %d layers in %.1f ms", loaded.config.layers, (perf_counter() - started) * 1e3)
 
     def _adopt(self, engine: Engine, model: str, is_tiny: bool) -> None:

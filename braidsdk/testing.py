@@ -83,6 +83,7 @@ class FakeModel:
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.backends = Backends()
+        self.geometry = self.config.geometry(self.dtype)
         self.rotary = RotaryTable(torch.zeros(1), 1.0, torch.float32, self.device)
         self._answers = answers
         self._given: dict[tuple[str, tuple[str, ...]], str] = {}

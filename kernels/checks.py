@@ -8,11 +8,12 @@ from torch import Tensor
 
 from braidsdk.kernels import native
 from braidsdk.kernels.backends import Backend, interpreted
+from braidsdk.kernels.weight import GROUP, Int8, Rows, Weight
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_shape(op: str, name: str, tensor: Tensor, *shape: int) -> None:
+def check_shape(op: str, name: str, tensor: Weight, *shape: int) -> None:
     """Raise ValueError unless `tensor`, the argument `name` of `op`, has that shape."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}.")
@@ -28,18 +29,36 @@ def check_head_norms(op: str, q_norm: Tensor | None, k_norm: Tensor | None, head
         check_shape(op, "k_norm", k_norm, head_dim)
 
 
-def check_tensors(op: str, backend: Backend, *tensors: Tensor | None) -> None:
+def check_tensors(op: str, backend: Backend, *tensors: Weight | None) -> None:
     """Refuse tensors that a backend's kernels can't read. torch checks its own.
+
+    Args:
+        op: the operation.
+        backend: what will compute it.
+        tensors: what it reads, activations first; all of one dtype and device but for `Int8` weights.
 
     Raises:
         RuntimeError: the backend can't run here, or not where the first tensor lies.
         ValueError: tensors of a dtype without kernels, of several dtypes or devices, or not contiguous.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if check := _CHECKS.get(backend):
-        check(op, given[0].dtype, given[0].device)
-        for tensor in given:
-            check_like(op, tensor, given[0].dtype, given[0].device)
+    check = _CHECKS.get(backend)
+    if check is None:
+        return
+    first = next(tensor for tensor in tensors if isinstance(tensor, Tensor))
+    check(op, first.dtype, first.device)
+    for tensor in tensors:
+        if isinstance(tensor, Int8):
+            out, size = tensor.shape
+            check_shape(op, "scales", tensor.scales, out, -(-size // GROUP))
+            check_like(op, tensor.values, torch.int8, first.device)
+            check_like(op, tensor.scales, torch.float32, first.device)
+        elif isinstance(tensor, Rows):
+            if backend != "native":
+                raise ValueError(f"{op}: backend={backend!r} needs weights in one piece, got blocks of rows.")
+            for part in tensor.parts:
+                check_like(op, part, first.dtype, first.device)
+        elif tensor is not None:
+            check_like(op, tensor, first.dtype, first.device)
 
 
 def check_like(op: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, name: str = "tensors") -> None:

@@ -159,6 +159,8 @@ def _nbytes(value: Any) -> int:
     """Bytes of a tensor, or of the tensors of a dataclass."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
+    if isinstance(value, tuple):
+        return sum(map(_nbytes, value))
     if is_dataclass(value):
         return sum(_nbytes(getattr(value, each.name)) for each in fields(value))
     return 0

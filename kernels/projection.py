@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from braidsdk.kernels.weight import Int8, dense
+
 _PACKED_FOR_ROWS = 32
 """oneDNN chooses a layout for so many rows; by measurement it serves 1 to 256 equally well."""
 
@@ -23,17 +25,12 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def unpack(weight: Tensor) -> Tensor:
-    """A weight as it was before `pack`, [out, in]: as everything but `project` reads it."""
-    return weight.to_dense() if weight.is_mkldnn else weight
-
-
-def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def project(x: Tensor, weight: Tensor | Int8, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """`residual + x @ weight.T + bias`; over a packed weight summed in float32 and rounded once.
 
     Args:
         x: [rows, in].
-        weight: [out, in], perhaps packed.
+        weight: [out, in], perhaps packed. `Int8` is converted in each call, which is slow.
         bias: [out], or None.
         residual: [rows, out], or None.
 
@@ -41,6 +38,7 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Ten
         [rows, out], the dtype of `x`.
     """
     product: Tensor
+    weight = dense(weight, x.dtype)
     if weight.is_mkldnn and residual is not None:
         product = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return product

@@ -73,8 +73,8 @@ class ModelConfig:
     qk_norm: bool = True
     qkv_bias: bool = False
 
-    def geometry(self, dtype: torch.dtype) -> Geometry:
-        """What decides which backends can compute such a model in this dtype."""
+    def geometry(self, dtype: torch.dtype, *, int8: bool = False) -> Geometry:
+        """What decides which backends can compute such a model in this dtype, with weights in this dtype or in int8."""
         return Geometry(
             hidden=self.hidden_size,
             intermediate=self.intermediate_size,
@@ -85,6 +85,7 @@ class ModelConfig:
             dtype=str(dtype).removeprefix("torch."),
             qk_norm=self.qk_norm,
             qkv_bias=self.qkv_bias,
+            int8=int8,
         )
 
 
@@ -174,6 +175,8 @@ class Model(Protocol):
     rotary: RotaryTable
     backends: Backends
     """What computes each operation."""
+    geometry: Geometry
+    """What decided it."""
 
     def forward(self, batch: Batch, kv: Tensor, logit_rows: Tensor | None) -> Tensor | None:
         """Compute new tokens: append their keys and values, and return logits for the rows that want them.

@@ -16,7 +16,7 @@ from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.swiglu import norm_swiglu
-from braidsdk.kernels.weight import whole
+from braidsdk.kernels.weight import GROUP, Weight, quantised, whole
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
 from braidsdk.models.config import EMBEDDING, HEAD, NORM, CheckpointConfig, switched_off, weight_shapes
 from braidsdk.models.weights import Weights, WeightsWarning
@@ -36,11 +36,11 @@ class Layer:
     """
 
     qkv: NormQKVWeights
-    out: Tensor
+    out: Weight
     out_bias: Tensor | None
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Weight
+    down: Weight
 
 
 class Decoder:
@@ -55,9 +55,10 @@ class Decoder:
         embedding: Tensor,
         layers: tuple[Layer, ...],
         norm: Tensor,
-        head: Tensor,
+        head: Weight,
         fingerprint: str,
         backends: Backends,
+        geometry: Geometry,
     ) -> None:
         """Put a model together from its parts. `load` reads them from a checkpoint.
 
@@ -71,9 +72,11 @@ class Decoder:
             head: [vocab_size, hidden]. It is the embedding itself if they are tied.
             fingerprint: hash of the weights' content.
             backends: what computes each operation.
+            geometry: what decided it.
         """
         self.config = config
         self.backends = backends
+        self.geometry = geometry
         self.fingerprint = fingerprint
         self.dtype = embedding.dtype
         self.device = embedding.device
@@ -92,6 +95,7 @@ class Decoder:
         *,
         device: torch.device,
         dtype: torch.dtype | None,
+        int8: bool = False,
         choose: Callable[[Geometry, torch.device], Backends],
     ) -> "Decoder":
         """Load a checkpoint strictly.
@@ -103,6 +107,8 @@ class Decoder:
             dtype: the dtype to compute in. None takes the one that its config names, or else the one that its weights
                 are stored in. In both cases float32 replaces float16, which is not computed; float32 holds every
                 float16 exactly.
+            int8: keep the weights of products, the LM head among them, in 8-bit integers. Norms, biases, embeddings, KV
+                cache and activations stay in `dtype`.
             choose: what computes each operation of such a model on this device. Asked before the weights are read, so
                 that each is laid out once, as its backend reads it.
 
@@ -124,13 +130,19 @@ class Decoder:
         if dtype is None:
             named = config.dtype or weights.stored_dtype(EMBEDDING)
             dtype = torch.float32 if named in (None, torch.float16) else named
-        backends = choose(numbers.geometry(dtype), device)
+        geometry = numbers.geometry(dtype, int8=int8)
+        backends = choose(geometry, device)
 
         def take(*names: str) -> Tensor:
             return weights.take(names, dtype, device)
 
-        def linear(backend: Backend, *names: str) -> Tensor:
-            return pack(take(*names)) if backend == "torch" else take(*names)
+        def linear(backend: Backend, *names: str) -> Weight:
+            if int8:  # from what is stored, whatever the dtype: rounding twice would lose more
+                exact = dtype if weights.stored_dtype(names[0]) == dtype else torch.float32
+                return quantised(weights.take(names, exact, device, mapped=True))
+            if backend == "torch":
+                return pack(take(*names))
+            return weights.take(names, dtype, device, mapped=backend == "native")
 
         def layer(index: int) -> Layer:
             at = f"model.layers.{index}"
@@ -150,11 +162,9 @@ class Decoder:
                 down=linear(backends.out_proj, f"{mlp}.down_proj.weight"),
             )
 
-        def take_mapped(name: str) -> Tensor:
-            return whole(weights.take([name], dtype, device, mapped=True))
-
-        embedding = take_mapped(EMBEDDING)
+        embedding = whole(weights.take([EMBEDDING], dtype, device, mapped=True))
         layers = tuple(layer(index) for index in range(numbers.layers))
+        own = quantised(embedding) if tied and int8 else embedding
         wide = torch.promote_types(dtype, torch.float32)
         return cls(
             numbers,
@@ -163,9 +173,10 @@ class Decoder:
             embedding=embedding,
             layers=layers,
             norm=take(NORM),
-            head=embedding if tied else take_mapped(HEAD),
-            fingerprint=_fingerprint(weights.finish(), config.eps),
+            head=own if tied else linear(backends.head, HEAD),
+            fingerprint=_fingerprint(weights.finish(), config.eps, int8=int8),
             backends=backends,
+            geometry=geometry,
         )
 
     @torch.inference_mode()
@@ -234,6 +245,7 @@ class Decoder:
         return out_proj(mixed, layer.down, None, hidden, backend=backends.out_proj)
 
 
-def _fingerprint(weights: str, eps: float) -> str:
+def _fingerprint(weights: str, eps: float, *, int8: bool) -> str:
     """Hash of everything that changes the function and is not in a tensor's name or shape, nor elsewhere in a key."""
-    return xxhash.xxh3_128_hexdigest(f"{weights} rms_norm_eps={eps!r}".encode())
+    rounded = f" int8 in groups of {GROUP}" if int8 else ""
+    return xxhash.xxh3_128_hexdigest(f"{weights} rms_norm_eps={eps!r}{rounded}".encode())

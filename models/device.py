@@ -1,4 +1,4 @@
-"""Turns names of devices and dtypes into torch's objects."""
+"""Turns names of devices, dtypes and forms of weights into what they stand for."""
 
 import torch
 
@@ -6,6 +6,9 @@ from braidsdk.errors import InputError, did_you_mean, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 """The dtypes that a model can be computed in. float64 is the reference for measuring the others."""
+
+WEIGHTS = ("auto", "int8")
+"""How the weights of products are kept: in the dtype that is computed in, or in 8-bit integers."""
 
 
 def parse_device(device: str) -> torch.device:
@@ -48,3 +51,16 @@ def parse_dtype(dtype: str) -> torch.dtype | None:
             f"dtype must be 'auto', {', '.join(map(repr, DTYPES))}; got {shown(dtype)}.{did_you_mean(dtype, DTYPES)}"
         )
     return DTYPES[dtype]
+
+
+def parse_weights(weights: str) -> bool:
+    """Whether weights are kept in int8.
+
+    Raises:
+        InputError: there is no such form.
+    """
+    if not isinstance(weights, str) or weights not in WEIGHTS:
+        raise InputError(
+            f"weights must be {' or '.join(map(repr, WEIGHTS))}; got {shown(weights)}.{did_you_mean(weights, WEIGHTS)}"
+        )
+    return weights == "int8"

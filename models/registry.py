@@ -75,6 +75,7 @@ def load_model(
     *,
     device: torch.device,
     dtype: torch.dtype | None,
+    int8: bool = False,
     choose: Callable[[Geometry, torch.device], Backends] = on_torch,
     fingerprints: Path | None = None,
 ) -> Model:
@@ -82,7 +83,7 @@ def load_model(
 
     Args:
         path: its folder, or a GGUF file.
-        device, dtype, choose: as in `Decoder.load`.
+        device, dtype, int8, choose: as in `Decoder.load`.
         fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
             weights again.
 
@@ -98,7 +99,7 @@ def load_model(
         named = path / "config.json"
         config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")))
         weights = Weights(path, fingerprints)
-    return Decoder.load(config, weights, device=device, dtype=dtype, choose=choose)
+    return Decoder.load(config, weights, device=device, dtype=dtype, int8=int8, choose=choose)
 
 
 def _family(what: str, name: object) -> Family:

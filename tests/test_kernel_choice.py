@@ -192,14 +192,14 @@ def test_the_first_start_says_what_it_does_and_the_second_nothing(
 
 
 def test_the_results_lie_in_a_folder_that_c_kernels_can_lie_in_too(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in(tmp_path, monkeypatch)
     folder = tmp_path / "cache" / "braidsdk"
     monkeypatch.setattr(kernel_choice, "user_cache_dir", lambda _: folder)
     before = os.umask(0o002)
     try:
-        kernel_choice._troubles(model)
+        kernel_choice._troubles(SHAPE, CPU)
     finally:
         os.umask(before)
     assert (folder / "kernels.json").exists()

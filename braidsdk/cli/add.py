@@ -9,7 +9,15 @@ import typer
 
 from braidsdk.cli.exits import FAILED, INTERRUPTED
 from braidsdk.cli.opening import open_braid, open_store
-from braidsdk.cli.options import TINY, DeviceOption, DtypeOption, ModelOption, NamespaceOption, StoreOption
+from braidsdk.cli.options import (
+    TINY,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    NamespaceOption,
+    StoreOption,
+    WeightsOption,
+)
 from braidsdk.cli.output import Output, counted
 from braidsdk.cli.pieces import check_names, cut, left_behind, merged_metadata
 from braidsdk.cli.sources import Reading, Source, Unread, read_sources
@@ -63,6 +71,7 @@ def add(
     store: StoreOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     namespace: NamespaceOption = "default",
 ) -> None:
     """Register texts: files, folders, globs or stdin.
@@ -75,7 +84,9 @@ def add(
     reading = _named(read_sources(files, globs or []), name)
     _report_unread(out, reading, strict)
     level = LEVEL_SYSTEM if system else LEVEL_CONTEXT
-    with open_braid(out, model=model, store=store, device=device, dtype=dtype, namespace=namespace) as braid:
+    with open_braid(
+        out, model=model, store=store, device=device, dtype=dtype, weights=weights, namespace=namespace
+    ) as braid:
         from braidsdk.cli.split import Splitter
 
         whole = system or chunk_tokens == 0

@@ -40,6 +40,7 @@ def ask(
     store: opt.StoreOption = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = "auto",
+    weights: opt.WeightsOption = "auto",
     namespace: opt.NamespaceOption = "default",
 ) -> None:
     """Answer a question over registered chunks.
@@ -51,7 +52,14 @@ def ask(
         question = sys.stdin.read()
     sampling = opt.sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop)
     with open_braid(
-        out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
+        out,
+        model=model,
+        store=store,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        namespace=namespace,
+        thinking=thinking,
     ) as braid:
         chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)
         if not chunks:

@@ -34,6 +34,7 @@ def chat(
     store: opt.StoreOption = None,
     device: opt.DeviceOption = "auto",
     dtype: opt.DtypeOption = "auto",
+    weights: opt.WeightsOption = "auto",
     namespace: opt.NamespaceOption = "default",
 ) -> None:
     """Chat over registered chunks. /help lists the commands of the conversation.
@@ -44,7 +45,14 @@ def chat(
     sampling = opt.sampling(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop)
     interactive = sys.stdin.isatty()
     with open_braid(
-        out, model=model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking
+        out,
+        model=model,
+        store=store,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        namespace=namespace,
+        thinking=thinking,
     ) as braid:
         braid.warm_up(progress=out.shows_progress)
         chunks = reading_order(braid.chunks.list()) if chunk is None else select(braid.chunks, chunk)

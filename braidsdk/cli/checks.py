@@ -77,7 +77,7 @@ class Subject:
     """What is checked.
 
     Attributes:
-        model, device, dtype: as `Braid` takes them.
+        model, device, dtype, weights: as `Braid` takes them.
         store: the store's folder; it may not be there yet.
         scratch: an empty folder that is deleted afterwards.
         braid: the model over a store in `scratch`, once a check has opened it.
@@ -86,6 +86,7 @@ class Subject:
     model: str
     device: str
     dtype: str
+    weights: str
     store: Path
     scratch: Path
     braid: "Braid | None" = None

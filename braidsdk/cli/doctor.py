@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from braidsdk.cli.exits import FAILED
-from braidsdk.cli.options import TINY, DeviceOption, DtypeOption, ModelOption, StoreOption
+from braidsdk.cli.options import TINY, DeviceOption, DtypeOption, ModelOption, StoreOption, WeightsOption
 from braidsdk.cli.output import Output, counted
 from braidsdk.settings import store_folder
 
@@ -23,6 +23,7 @@ def doctor(
     store: StoreOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    weights: WeightsOption = "auto",
     layers: Annotated[
         str | None,
         typer.Option("--layers", metavar="MODEL", help="Compare each layer of this model with transformers' instead."),
@@ -36,13 +37,14 @@ def doctor(
     With --layers it prints a row for each layer instead: the largest magnitude among its K-norm weights; then, over the
     tokens of documents, of a question and of an answer, our error and its ratio to transformers' error in the same
     dtype. Errors are measured from transformers' layer in float64, relative to what the layer adds to its input. All
-    get the input that transformers computed. The exit code is 1 if a ratio is too large.
+    get the input that transformers computed. The exit code is 1 if a ratio is too large. A last line says how far the
+    next-token distributions are from transformers': with --weights int8, what that costs.
     """
     if layers is not None:
-        _compare_layers(out, layers, device, dtype)
+        _compare_layers(out, layers, device, dtype, weights)
         return
     findings = []
-    for name, finding in _findings(out, model, store_folder(store), device, dtype):
+    for name, finding in _findings(out, model, store_folder(store), device, dtype, weights):
         findings.append((name, finding))
         if not out.json:
             out.text(f"{finding.status:<4}  {name}: {finding.detail}")
@@ -59,7 +61,9 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-def _findings(out: Output, model: str, store: Path, device: str, dtype: str) -> Iterator[tuple[str, "Finding"]]:
+def _findings(
+    out: Output, model: str, store: Path, device: str, dtype: str, weights: str
+) -> Iterator[tuple[str, "Finding"]]:
     from transformers.utils import logging
 
     from braidsdk.cli import checks, model_checks
@@ -67,7 +71,7 @@ def _findings(out: Output, model: str, store: Path, device: str, dtype: str) -> 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with TemporaryDirectory(prefix="braid-doctor-") as scratch:
-        subject = checks.Subject(model, device, dtype, store, Path(scratch))
+        subject = checks.Subject(model, device, dtype, weights, store, Path(scratch))
         try:
             for check in (*checks.CHECKS, *model_checks.CHECKS):
                 yield checks.name_of(check), checks.look(check, subject, debug=out.debug)
@@ -76,18 +80,19 @@ def _findings(out: Output, model: str, store: Path, device: str, dtype: str) -> 
                 subject.braid.close()
 
 
-def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
+def _compare_layers(out: Output, model: str, device: str, dtype: str, weights: str) -> None:
     from transformers.utils import logging
 
-    from braidsdk.cli.layer_checks import RATIO, check_layers
+    from braidsdk.cli.layer_checks import check_layers
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    report = check_layers(model, device, dtype)
+    report = check_layers(model, device, dtype, weights)
     if out.json:
         out.document({"ok": not report.failed, **asdict(report)})
     else:
-        out.note(f"{report.model} in {report.dtype} on {report.device}, kernels: {report.backends}")
+        kept = f", weights in {weights}" if weights != "auto" else ""
+        out.note(f"{report.model} in {report.dtype}{kept} on {report.device}, kernels: {report.backends}")
         out.note("layer, largest K-norm weight; error and its ratio to transformers' over documents, question, answer:")
         names = [each.name for each in report.layers[0].passes]
         out.table(
@@ -102,9 +107,15 @@ def _compare_layers(out: Output, model: str, device: str, dtype: str) -> None:
                 for each in report.layers
             ],
         )
+        found = report.agreement
+        out.note(
+            f"Against transformers in {report.dtype} over {found.tokens} tokens: KL {found.kl:.1e}, "
+            f"{found.top1:.1%} have the same likeliest token, perplexity {found.perplexity:.4g} "
+            f"({found.perplexity / found.their_perplexity - 1:+.2%})."
+        )
     if report.failed:
         out.error(
-            f"{counted(len(report.failed), 'layer')} with more than {RATIO} times transformers' error: "
+            f"{counted(len(report.failed), 'layer')} with more than {report.allowed}: "
             f"{', '.join(map(str, report.failed[:20]))}. BRAID_KERNELS=torch shows whether our kernels are the cause, "
             "--dtype float32 shows small faults. Please report the output."
         )

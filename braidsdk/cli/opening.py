@@ -41,6 +41,7 @@ def open_braid(
     store: Path | None,
     device: str,
     dtype: str,
+    weights: str,
     namespace: str,
     thinking: bool = False,
 ) -> Iterator["Braid"]:
@@ -51,7 +52,8 @@ def open_braid(
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    with Braid(model, store=store, device=device, dtype=dtype, namespace=namespace, thinking=thinking) as braid:
+    how = {"device": device, "dtype": dtype, "weights": weights, "namespace": namespace}
+    with Braid(model, store=store, **how, thinking=thinking) as braid:
         out.note(str(braid))
         yield braid
 

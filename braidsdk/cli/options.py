@@ -44,6 +44,15 @@ DtypeOption = Annotated[
         rich_help_panel=_MODEL,
     ),
 ]
+WeightsOption = Annotated[
+    str,
+    typer.Option(
+        "--weights",
+        envvar="BRAID_WEIGHTS",
+        help="auto (in the dtype), or int8: half the bytes, a little less accurate.",
+        rich_help_panel=_MODEL,
+    ),
+]
 NamespaceOption = Annotated[
     str,
     typer.Option(

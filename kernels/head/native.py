@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.products.native import LOGITS, run
+from braidsdk.kernels.weight import Weight
 
 
-def norm_head_native(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> Tensor:
+def norm_head_native(hidden: Tensor, norm: Tensor, head: Weight, eps: float) -> Tensor:
     """What `op.norm_head` computes, not rounded: float32."""
     (rows, size), vocab = hidden.shape, len(head)
     out = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")

@@ -12,6 +12,7 @@ from braidsdk.kernels.head.launch import greedy_triton, norm_head_triton
 from braidsdk.kernels.head.native import norm_head_native
 from braidsdk.kernels.head.reference import greedy_reference
 from braidsdk.kernels.measure import measured
+from braidsdk.kernels.weight import Weight
 
 BACKENDS: dict[Backend, Callable[..., Tensor]] = {
     "torch": norm_head_torch,
@@ -26,7 +27,7 @@ GREEDY: dict[Backend, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 
 @measured("head")
-def norm_head(hidden: Tensor, norm: Tensor, head: Tensor, eps: float, *, backend: Backend = "torch") -> Tensor:
+def norm_head(hidden: Tensor, norm: Tensor, head: Weight, eps: float, *, backend: Backend = "torch") -> Tensor:
     """Logits of hidden states; by all backends but torch summed in float32 and never rounded to a narrower dtype.
 
     Args:

@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 from braidsdk.kernels.paging import append
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 from braidsdk.kernels.rope import rotate
+from braidsdk.kernels.weight import Weight
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class NormQKVWeights:
     """
 
     norm: Tensor
-    qkv: Tensor
+    qkv: Weight
     bias: Tensor | None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None

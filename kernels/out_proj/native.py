@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.products.native import SUMS, run
+from braidsdk.kernels.weight import Weight
 
 
-def out_proj_native(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def out_proj_native(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor) -> Tensor:
     """What `op.out_proj` computes, rounded once."""
     rows, size = x.shape
     out = torch.empty_like(residual)

@@ -10,6 +10,7 @@ from braidsdk.kernels.measure import measured
 from braidsdk.kernels.out_proj.eager import out_proj_torch
 from braidsdk.kernels.out_proj.launch import out_proj_triton
 from braidsdk.kernels.out_proj.native import out_proj_native
+from braidsdk.kernels.weight import Weight
 
 BACKENDS: dict[Backend, Callable[..., Tensor]] = {
     "torch": out_proj_torch,
@@ -19,7 +20,7 @@ BACKENDS: dict[Backend, Callable[..., Tensor]] = {
 
 
 @measured("out_proj")
-def out_proj(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, *, backend: Backend = "torch") -> Tensor:
+def out_proj(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, *, backend: Backend = "torch") -> Tensor:
     """`residual + x @ weight.T + bias`; by all backends but torch summed in float32 and rounded once.
 
     Args:

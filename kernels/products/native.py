@@ -1,7 +1,6 @@
 """The linear operations on a CPU: the launch of native.c."""
 
 import ctypes
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels import native
+from braidsdk.kernels.weight import Int8, Rows, Weight
 
 HEADS, GATES, SUMS, LOGITS = range(4)
 """What a call computes: `norm_qkv`, `norm_swiglu`, `out_proj`, `norm_head`."""
@@ -43,22 +43,13 @@ def largest(slots: Tensor) -> int:
     return found
 
 
-GROUP = 128
-"""Columns that share a scale, of a weight in int8, as native.c has it."""
-
-Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows of a weight: bfloat16 [rows, columns], or int8 and their float32 scales [rows, groups of columns]."""
-
-
-def _blocks(weight: Tensor | Sequence[Rows]) -> "ctypes.Array[_Block]":
-    """A weight as native.c takes it: in one piece, or up to three, one below another."""
-    pieces = (weight,) if isinstance(weight, Tensor) else weight
-    blocks = (
-        _Block(piece.data_ptr(), None, len(piece))
-        if isinstance(piece, Tensor)
-        else _Block(piece[0].data_ptr(), piece[1].data_ptr(), len(piece[0]))
-        for piece in pieces
-    )
+def _blocks(weight: Weight) -> "ctypes.Array[_Block]":
+    """A weight as native.c takes it: up to three blocks of rows, one below another."""
+    if isinstance(weight, Int8):
+        blocks = [_Block(weight.values.data_ptr(), weight.scales.data_ptr(), len(weight))]
+    else:
+        parts = weight.parts if isinstance(weight, Rows) else (weight,)
+        blocks = [_Block(part.data_ptr(), None, len(part)) for part in parts]
     return (_Block * 3)(*blocks)
 
 
@@ -72,7 +63,8 @@ def run(**given: Any) -> None:
     """Compute products on all threads.
 
     Args:
-        given: fields of `_Arguments`, tensors for pointers. They are checked before: contiguous, bfloat16, on the CPU.
+        given: fields of `_Arguments`, tensors for pointers and a `Weight`. They are checked before: contiguous,
+            bfloat16, on the CPU.
     """
     if not given["rows"]:
         return

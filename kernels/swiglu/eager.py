@@ -6,9 +6,10 @@ from torch.nn.functional import silu
 from braidsdk.kernels.blocks import in_blocks
 from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
+from braidsdk.kernels.weight import Int8
 
 
-def norm_swiglu_torch(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+def norm_swiglu_torch(hidden: Tensor, norm: Tensor, gate_up: Tensor | Int8, eps: float) -> Tensor:
     """What `op.norm_swiglu` computes; the projections may be one of `projection.pack`."""
 
     def swiglu(products: Tensor) -> Tensor:

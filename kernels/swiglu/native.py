@@ -3,9 +3,10 @@
 from torch import Tensor
 
 from braidsdk.kernels.products.native import GATES, run
+from braidsdk.kernels.weight import Weight
 
 
-def norm_swiglu_native(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+def norm_swiglu_native(hidden: Tensor, norm: Tensor, gate_up: Weight, eps: float) -> Tensor:
     """What `op.norm_swiglu` computes, rounded once."""
     (rows, size), inner = hidden.shape, len(gate_up) // 2
     out = hidden.new_empty(rows, inner)

@@ -10,6 +10,7 @@ from braidsdk.kernels.measure import measured
 from braidsdk.kernels.swiglu.eager import norm_swiglu_torch
 from braidsdk.kernels.swiglu.launch import norm_swiglu_triton
 from braidsdk.kernels.swiglu.native import norm_swiglu_native
+from braidsdk.kernels.weight import Weight
 
 BACKENDS: dict[Backend, Callable[..., Tensor]] = {
     "torch": norm_swiglu_torch,
@@ -19,7 +20,7 @@ BACKENDS: dict[Backend, Callable[..., Tensor]] = {
 
 
 @measured("swiglu")
-def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float, *, backend: Backend = "torch") -> Tensor:
+def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Weight, eps: float, *, backend: Backend = "torch") -> Tensor:
     """`silu(gate(x)) * up(x)` with `x` the normed hidden states.
 
     Args:

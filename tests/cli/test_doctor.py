@@ -20,7 +20,7 @@ Cli = Callable[..., Any]
 
 @pytest.fixture
 def subject(tmp_path: Path, random_checkpoint: Path) -> Any:
-    subject = Subject(str(random_checkpoint), "cpu", "float32", tmp_path / "store", tmp_path / "scratch")
+    subject = Subject(str(random_checkpoint), "cpu", "float32", "auto", tmp_path / "store", tmp_path / "scratch")
     yield subject
     if subject.braid:
         subject.braid.close()

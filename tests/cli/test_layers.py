@@ -87,6 +87,23 @@ def test_a_sound_model_is_as_near_to_the_truth_as_transformers(cli: Cli, random_
     assert all(eps / 100 < error < 30 * eps for error in errors), "roundings, a few of them"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_in_int8_are_judged_by_their_rounding_and_tell_what_they_cost(cli: Cli, dtype: str) -> None:
+    plain, rounded = (
+        cli("doctor", "--layers", "braid-tiny", "--dtype", dtype, "--weights", weights, "--json").json
+        for weights in ("auto", "int8")
+    )
+    assert plain["ok"]
+    assert rounded["ok"]
+    assert (plain["weights"], rounded["weights"]) == ("auto", "int8")
+    errors = [each["ours"] for layer in rounded["layers"] for each in layer["passes"]]
+    assert all(2e-3 < error < layer_checks.INT8_SMALL for error in errors)
+    assert plain["agreement"]["kl"] < rounded["agreement"]["kl"] < 1e-3
+    assert rounded["agreement"]["top1"] > 0.95
+    assert rounded["agreement"]["their_perplexity"] == plain["agreement"]["their_perplexity"]
+    assert 0 < abs(rounded["agreement"]["perplexity"] / rounded["agreement"]["their_perplexity"] - 1) < 0.01
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_so_is_one_on_a_gpu(cli: Cli, random_checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from braidsdk.kernels import native
 from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
-from braidsdk.kernels.products import amx as native_products
 from braidsdk.kernels.swiglu import norm_swiglu
+from braidsdk.kernels.weight import Int8, Rows, quantised
 
 pytestmark = pytest.mark.usefixtures("level")
 
@@ -50,7 +50,14 @@ def score(rows: int, size: int, outputs: int) -> Values:
 
 
 def wide(values: Values) -> Values:
-    return {name: each.double() if isinstance(each, Tensor) else each for name, each in values.items()}
+    return {
+        name: each.double()
+        if isinstance(each, Tensor)
+        else each.dense(torch.float64)
+        if isinstance(each, Int8)
+        else each
+        for name, each in values.items()
+    }
 
 
 OPS: dict[str, tuple[Callable[..., Values], Callable[..., Tensor]]] = {
@@ -160,7 +167,7 @@ class Heads:
     def run(self, backend: str, dtype: torch.dtype = BF16) -> tuple[Tensor, Tensor]:
         """Queries, and the memory afterwards, which held NaN everywhere."""
         kv = torch.full(self.kv_shape, float("nan"), dtype=dtype)
-        fields = {name: each.to(dtype) for name, each in vars(self.weights).items() if each is not None}
+        fields = {name: each.to(dtype) for name, each in vars(self.weights).items() if isinstance(each, Tensor)}
         angles = (each.to(torch.promote_types(dtype, torch.float32)) for each in (self.cos, self.sin))
         weights = replace(self.weights, **fields)
         return norm_qkv(self.hidden.to(dtype), weights, EPS, *angles, kv, self.slots, backend=backend), kv
@@ -229,16 +236,12 @@ def test_is_as_close_to_the_truth_as_torch(name, rows, assert_as_good) -> None:
     assert_as_good(results)
 
 
-def in_pieces(monkeypatch: pytest.MonkeyPatch, *cuts: int, make: Callable[[Tensor], object] = lambda piece: piece) -> None:
-    """Have every weight lie in pieces, cut before these rows, with what `make` gives for each."""
-    blocks, kept = native_products._blocks, []
+WEIGHTS = ("weight", "gate_up", "head")
 
-    def cut(weight: Tensor) -> object:
-        pieces = [make(piece) for piece in weight.tensor_split([at % len(weight) for at in cuts]) if len(piece)]
-        kept.append(pieces)  # C knows addresses alone
-        return blocks(pieces)
 
-    monkeypatch.setattr(native_products, "_blocks", cut)
+def instead(values: Values, made: Callable[[Tensor], object]) -> Values:
+    """The same with another weight, made of it."""
+    return {key: made(each) if key in WEIGHTS else each for key, each in values.items()}
 
 
 def at_odd_address(piece: Tensor) -> Tensor:
@@ -249,45 +252,37 @@ def at_odd_address(piece: Tensor) -> Tensor:
     return space[begin : begin + piece.numel()].view(piece.shape).copy_(piece)
 
 
+def in_pieces(weight: Tensor, *cuts: int) -> Rows:
+    """Rows that lie apart, cut before these, at odd addresses."""
+    return Rows(tuple(at_odd_address(piece) for piece in weight.tensor_split(cuts) if len(piece)))
+
+
+def at_odd_addresses(weight: Int8) -> Int8:
+    return Int8(at_odd_address(weight.values), at_odd_address(weight.scales))
+
+
 @each_op
 @pytest.mark.parametrize("rows", [1, 6, 33])
 @pytest.mark.parametrize("size", [96, 41])
 @pytest.mark.parametrize("cuts", [(), (17,), (33, 34)], ids=str)
-def test_a_weight_may_lie_in_pieces_at_any_address(name, rows, size, cuts, seed, poisoned, monkeypatch) -> None:
+def test_a_weight_may_lie_in_pieces_at_any_address(name, rows, size, cuts, seed, poisoned) -> None:
     make, run = OPS[name]
     values = make(rows, size, 38)
-    whole = run(**values, path="amx")
-    in_pieces(monkeypatch, *cuts, make=at_odd_address)
-    assert torch.equal(run(**values, path="amx"), whole)
+    whole = run(**values, backend="native")
+    cut = instead(values, lambda weight: in_pieces(weight, *(at % len(weight) for at in cuts)))
+    assert torch.equal(run(**cut, backend="native"), whole)
 
 
 @pytest.mark.parametrize("rows", [1, 40])
-def test_queries_keys_and_values_may_lie_apart(rows, seed, monkeypatch) -> None:
+def test_queries_keys_and_values_may_lie_apart(rows, seed) -> None:
     case = Heads(rows, 96, 4, 2, 32)
-    queries, kv = case.run("amx")
-    in_pieces(monkeypatch, 128, 192, make=at_odd_address)
-    again, kv_again = case.run("amx")
+    queries, kv = case.run("native")
+    case.weights = replace(case.weights, qkv=in_pieces(case.weights.qkv, 128, 192))
+    again, kv_again = case.run("native")
     assert torch.equal(again, queries)
     assert torch.equal(kv_again.nan_to_num(), kv.nan_to_num())
 
 
-def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """In int8, and a scale for each group of columns."""
-    size = weight.shape[1]
-    groups = -(-size // native_products.GROUP)
-    padded = torch.nn.functional.pad(weight.float(), (0, groups * native_products.GROUP - size)).unflatten(1, (groups, -1))
-    scales = padded.abs().amax(-1) / 127
-    codes = (padded / scales[..., None]).round().to(torch.int8)
-    return codes.flatten(1)[:, :size].contiguous(), scales
-
-
-def as_quantized(weight: Tensor) -> Tensor:
-    """What the weight becomes, in float64."""
-    codes, scales = quantized(weight)
-    return codes.double() * scales.double().repeat_interleave(native_products.GROUP, 1)[:, : weight.shape[1]]
-
-
-WEIGHTS = ("weight", "gate_up", "head")
 INT8_SIZES = [(128, 32), (96, 33), (300, 20), (41, 5), (1056, 70)]
 """Whole groups, and last ones of 96, 44, 41 and 32 columns."""
 
@@ -295,64 +290,59 @@ INT8_SIZES = [(128, 32), (96, 33), (300, 20), (41, 5), (1056, 70)]
 @each_op
 @pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 33])
 @pytest.mark.parametrize(("size", "outputs"), INT8_SIZES)
-def test_a_weight_in_int8_equals_the_truth(name, rows, size, outputs, seed, poisoned, monkeypatch, assert_near) -> None:
+def test_a_weight_in_int8_equals_the_truth(name, rows, size, outputs, seed, poisoned, assert_near) -> None:
     make, run = OPS[name]
-    values = make(rows, size, outputs)
-    truth = run(**wide(values) | {key: as_quantized(values[key]) for key in WEIGHTS if key in values})
-    in_pieces(monkeypatch, 3, make=lambda piece: tuple(map(at_odd_address, quantized(piece))))
-    assert_near(run(**values, path="amx"), truth, BF16)
+    values = instead(make(rows, size, outputs), lambda weight: at_odd_addresses(quantised(weight)))
+    assert_near(run(**values, backend="native"), run(**wide(values)), BF16)
 
 
 @pytest.mark.parametrize("rows", [1, 20])
-def test_heads_of_a_weight_in_int8_equal_the_truth(rows, seed, monkeypatch, assert_near) -> None:
+def test_heads_of_a_weight_in_int8_equal_the_truth(rows, seed, assert_near) -> None:
     case = Heads(rows, 160, 4, 2, 32, head_norms=False)
-    weights = case.weights
-    case.weights = replace(weights, qkv=as_quantized(weights.qkv))
+    whole = quantised(case.weights.qkv)
+    case.weights = replace(case.weights, qkv=whole.dense(torch.float64))
     queries, truth = case.run("torch", torch.float64)
-    case.weights = weights
-    in_pieces(monkeypatch, 128, 192, make=quantized)
-    ours, kv = case.run("amx")
+    case.weights = replace(case.weights, qkv=whole)
+    ours, kv = case.run("native")
     assert_near(ours, queries, BF16)
     assert_near(case.written(kv)[0], case.written(truth)[0], BF16)
     assert_near(case.written(kv)[1], case.written(truth)[1], BF16)
 
 
-def test_fixed_point_loses_less_than_bfloat16_does(seed, monkeypatch) -> None:
+def test_fixed_point_loses_less_than_bfloat16_does(seed) -> None:
     """Also where one number is a thousand times the others. Weights are sums' only other error, and exact here."""
-    values = score(3, 512, 64)
+    values = instead(score(3, 512, 64), quantised)
     values["hidden"], values["norm"] = draw(3, 512), torch.ones(512, dtype=BF16)
     values["hidden"][:, 200] *= 1000
     normed = (values["hidden"].double() * values["hidden"].double().square().mean(-1, keepdim=True).rsqrt()).to(BF16)
-    truth = normed.double() @ as_quantized(values["head"]).T
-    in_pieces(monkeypatch, make=quantized)
-    ours = norm_head(**values | {"eps": 0.0}, path="amx").double()
+    truth = normed.double() @ values["head"].dense(torch.float64).T
+    ours = norm_head(**values | {"eps": 0.0}, backend="native").double()
     assert (ours - truth).norm() <= 2**-11 * truth.norm()
 
 
 @pytest.mark.parametrize("rows", [3, 9])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_row(rows, value, seed, monkeypatch) -> None:
-    values = project(rows, 300, 20)
+def test_what_is_not_finite_stays_in_its_row(rows, value, seed) -> None:
+    values = instead(project(rows, 300, 20), quantised)
     values["x"][1, 200] = value
-    in_pieces(monkeypatch, make=quantized)
-    finite = out_proj(**values, path="amx").isfinite().all(1)
+    finite = out_proj(**values, backend="native").isfinite().all(1)
     assert finite.tolist() == [row != 1 for row in range(rows)]
 
 
 @pytest.mark.parametrize("in_int8", [False, True], ids=["bfloat16", "int8"])
 @each_op
-def test_a_rows_result_does_not_depend_on_those_beside_it(name, in_int8, seed, monkeypatch, level: native.Level) -> None:
+def test_a_rows_result_does_not_depend_on_those_beside_it(name, in_int8, seed, level: native.Level) -> None:
     """But for tiles, which take several rows alone, and for a weight in int8, which many rows meet as bfloat16."""
     make, run = OPS[name]
     values = make(6 if in_int8 else 20, 300, 40)
     if in_int8:
-        in_pieces(monkeypatch, make=quantized)
+        values = instead(values, quantised)
     elif level.name == "amx":
         pytest.skip("of several rows in bfloat16 tiles are multiplied")
-    together = run(**values, path="amx")
+    together = run(**values, backend="native")
     for row in range(len(together)):
-        alone = {key: each[row : row + 1] if key in ("x", "hidden", "residual") else each for key, each in values.items()}
-        assert torch.equal(run(**alone, path="amx")[0], together[row])
+        own = {key: values[key][row : row + 1] for key in ("x", "hidden", "residual") if key in values}
+        assert torch.equal(run(**values | own, backend="native")[0], together[row])
 
 
 @each_op
