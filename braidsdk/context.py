@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from time import perf_counter
-from typing import Literal, Unpack, cast
+from typing import TYPE_CHECKING, Literal, Unpack, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
@@ -24,6 +23,9 @@ from braidsdk.prompt.history import conversation, parse_history
 from braidsdk.prompt.text import check_length, check_window
 from braidsdk.store import EntryKey, Hit
 from braidsdk.types import Answer, ExplainedChunk, Explanation
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PretrainedConfig
 
 History = Sequence[Mapping[str, str]]
 """A conversation's past: {"role": "user", "content": ...}, {"role": "assistant", "content": ...}, and so on."""
@@ -159,7 +161,7 @@ class Context:
         self._engine.run(request)
         return request.computed_tokens
 
-    def to_transformers_cache(self, config: PretrainedConfig | None = None) -> DynamicCache:
+    def to_transformers_cache(self, config: "PretrainedConfig | None" = None) -> "DynamicCache":
         """A fresh cache of this context for `generate` of transformers, computing what is missing of it.
 
         `generate` writes into the cache it is given: ask for another one each time. Give it the ids of the whole
@@ -182,7 +184,7 @@ class Context:
         """
         engine, segments = self._engine, self._composition.segments
 
-        def copied(entries: Sequence[Resident], _: Tensor | None) -> DynamicCache:
+        def copied(entries: Sequence[Resident], _: Tensor | None) -> "DynamicCache":
             with torch.inference_mode(False), torch.no_grad():  # plain tensors, free to be changed
                 return to_dynamic_cache(engine.model, engine.pool, segments, entries, config)
 

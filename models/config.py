@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from braidsdk.errors import UnsupportedModelError
 from braidsdk.models.base import GenerationDefaults, ModelConfig, read_json
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ROPE_TYPES = ("default", "linear", "yarn")
 """RoPE variants of every family. All variants that are computed rotate a key by its position only, so that a cached key
@@ -55,7 +56,7 @@ class Family:
     refused: Callable[[Any], list[str]] = lambda _: []
 
     @property
-    def config_class(self) -> type[PretrainedConfig]:
+    def config_class(self) -> "type[PretrainedConfig]":
         """The class of that name."""
         found: type[PretrainedConfig] = getattr(import_module("transformers"), self.config)
         return found
@@ -180,10 +181,12 @@ def _layers(config: CheckpointConfig) -> list[str]:
     return [f"model.layers.{index}" for index in range(config.numbers.layers)]
 
 
-def _rope_frequencies(config: PretrainedConfig, rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
+def _rope_frequencies(config: "PretrainedConfig", rope: dict[str, Any], head_dim: int) -> tuple[Tensor, float]:
     """`inv_freq` and `attention_factor`. The default is theta^(-2i / head_dim), as in transformers. For linear, llama3
     and YaRN (Peng et al. 2023, arXiv:2309.00071) transformers' own functions are called."""
     if rope["rope_type"] != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
         inv_freq, attention_factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
         return inv_freq, float(attention_factor)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim

@@ -1,7 +1,6 @@
 """Downloads checkpoints from the Hugging Face hub into its cache, safetensors only. Its errors say what to do."""
 
 import json
-import re
 from pathlib import Path
 
 import huggingface_hub
@@ -28,11 +27,6 @@ _FILES = [
     "*.safetensors",
     "model.safetensors.index.json",
 ]
-
-
-def is_hub_id(model: str) -> bool:
-    """Whether a name has the form of a hub id, `owner/name`."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
 
 
 def fetch(model: str, revision: str | None = None) -> Path:

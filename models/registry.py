@@ -1,5 +1,6 @@
 """Finds the checkpoint of a name, and the family that computes a checkpoint."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from braidsdk.models.families.llama import LLAMA, MISTRAL
 from braidsdk.models.families.qwen2 import QWEN2
 from braidsdk.models.families.qwen3 import QWEN3
 from braidsdk.models.gguf import SUFFIX, GGUFFile, GGUFWeights
-from braidsdk.models.hub import fetch, is_hub_id
 from braidsdk.models.weights import Weights
 
 EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
@@ -22,6 +22,9 @@ EMBEDDED = {"braid-tiny": Path(__file__).parent / "tiny" / "checkpoint"}
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 """The families that are computed, by the `model_type` of config.json."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""A name of the form `owner/name`."""
 
 
 def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
@@ -40,7 +43,9 @@ def find_checkpoint(model: str | Path, revision: str | None = None) -> Path:
     if not isinstance(model, str | Path) or "\0" in str(model) or len(str(model)) > 4000:
         raise InputError(f"model must be a name or a folder; got {shown(model)}.")
     folder = (EMBEDDED.get(model) if isinstance(model, str) else None) or Path(model).expanduser()
-    if isinstance(model, str) and is_hub_id(model) and not folder.exists():
+    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not folder.exists():
+        from braidsdk.models.hub import fetch
+
         return fetch(model, revision)
     if revision is not None:
         raise InputError(

@@ -5,20 +5,27 @@ segment's origin s: R(s) R(j) = R(s + j).
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PretrainedConfig
 
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.compose.composition import Segment
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
 
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PretrainedConfig
+
 
 def to_dynamic_cache(
-    model: Model, pool: Pool, segments: Sequence[Segment], entries: Sequence[Resident], config: PretrainedConfig | None
-) -> DynamicCache:
+    model: Model,
+    pool: Pool,
+    segments: Sequence[Segment],
+    entries: Sequence[Resident],
+    config: "PretrainedConfig | None",
+) -> "DynamicCache":
     """Copy entries out of the pool, with their keys at absolute positions.
 
     Args:
@@ -31,6 +38,8 @@ def to_dynamic_cache(
     Returns:
         Keys and values of each layer, [1, kv_heads, tokens, head_dim], in the model's dtype and on its device.
     """
+    from transformers import DynamicCache
+
     turns = [_turn(model, segment.origin) for segment in segments]
     layers = []
     for memory in pool.kv:

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -497,7 +497,7 @@ class Residency(Generic[N]):
             "machine": platform.machine(),
             "threads": str(torch.get_num_threads()),
             "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            "transformers": version("transformers"),
         }
 
 

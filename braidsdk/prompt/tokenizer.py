@@ -15,7 +15,6 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from braidsdk.errors import ModelNotFoundError, UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
@@ -128,6 +127,8 @@ class TextTokenizer:
 
 def _read(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
     """transformers' tokenizer of a checkpoint, and what its tokenizer.json holds."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     is_file = checkpoint.is_file()
     folder = checkpoint.parent if is_file else checkpoint
     beside = folder / "tokenizer.json"
