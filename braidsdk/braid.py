@@ -136,8 +136,11 @@ class Braid:
                 return model, Pool.for_model(model, left_for_entries(model, budget))
 
             loaded, pool = _in_a_thread(load)
-            layout = PromptLayout(folder, thinking=thinking, rows=loaded.config.vocab_size)
+            layout = PromptLayout(
+                folder, thinking=thinking, rows=loaded.config.vocab_size, remembered=opened.path / "layouts.json"
+            )
             loaded.config = replace(loaded.config, eos_ids=loaded.config.eos_ids | layout.end_ids)
+            layout.remember()
             engine = Engine(loaded, layout, opened, pool, namespace, max_queue=max_queue)
         except BaseException:
             opened.close()

@@ -5,7 +5,7 @@ computed. A `Family` says what differs between architectures.
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from braidsdk.errors import UnsupportedModelError
 from braidsdk.models.base import GenerationDefaults, ModelConfig, read_json
+from braidsdk.models.fingerprints import libraries, recall, remember, stamp
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,17 +86,55 @@ class CheckpointConfig:
     attention_factor: float
 
 
-def read_config(folder: Path, family: Family) -> CheckpointConfig:
+def read_config(folder: Path, family: Family, remembered: Path | None = None) -> CheckpointConfig:
     """Read and check a checkpoint's configuration, generation_config.json included.
+
+    Args:
+        folder: the checkpoint's folder.
+        family: its family.
+        remembered: a file that remembers configurations that were read before. With them transformers is not imported,
+            which takes half a second.
 
     Raises:
         UnsupportedModelError: it can't be read, or asks for something that is not computed here.
     """
+    if remembered is None:
+        return _read_config(folder, family)
+    files = [path for name in ("config.json", "generation_config.json") if (path := folder / name).is_file()]
+    files += [*libraries("transformers", "torch"), Path(__file__)]  # they make of it what is remembered
+    key = stamp(files)
+    if known := recall(remembered, key):
+        return _from_json(known)
+    found = _read_config(folder, family)
+    remember(remembered, key, files, _to_json(found))
+    return found
+
+
+def _read_config(folder: Path, family: Family) -> CheckpointConfig:
     path = folder / "config.json"
     _refuse(path, family, _refused_by_name(read_json(path), family))
     found = checked(path, family, lambda: family.config_class.from_pretrained(folder))
     generation, eos_ids = _generation(folder, found.numbers.eos_ids)
     return replace(found, numbers=replace(found.numbers, generation=generation, eos_ids=eos_ids))
+
+
+def _to_json(config: CheckpointConfig) -> dict[str, Any]:
+    numbers = {**asdict(config.numbers), "eos_ids": sorted(config.numbers.eos_ids)}
+    dtype = str(config.dtype).removeprefix("torch.") if config.dtype else None
+    return {**vars(config), "numbers": numbers, "dtype": dtype, "inv_freq": config.inv_freq.tolist()}
+
+
+def _from_json(known: dict[str, Any]) -> CheckpointConfig:
+    numbers = known["numbers"]
+    generation, eos_ids = GenerationDefaults(**numbers["generation"]), frozenset(numbers["eos_ids"])
+    return CheckpointConfig(
+        **{
+            **known,
+            "numbers": ModelConfig(**{**numbers, "generation": generation, "eos_ids": eos_ids}),
+            "dtype": getattr(torch, known["dtype"]) if known["dtype"] else None,
+            "inv_freq": torch.tensor(known["inv_freq"], dtype=torch.float32),
+        }
+    )
 
 
 def checked(path: Path, family: Family, read: Callable[[], Any]) -> CheckpointConfig:

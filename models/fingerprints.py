@@ -1,4 +1,5 @@
-"""Remembers fingerprints of checkpoints, so that opening one again need not hash and check every weight.
+"""Remembers what was found out about checkpoints, so that opening one again need not find it again: the fingerprint of
+the weights say, for which every weight is hashed and checked.
 
 A record is valid only for the same files that it was made from: their resolved paths, sizes, times and inodes. If there
 is any doubt, no record is used, and the checkpoint is read as if it were new.
@@ -9,7 +10,9 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -17,7 +20,7 @@ SETTLED_NS = 2_000_000_000
 """A file that changed less than this before it was read may change again within one tick of its time stamp."""
 
 _VERSION = 1  # raise it when fingerprints are made in another way
-_KEPT = 64
+_KEPT = 128
 
 
 def stamp(files: Sequence[Path]) -> str:
@@ -33,16 +36,22 @@ def stamp(files: Sequence[Path]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps([_VERSION, seen]).encode())
 
 
-def recall(file: Path, key: str) -> str | None:
-    """The fingerprint that a file remembers for a stamp, or None. A damaged file remembers nothing."""
+def libraries(*names: str) -> list[Path]:
+    """Files that change when one of these packages is installed again. Imports none of them."""
+    specs = map(find_spec, names)
+    return [Path(spec.origin) for spec in specs if spec and spec.origin]
+
+
+def recall(file: Path, key: str) -> Any:
+    """What a file remembers for a stamp, or None. A damaged file remembers nothing."""
     match _records(file).get(key):
-        case [str(fingerprint), check] if check == _check(key, fingerprint):
-            return fingerprint
+        case [found, check] if check == _check(key, found):
+            return found
     return None
 
 
-def remember(file: Path, key: str, checkpoint: Sequence[Path], fingerprint: str) -> None:
-    """Remember the fingerprint of a checkpoint that was read after it had this stamp, unless it may have changed.
+def remember(file: Path, key: str, checkpoint: Sequence[Path], found: object) -> None:
+    """Remember what was found in files that were read after they had this stamp, unless they may have changed.
 
     The newest records are kept. A file that can't be written stays as it is, because it only saves time.
     """
@@ -52,7 +61,7 @@ def remember(file: Path, key: str, checkpoint: Sequence[Path], fingerprint: str)
         newest = max(max(s.st_mtime_ns, s.st_ctime_ns) for s in stats)
         if stamp(checkpoint) != key or time.time_ns() - newest < SETTLED_NS:
             return
-        records = {**_records(file), key: [fingerprint, _check(key, fingerprint)]}
+        records = {**_records(file), key: [found, _check(key, found)]}
         try:
             temporary.write_text(json.dumps(dict(list(records.items())[-_KEPT:]), indent=0))
             temporary.replace(file)
@@ -68,5 +77,5 @@ def _records(file: Path) -> dict[str, object]:
     return records if isinstance(records, dict) else {}
 
 
-def _check(key: str, fingerprint: str) -> str:
-    return xxhash.xxh3_64_hexdigest(f"{key} {fingerprint}".encode())
+def _check(key: str, found: object) -> str:
+    return xxhash.xxh3_64_hexdigest(f"{key} {json.dumps(found)}".encode())

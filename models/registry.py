@@ -89,8 +89,8 @@ def load_model(
     Args:
         path: its folder, or a GGUF file.
         device, dtype, int8, choose: as in `Decoder.load`.
-        fingerprints: a file that remembers the fingerprints of checkpoints that were read before. None hashes all
-            weights again.
+        fingerprints: a file that remembers the configurations and fingerprints of checkpoints that were read before.
+            None hashes all weights again.
 
     Raises:
         UnsupportedModelError: the config asks for something that is not computed.
@@ -102,7 +102,7 @@ def load_model(
         weights: Weights = GGUFWeights(file, config, fingerprints)
     else:
         named = path / "config.json"
-        config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")))
+        config = read_config(path, _family(f"model_type in {named}", read_json(named).get("model_type")), fingerprints)
         weights = Weights(path, fingerprints)
     return Decoder.load(config, weights, device=device, dtype=dtype, int8=int8, choose=choose)
 

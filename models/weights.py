@@ -204,7 +204,7 @@ class Weights:
         if self._absurd:
             self._warn(f"{self.path} holds weights above {ABSURD:g}, as if they were never initialised", self._absurd)
         if self._known:
-            return self._known
+            return str(self._known)
         fingerprint = xxhash.xxh3_128_hexdigest(json.dumps(sorted(self._digests.items())).encode())
         if self._remembered and not self._absurd:
             remember(self._remembered, self._stamp, self._files, fingerprint)

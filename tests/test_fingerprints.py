@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from transformers import Qwen3ForCausalLM
 
 from braidsdk import Braid
 from braidsdk.models import fingerprints
-from braidsdk.models.registry import load_model
+from braidsdk.models.config import Family, read_config
+from braidsdk.models.registry import FAMILIES, load_model
 
 CPU = torch.device("cpu")
 Make = Callable[..., Path]
@@ -151,15 +155,18 @@ def test_files_that_changed_just_now_are_not_remembered(make_checkpoint: Make, t
 
 
 def test_files_that_change_while_they_are_read_are_not_remembered(
-    make_checkpoint: Make, tmp_path: Path, settled: None, monkeypatch: pytest.MonkeyPatch
+    make_checkpoint: Make, tmp_path: Path, settled: None, hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, file = make_checkpoint(), tmp_path / "remembered"
     from braidsdk.models import weights
 
     finish = weights.Weights.finish
-    monkeypatch.setattr(weights.Weights, "finish", lambda self: (flip(folder / "model.safetensors"), finish(self))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.Weights, "finish", lambda self: (flip(folder / "model.safetensors"), finish(self))[1])
+        fingerprint(folder, remembered=file)
+    hashed.clear()
     fingerprint(folder, remembered=file)
-    assert not file.exists()
+    assert hashed
 
 
 def other_fingerprint(text: str) -> str:
@@ -196,3 +203,60 @@ def test_the_file_stays_small(tmp_path: Path, settled: None) -> None:
     assert len(json.loads(file.read_text())) == fingerprints._KEPT
     assert fingerprints.recall(file, fingerprints.stamp(checkpoint)) == f"{number:032}"
     assert not list(tmp_path.glob("remembered?*")), "temporary files stay behind"
+
+
+# Configurations, tokenizers and templates
+
+OPEN = """
+import sys
+from braidsdk import Braid
+with Braid(sys.argv[1], store=sys.argv[2], device="cpu") as braid:
+    docs = [braid.register_system("Be brief."), *braid.register_many(["One fact: 12.", "<|im_end|>"], progress=False)]
+    context = braid.compose(docs)
+    answer = context.ask("Which?", max_new_tokens=6)
+    print(answer.prompt_ids, answer.token_ids, braid.compose(docs[1:]).input_ids)
+    sys.stderr.write(str("transformers" in sys.modules))
+    print(context.prompt_ids("Which?", history=[{"role": r, "content": "A"} for r in ("user", "assistant")]))
+"""
+
+
+def test_a_second_process_imports_no_transformers_and_finds_the_same(make_checkpoint: Make, tmp_path: Path) -> None:
+    folder = make_checkpoint()
+    time.sleep(fingerprints.SETTLED_NS / 1e9 + 0.1)
+    command = [sys.executable, "-c", OPEN, str(folder), str(tmp_path / "store")]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
+    assert second.stdout == first.stdout
+    assert (first.stderr, second.stderr) == ("True", "False")
+
+
+@pytest.mark.parametrize(
+    ("family", "rope"),
+    [
+        ("qwen3", {"rope_type": "default"}),
+        ("qwen2", {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}),
+        ("mistral", {"rope_type": "linear", "factor": 3.0}),
+        ("llama", None),
+    ],
+)
+def test_a_remembered_configuration_is_the_one_that_was_read(
+    make_checkpoint: Make,
+    tmp_path: Path,
+    settled: None,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    rope: dict[str, object] | None,
+) -> None:
+    changes = {"rope_parameters": {**rope, "rope_theta": 1e6}} if rope else {}
+    folder = make_checkpoint(family=family, **changes)
+    (folder / "generation_config.json").write_text('{"top_p": 0.95, "eos_token_id": [1021, 1019]}')
+    first = read_config(folder, FAMILIES[family], tmp_path / "file")
+    with monkeypatch.context() as patch:
+        patch.delattr(Family, "config_class")
+        again = read_config(folder, FAMILIES[family], tmp_path / "file")
+    assert torch.equal(again.inv_freq, first.inv_freq)
+    assert {**vars(again), "inv_freq": None} == {**vars(first), "inv_freq": None}
+    for name, change in (("generation_config.json", {"top_p": 0.5}), ("config.json", {"rms_norm_eps": 0.5})):
+        edit_json(folder / name, **change)
+        changed = read_config(folder, FAMILIES[family], tmp_path / "file")
+        assert changed.numbers == read_config(folder, FAMILIES[family]).numbers
+    assert (changed.numbers.generation.top_p, changed.eps) == (0.5, 0.5)

@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from braidsdk.errors import UnsupportedModelError
+from braidsdk.models import fingerprints
 from braidsdk.prompt.history import SpokenTurns, Turn, conversation
 from braidsdk.prompt.layout import LayoutWarning, PromptLayout
 from braidsdk.prompt.text import normalise
@@ -234,21 +235,41 @@ DOCUMENTS = ["First fact: 12 is one.", "(see) Oslo", "'Tis so"]
 PAST = ["Why?", "Oslo is.", "Which one?", "(No)"]
 
 
-def opened(folder: Path) -> PromptLayout:
+def opened(folder: Path, remembered: Path | None = None) -> PromptLayout:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "The chat template shows today's date", LayoutWarning)
-        return PromptLayout(folder)
+        return PromptLayout(folder, remembered=remembered)
 
 
+def opened_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> PromptLayout:
+    """The layout that is made of what an earlier one remembered."""
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
+    file = folder.parent / f"{folder.name}.json"
+    first = opened(folder, file)
+    assert first.end_ids is not None, "as a Braid asks for them"
+    first.remember()
+    layout = opened(folder, file)
+    assert layout._tokenizer.record.is_known
+    assert (layout.fingerprint, layout.end_ids) == (first.fingerprint, first.end_ids)
+    assert "_hf" not in vars(layout._tokenizer), "nothing was asked of transformers"
+    return layout
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["", "opened again"])
 @pytest.mark.parametrize(
     ("tokenizer", "template", "outcome"), [case for case in CASES if case[2] not in (WARNS, REFUSED)]
 )
 def test_prompts_and_conversations_are_transformers_own(
-    folders: Callable[[str, str], Path], tokenizer: str, template: str, outcome: str
+    folders: Callable[[str, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer: str,
+    template: str,
+    outcome: str,
+    again: bool,
 ) -> None:
     folder = folders(tokenizer, template)
-    layout, hf = opened(folder), AutoTokenizer.from_pretrained(folder)
+    layout, hf = opened_again(folder, monkeypatch) if again else opened(folder), AutoTokenizer.from_pretrained(folder)
     system, question = "Answer the fact.", "First one?"
     past = [PAST[0], joined(DOCUMENTS, PAST[0])]
     for documents in (DOCUMENTS, DOCUMENTS[1:], []):
@@ -357,8 +378,47 @@ def test_a_template_that_takes_a_date_but_has_one_of_its_own_does_not_warn(
 
 
 def test_a_template_that_changes_by_chance_is_refused_by_name(folders: Callable[[str, str], Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match="must give the same text each time"):
-        PromptLayout(folders("gpt2", "by chance"))
+    folder = folders("gpt2", "by chance")
+    for remembered in (None, folder.parent / "remembered.json"):
+        with pytest.raises(UnsupportedModelError, match="must give the same text each time"):
+            PromptLayout(folder, remembered=remembered)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"])
+def test_changed_files_are_read_again(
+    folders: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    folder = folders("gpt2", "chatml")
+    layout = opened_again(folder, monkeypatch)
+    text = (folder / file).read_text()
+    (folder / file).write_text(f"{{{{ 'Go.' }}}}{text}" if "jinja" in file else text.replace("</s>", "<|im_end|>"))
+    changed_layout = opened(folder, folder.parent / f"{folder.name}.json")
+    assert not changed_layout._tokenizer.record.is_known
+    assert changed_layout.fingerprint == opened(folder).fingerprint
+    assert (changed_layout.fingerprint == layout.fingerprint) == (file == "tokenizer_config.json")
+
+
+def test_a_tokenizer_that_transformers_changes_is_not_remembered(
+    folders: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
+    folder, other = folders("gpt2", "chatml"), folders("qwen2", "chatml")
+    hf = AutoTokenizer.from_pretrained(other)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: hf)
+    layout = opened(folder, folder.parent / "changed.json")
+    layout.remember()
+    assert not (folder.parent / "changed.json").exists()
+    assert layout.chunk_ids(0, "Well?") == PromptLayout(other).chunk_ids(0, "Well?")
+
+
+def test_warnings_are_given_each_time(folders: Callable[[str, str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprints, "SETTLED_NS", 0)
+    folder = folders("gpt2", "llama3")
+    for _ in range(2):
+        with pytest.warns(LayoutWarning, match="shows today's date"):
+            layout = PromptLayout(folder, remembered=folder.parent / "warned.json")
+        layout.remember()
+    assert layout._tokenizer.record.is_known
 
 
 def test_a_template_whose_beginning_depends_on_the_history_is_refused_with_one(

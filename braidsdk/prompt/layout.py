@@ -10,7 +10,6 @@ say, is taken over as it is.
 Knows nothing about models, caches or chunks.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,8 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
-
-import xxhash
 
 from braidsdk.errors import UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
@@ -86,30 +83,31 @@ class PromptLayout:
         vocab_size: number of ids the tokenizer knows, added tokens included.
     """
 
-    def __init__(self, folder: Path, *, thinking: bool = False, rows: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, thinking: bool = False, rows: int | None = None, remembered: Path | None = None
+    ) -> None:
         """Read tokenizer and chat template from a checkpoint's folder.
 
         Args:
             folder: the checkpoint.
             thinking: passed to the chat template as `enable_thinking`.
             rows: rows of the model's embedding; None for as many as there are ids.
+            remembered: a file that remembers what tokenizers and templates were found to be; see `remember`.
 
         Raises:
             ModelNotFoundError: the folder holds no `tokenizer.json`.
             UnsupportedModelError: the tokenizer or the chat template can't be followed, or there is no template, or it
                 has no place for a system prompt; or the model has no embedding for an id of a prompt.
         """
-        self._tokenizer = TextTokenizer(folder, rows)
+        self._tokenizer = TextTokenizer(folder, rows, remembered)
         self.vocab_size = self._tokenizer.vocab_size
-        self._template = ChatTemplate(self._tokenizer.hf, thinking=thinking)
+        self._template = ChatTemplate(self._tokenizer, thinking=thinking)
         self._ways = ways(self._tokenizer)
         system, user = _MARKS
         asked = {"role": "user", "content": user}
         head, middle, closing = between(self._template.text([{"role": "system", "content": system}, asked]), *_MARKS)
         header, _ = between(self._template.text([asked]), user)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(
-            json.dumps([self._tokenizer.written, head, middle, header], sort_keys=True).encode()
-        )
+        self.fingerprint = self._tokenizer.fingerprint(head, middle, header)
         self._header: Ids | None
         self._fit_prompt(head, middle, closing, header)
         self._check_words()
@@ -120,6 +118,11 @@ class PromptLayout:
                 "thinking=True changes nothing: this model's chat template has no enable_thinking. Leave it out. The "
                 "template decides whether the model thinks."
             )
+
+    def remember(self) -> None:
+        """Keep what was found until now for processes that open this checkpoint later. Call it when nothing was
+        refused."""
+        self._tokenizer.record.keep()
 
     @property
     def header_ids(self) -> Ids:
@@ -342,8 +345,7 @@ class PromptLayout:
             UnsupportedModelError: it has not.
         """
         parts: Iterable[Ids] = (self._system_open, self._system_close, self._closing, self._header or ())
-        known = self._tokenizer.plain_vocabulary().values()
-        highest = max((*known, *(token_id for part in parts for token_id in part)))
+        highest = max((self._tokenizer.highest_plain(), *(token_id for part in parts for token_id in part)))
         if highest >= rows:
             raise UnsupportedModelError(
                 f"vocab_size must be above every token id of a prompt; got {rows}, and the tokenizer gives ids up to "

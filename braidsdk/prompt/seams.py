@@ -25,7 +25,7 @@ def ways(tokenizer: TextTokenizer) -> tuple[Encode, ...]:
     """The ways to encode a piece: as it is, as after a newline, and as after a newline and a space. The space is then
     the piece's own. Only the first is there if the tokenizer joins a newline with what follows."""
     newline = tokenizer.plain("\n")
-    joins = any(map(_JOINED.search, tokenizer.plain_vocabulary()))
+    joins = tokenizer.has_plain(_JOINED)
 
     def inside(text: str) -> Ids:
         return tokenizer.plain(f"\n{text}")[len(newline) :]

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from braidsdk.errors import UnsupportedModelError, shown
+from braidsdk.prompt.tokenizer import TextTokenizer
 
 DAY = datetime(2024, 7, 26)
 """The day that every chat template is told."""
@@ -26,11 +27,11 @@ class LayoutWarning(UserWarning):
 class ChatTemplate:
     """The chat template of one checkpoint."""
 
-    def __init__(self, tokenizer: Any, *, thinking: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, thinking: bool) -> None:
         """Check that it gives the same text each time.
 
         Args:
-            tokenizer: transformers' tokenizer, with a chat template.
+            tokenizer: the tokenizer whose template it is.
             thinking: passed to the template as `enable_thinking`.
 
         Raises:
@@ -38,7 +39,7 @@ class ChatTemplate:
         """
         self._tokenizer, self._thinking = tokenizer, thinking
         try:
-            self.source = str(tokenizer.get_chat_template())
+            self.source = tokenizer.template
         except Exception as error:  # it holds several, and none is the default
             raise UnsupportedModelError(
                 f"The tokenizer must hold one chat template, or a default one: {str(error)[:200]}. Save it with one."
@@ -76,13 +77,12 @@ class ChatTemplate:
 
     def _render(self, messages: Messages, *, opened: bool = True, day: datetime = DAY, tokenize: bool = False) -> Any:
         try:
-            return self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=_on(day, self.source),
+            return self._tokenizer.render(
+                messages,
+                template=_on(day, self.source),
                 tokenize=tokenize,
-                return_dict=False,
-                add_generation_prompt=opened,
-                enable_thinking=self._thinking,
+                opened=opened,
+                thinking=self._thinking,
             )
         except Exception as error:  # Jinja's, and whatever an expression of the template raises
             roles = ", ".join(message["role"] for message in messages)
