@@ -4,7 +4,9 @@ Where there is no GPU, kernels run in Triton's interpreter, which gets bfloat16 
 """
 
 import os
+import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +104,26 @@ def assert_as_good() -> Callable[[Callable[[], tuple[Tensor, Tensor, Tensor]]], 
     return check
 
 
-LEVELS = () if native.obstacle() else native.levels()
+class EmulatedTiles(native.Level):
+    """AMX where there is none: its tiles are plain C."""
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        header = Path(__file__).with_name("emulated_tiles.h")
+        (bf16,) = (level for level in native.LEVELS if level.name == "avx512_bf16")
+        version = f"-DVERSION={zlib.crc32(header.read_bytes())}"  # a changed header is another kernel
+        return (*bf16.flags, "-D__AMX_BF16__", "-include", str(header), version)
+
+
+def _levels() -> tuple[native.Level, ...]:
+    if native.obstacle():
+        return ()
+    names = [level.name for level in native.levels()]
+    emulated = (EmulatedTiles("amx", ()),) if "amx" not in names and "avx512_bf16" in names else ()
+    return *native.levels(), *emulated
+
+
+LEVELS = _levels()
 
 
 @pytest.fixture(scope="module", params=LEVELS, ids=lambda level: level.name)
