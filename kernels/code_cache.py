@@ -5,10 +5,11 @@ relative to the one before, following no link, and what was opened is what is ch
 meanwhile leads elsewhere. Whoever can bend a symlink can only choose another folder that passes the same checks.
 
 Every folder on the way must belong to the user or to root, and nobody else may write to it. (An access control list
-that lets others write shows in the bits of the group.) The exception are sticky folders, such as /tmp. Others can
+that lets others write shows in the bits of the group.) Sticky folders, such as /tmp, are the exception. Others can
 create entries there, but rename or remove only their own. So what is below is safe if it belongs to the user or to
 root, and that is checked of every folder. If somebody else creates it first, it is theirs, and is refused. The last
-folder may not be sticky: others could put files into it.
+folder may not be sticky: others could put files into it. In a user namespace that does not map root, what is root's
+seems to belong to nobody, and is refused.
 
 What is loaded. A file is opened without following a link, then checked and read through its descriptor. What was read
 goes into a file in memory, which is sealed against any change, and the linker loads that one. It could not load the
