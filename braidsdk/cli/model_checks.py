@@ -30,7 +30,8 @@ QUESTIONS = ("What is the capital of Aistonia?", "How long is the river, in km?"
 
 LIMITS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 0.1}
 """How far logits may be from transformers', RMS over RMS. In bfloat16 both sides round in every layer, which alone
-makes 0.01 to 0.02 with few layers, as weights in int8 do: only gross errors show there. `--dtype float32` looks closer."""
+makes 0.01 to 0.02 with few layers, as weights in int8 do: only gross errors show there. `--dtype float32` looks
+closer."""
 
 _NOT_OPEN = Finding("skip", "the model could not be opened")
 

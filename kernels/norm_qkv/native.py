@@ -12,14 +12,14 @@ def norm_qkv_native(
     """What `op.norm_qkv` computes.
 
     Raises:
-        ValueError: head_dim is no multiple of 32.
+        ValueError: head_dim is no multiple of 16.
         IndexError: a slot lies beyond the memory.
     """
     (rows, size), (_, pages, kv_heads, page_size, head_dim) = hidden.shape, kv.shape
     outputs = len(weights.qkv)
-    if head_dim % 32:
+    if head_dim % 16:
         raise ValueError(
-            f"norm_qkv: backend='native' needs a head_dim that is a multiple of 32, got {head_dim}; pass "
+            f"norm_qkv: backend='native' needs a head_dim that is a multiple of 16, got {head_dim}; pass "
             "backend='torch'."
         )
     if rows and (found := largest(slots)) >= pages * page_size:
