@@ -126,8 +126,6 @@ def _triton_model(geometry: Geometry, device: torch.device) -> str | None:
         return f"the model is on {device}; Triton kernels need a CUDA device"
     if geometry.dtype not in ("float32", "bfloat16"):
         return f"the model is in torch.{geometry.dtype}; Triton kernels need bfloat16 or float32"
-    if geometry.int8:
-        return "the weights are in int8; Triton kernels need weights in the model's dtype"
     if geometry.head_dim % 16:
         return f"the model's head_dim is {geometry.head_dim}; Triton kernels need a multiple of 16"
     if (group := geometry.q_heads // geometry.kv_heads) > MOST_GROUP:

@@ -12,6 +12,14 @@ the end. That rounds less often than the reference does, and nothing waits for t
 import triton
 import triton.language as tl
 
+from braidsdk.kernels import weight
+
+GROUP: tl.constexpr = tl.constexpr(weight.GROUP)
+"""Columns of a weight in int8 that share a scale."""
+
+LOAD: tl.constexpr = tl.constexpr(16)
+"""Numbers of a weight in int8 that one thread loads at once."""
+
 
 @triton.jit
 def wait_for_inputs(USE_PDL: tl.constexpr):
@@ -59,32 +67,61 @@ def own_rows(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _load_rows(w_ptr, numbers, column, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CHECK_K: tl.constexpr):
-    """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: [WARPS, ., BLOCK_K].
-
-    Nothing reads them a second time before all other weights have been read: they are the first to leave the L2 cache.
-    """
-    k = column + tl.arange(0, BLOCK_K)[None, None, :]
-    at = w_ptr + numbers.to(tl.int64)[:, :, None] * K + k
-    if CHECK_K:
-        return tl.load(at, (numbers < N)[:, :, None] & (k < K), other=0.0, eviction_policy="evict_first")
-    return tl.load(at, (numbers < N)[:, :, None], other=0.0, eviction_policy="evict_first")
+def _columns(column, BLOCK_K: tl.constexpr, INT8: tl.constexpr):
+    """Columns [column, column + BLOCK_K) as a load has them: int32 [1, 1, BLOCK_K]; with a weight in int8
+    [1, 1, BLOCK_K / 16, 16], so that the 16 of a thread's load are summed before they meet their group's scale."""
+    if INT8:
+        first = column + tl.arange(0, BLOCK_K // LOAD)[None, None, :, None] * LOAD
+        return first + tl.arange(0, LOAD)[None, None, None, :]
+    return column + tl.arange(0, BLOCK_K)[None, None, :]
 
 
 @triton.jit
-def _load_x(x_ptr, row, column, rows, K: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Columns [column, column + BLOCK_K) of one row of `x`, or of a norm's weight, for each warp: [WARPS, 1, BLOCK_K].
+def _load_rows(
+    w_ptr, scales_ptr, numbers, column, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CHECK_K: tl.constexpr
+):
+    """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: a tuple of one tensor,
+    [WARPS, ., BLOCK_K]; of a weight in int8, of its values [WARPS, ., BLOCK_K / 16, 16], and of their scales
+    [WARPS, ., BLOCK_K / 16].
+
+    Nothing reads them a second time before all other weights have been read: they are the first to leave the L2 cache.
+    """
+    INT8: tl.constexpr = scales_ptr is not None
+    k = _columns(column, BLOCK_K, INT8)
+    rows, real = numbers.to(tl.int64)[:, :, None], (numbers < N)[:, :, None]
+    if INT8:
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+        first = column + tl.arange(0, BLOCK_K // LOAD)[None, None, :] * LOAD
+        scales = tl.load(scales_ptr + rows * GROUPS + first // GROUP, real & (first < K), other=0.0)
+        rows, real = rows[:, :, :, None], real[:, :, :, None]
+        if CHECK_K:
+            real = real & (k < K)
+        return (tl.load(w_ptr + rows * K + k, real, other=0, eviction_policy="evict_first"), scales)
+    if CHECK_K:
+        real = real & (k < K)
+    return (tl.load(w_ptr + rows * K + k, real, other=0.0, eviction_policy="evict_first"),)
+
+
+@triton.jit
+def _load_x(x_ptr, row, column, rows, K: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr):
+    """Columns [column, column + BLOCK_K) of one row of `x`, or of a norm's weight, for each warp: float32, with one row
+    for the weight's, else in the shape that the weight has.
 
     Each warp reads them for itself, in the layout that the weight has: nothing is exchanged through shared memory.
     """
-    k = column + tl.arange(0, BLOCK_K)[None, None, :] + tl.zeros([WARPS, 1, 1], tl.int32)
+    k = _columns(column, BLOCK_K, INT8)
+    if INT8:
+        k += tl.zeros([WARPS, 1, 1, 1], tl.int32)
+    else:
+        k += tl.zeros([WARPS, 1, 1], tl.int32)
     # The last turn of a loop may reach past K: what lies there times a weight of zero need not be zero.
-    return tl.load(x_ptr + row.to(tl.int64) * K + k, (row < rows) & (k < K), other=0.0)
+    return tl.load(x_ptr + row.to(tl.int64) * K + k, (row < rows) & (k < K), other=0.0).to(tl.float32)
 
 
 @triton.jit
 def load_ahead(
     w_ptr,
+    scales_ptr,
     sets,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -93,12 +130,17 @@ def load_ahead(
 ):
     """The first columns of a program's rows of the weight, in registers: what `gemv` starts from.
 
-    A tuple ordered by block of BLOCK_K columns, STAGES of them, then by set. To be loaded before `wait_for_inputs`.
+    A tuple of what `_load_rows` gives, ordered by block of BLOCK_K columns, STAGES of them, then by set. To be loaded
+    before `wait_for_inputs`.
+
+    Args:
+        w_ptr: the weight, [N, K], in int8 if `scales_ptr` is not None.
+        scales_ptr: float32 [N, groups of GROUP columns], or None.
     """
     weights = ()
     for stage in tl.static_range(min(STAGES, (K + BLOCK_K - 1) // BLOCK_K)):
         for s in tl.static_range(len(sets)):
-            weights = weights + (_load_rows(w_ptr, sets[s], stage * BLOCK_K, N, K, BLOCK_K, K % BLOCK_K != 0),)
+            weights = weights + _load_rows(w_ptr, scales_ptr, sets[s], stage * BLOCK_K, N, K, BLOCK_K, K % BLOCK_K != 0)
     return weights
 
 
@@ -107,6 +149,7 @@ def gemv(
     x_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,
     weights,
     sets,
     row0,
@@ -123,44 +166,52 @@ def gemv(
 
     Args:
         norm_ptr: weight of an RMSNorm of `x`, [K], or None.
+        w_ptr, scales_ptr: as in `load_ahead`.
         weights: from `load_ahead`; as many columns stay in flight.
         sets: a tuple of what `own_rows` gives.
-        BLOCK_K: the width of a warp's 16-byte loads, or more.
+        BLOCK_K: the width of a warp's 16-byte loads, or more; with a weight in int8 a multiple of 16.
 
     Returns:
         A tuple of float32 [WARPS, BLOCK_N / WARPS], ordered by set, then by row.
     """
     PER_WARP: tl.constexpr = BLOCK_N // WARPS
     BLOCKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    LOADED: tl.constexpr = len(weights) // len(sets)
+    INT8: tl.constexpr = scales_ptr is not None
+    LOADS: tl.constexpr = 2 if INT8 else 1
+    WIDTH: tl.constexpr = BLOCK_K // LOAD if INT8 else BLOCK_K
+    LOADED: tl.constexpr = len(weights) // (LOADS * len(sets))
     sums, squares = (), ()
     for _ in tl.static_range(len(sets) * ROWS):
-        sums = sums + (tl.zeros([WARPS, PER_WARP, BLOCK_K], tl.float32),)
+        sums = sums + (tl.zeros([WARPS, PER_WARP, WIDTH], tl.float32),)
     for _ in tl.static_range(ROWS):
-        squares = squares + (tl.zeros([WARPS, 1, BLOCK_K], tl.float32),)
+        squares = squares + (tl.zeros([WARPS, 1, WIDTH], tl.float32),)
     for turn in tl.range((BLOCKS + LOADED - 1) // LOADED, num_stages=1):
         ahead = ()
         for stage in tl.static_range(LOADED):
             column = (turn * LOADED + stage) * BLOCK_K
             xs, squared = (), ()
             for m in tl.static_range(ROWS):
-                x = _load_x(x_ptr, row0 + m, column, rows, K, WARPS, BLOCK_K).to(tl.float32)
+                x = _load_x(x_ptr, row0 + m, column, rows, K, WARPS, BLOCK_K, INT8)
                 if norm_ptr is not None:
-                    squared = squared + (squares[m] + x * x,)
-                    x *= _load_x(norm_ptr, row0 * 0, column, 1, K, WARPS, BLOCK_K).to(tl.float32)
+                    squared = squared + (squares[m] + (tl.sum(x * x, 3) if INT8 else x * x),)
+                    x *= _load_x(norm_ptr, row0 * 0, column, 1, K, WARPS, BLOCK_K, INT8)
                 xs = xs + (x,)
             if norm_ptr is not None:
                 squares = squared
             added = ()
             for s in tl.static_range(len(sets)):
-                w = weights[stage * len(sets) + s].to(tl.float32)
+                at: tl.constexpr = (stage * len(sets) + s) * LOADS
+                w = weights[at].to(tl.float32)
                 for m in tl.static_range(ROWS):
-                    added = added + (sums[s * ROWS + m] + w * xs[m],)
+                    product = w * xs[m]
+                    if INT8:
+                        product = tl.sum(product, 3) * weights[at + 1]
+                    added = added + (sums[s * ROWS + m] + product,)
             sums = added
             if LOADED < BLOCKS:
                 next_column = column + LOADED * BLOCK_K
                 for s in tl.static_range(len(sets)):
-                    ahead = ahead + (_load_rows(w_ptr, sets[s], next_column, N, K, BLOCK_K, True),)
+                    ahead = ahead + _load_rows(w_ptr, scales_ptr, sets[s], next_column, N, K, BLOCK_K, True)
         if LOADED < BLOCKS:
             weights = ahead
     products = ()

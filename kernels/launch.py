@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.weight import Int8
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -26,10 +28,10 @@ class Tile:
     warps: int
     stages: int
 
-    def columns(self, x: Tensor) -> int:
-        """`block_k` for `x` [rows, size]: no wider than its rows need."""
+    def columns(self, x: Tensor, weight: Tensor | Int8) -> int:
+        """`block_k` for `x` [rows, size]: no wider than its rows need; twice as wide for a weight in int8."""
         fitting = max(16, 1 << (x.shape[1] - 1).bit_length())
-        return min(self.block_k * 2 // x.itemsize, fitting)
+        return min(self.block_k * 2 // (1 if isinstance(weight, Int8) else x.itemsize), fitting)
 
 
 MATRIX_ROWS = 16
@@ -65,6 +67,11 @@ def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
     by_rows = tiles[min((size for size in tiles if size >= columns), default=max(tiles))]
     block_rows = min((size for size in by_rows if size >= rows), default=max(by_rows))
     return block_rows, by_rows[block_rows]
+
+
+def pointers(weight: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
+    """A weight as kernels take it: its numbers, and their scales if it is in int8."""
+    return (weight.values, weight.scales) if isinstance(weight, Int8) else (weight, None)
 
 
 def padded(head_dim: int) -> int:

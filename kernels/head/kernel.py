@@ -11,6 +11,7 @@ def norm_head_kernel(
     hidden_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,
     logits_ptr,
     rows,
     eps,
@@ -26,10 +27,24 @@ def norm_head_kernel(
     """ROWS rows of hidden [rows, HIDDEN], BLOCK_N of the head [VOCAB, HIDDEN]; logits: float32 [rows, VOCAB]."""
     row0 = tl.program_id(1) * ROWS
     n = own_rows(BLOCK_N, WARPS)
-    weights = load_ahead(w_ptr, (n,), VOCAB, HIDDEN, BLOCK_K, STAGES)
+    weights = load_ahead(w_ptr, scales_ptr, (n,), VOCAB, HIDDEN, BLOCK_K, STAGES)
     wait_for_inputs(USE_PDL)
     products = gemv(
-        hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, VOCAB, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
+        hidden_ptr,
+        norm_ptr,
+        w_ptr,
+        scales_ptr,
+        weights,
+        (n,),
+        row0,
+        rows,
+        eps,
+        VOCAB,
+        HIDDEN,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        WARPS,
     )
     for m in tl.static_range(ROWS):
         at = logits_ptr + (row0 + m).to(tl.int64) * VOCAB + n

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.launch import MATRIX_ROWS, counters, launch_options, read_tiles, tile_for
+from braidsdk.kernels.launch import MATRIX_ROWS, counters, launch_options, pointers, read_tiles, tile_for
 from braidsdk.kernels.products import products
 from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.weight import Int8
 
 TILES = read_tiles(Path(__file__).with_name("tiles.json"))
 """The kernels' shapes."""
@@ -15,7 +16,7 @@ TILES = read_tiles(Path(__file__).with_name("tiles.json"))
 _GREEDY_BLOCK = 4096
 
 
-def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> Tensor:
+def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor | Int8, eps: float) -> Tensor:
     """What `op.norm_head` computes, summed in float32 and not rounded."""
     (rows, size), vocab = hidden.shape, len(head)
     block_rows, tile = tile_for(TILES, rows, size)
@@ -29,7 +30,7 @@ def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> 
         norm_head_kernel[(-(-vocab // tile.block_n), -(-rows // block_rows))](
             hidden,
             norm,
-            head,
+            *pointers(head),
             logits,
             rows,
             eps,
@@ -37,7 +38,7 @@ def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor, eps: float) -> 
             size,
             block_rows,
             tile.block_n,
-            tile.columns(hidden),
+            tile.columns(hidden, head),
             tile.stages,
             tile.warps,
             num_warps=tile.warps,

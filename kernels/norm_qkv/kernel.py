@@ -12,6 +12,7 @@ def norm_qkv_kernel(
     hidden_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,
     bias_ptr,
     q_norm_ptr,
     k_norm_ptr,
@@ -50,13 +51,27 @@ def norm_qkv_kernel(
     head, row0 = tl.program_id(0) // PARTS, tl.program_id(1) * ROWS
     d = tl.arange(0, BLOCK_D // 2)
     n = own_rows(BLOCK_N, WARPS)
-    weights = load_ahead(w_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
+    weights = load_ahead(w_ptr, scales_ptr, (n,), N, HIDDEN, BLOCK_K, STAGES)
     head_norm = None
     if q_norm_ptr is not None:
         head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM, BLOCK_D)
     wait_for_inputs(USE_PDL)
     products = gemv(
-        hidden_ptr, norm_ptr, w_ptr, weights, (n,), row0, rows, eps, N, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
+        hidden_ptr,
+        norm_ptr,
+        w_ptr,
+        scales_ptr,
+        weights,
+        (n,),
+        row0,
+        rows,
+        eps,
+        N,
+        HIDDEN,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        WARPS,
     )
     for m in tl.static_range(ROWS):
         product = products[m]

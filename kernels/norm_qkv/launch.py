@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from braidsdk.kernels.launch import MATRIX_ROWS, counters, launch_options, padded, read_tiles, tile_for
+from braidsdk.kernels.launch import MATRIX_ROWS, counters, launch_options, padded, pointers, read_tiles, tile_for
 from braidsdk.kernels.norm_qkv.reference import NormQKVWeights
-from braidsdk.kernels.products import products
+from braidsdk.kernels.products import many_products, products
 from braidsdk.kernels.rms_norm import rms_norm
 
 TILES = read_tiles(Path(__file__).with_name("tiles.json"))
@@ -32,7 +31,7 @@ def norm_qkv_triton(
     """
     rows = len(hidden)
     _, pages, kv_heads, page_size, head_dim = kv.shape
-    heads = weights.qkv.shape[0] // head_dim
+    heads = len(weights.qkv) // head_dim
     q_heads = heads - 2 * kv_heads
     if head_dim % 16:
         raise ValueError(
@@ -52,7 +51,7 @@ def norm_qkv_triton(
         normed = rms_norm(hidden, weights.norm, eps, backend="triton")
         bias = weights.bias
         if rows > FEW_ROWS:
-            parts, bias = linear(normed, weights.qkv, bias)[None], None
+            parts, bias = many_products(normed, weights.qkv, bias)[None], None
         else:
             parts = products(normed, weights.qkv, block_rows, tile)
         finish_rows = _FINISH_ROWS if rows > FEW_ROWS else _FINISH_FEW_ROWS
@@ -82,7 +81,7 @@ def norm_qkv_triton(
     norm_qkv_kernel[(heads * head_dim // block_n, blocks)](
         hidden,
         weights.norm,
-        weights.qkv,
+        *pointers(weights.qkv),
         weights.bias,
         weights.q_norm,
         weights.k_norm,
@@ -100,7 +99,7 @@ def norm_qkv_triton(
         hidden.shape[1],
         block_rows,
         block_n,
-        tile.columns(hidden),
+        tile.columns(hidden, weights.qkv),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

@@ -11,6 +11,7 @@ from braidsdk.kernels.products.kernel import sum_parts
 def out_proj_kernel(
     x_ptr,
     w_ptr,
+    scales_ptr,
     bias_ptr,
     residual_ptr,
     out_ptr,
@@ -27,13 +28,13 @@ def out_proj_kernel(
     """All of it, for ROWS rows of x [rows, K], residual and out [rows, N], BLOCK_N rows of w [N, K]; rounded once."""
     row0 = tl.program_id(1) * ROWS
     n = own_rows(BLOCK_N, WARPS)
-    weights = load_ahead(w_ptr, (n,), N, K, BLOCK_K, STAGES)
+    weights = load_ahead(w_ptr, scales_ptr, (n,), N, K, BLOCK_K, STAGES)
     wait_for_inputs(USE_PDL)
     residuals = ()
     for m in tl.static_range(ROWS):
         at = residual_ptr + (row0 + m).to(tl.int64) * N + n
         residuals = residuals + (tl.load(at, (row0 + m < rows) & (n < N), other=0.0),)
-    products = gemv(x_ptr, None, w_ptr, weights, (n,), row0, rows, 0.0, N, K, ROWS, BLOCK_N, BLOCK_K, WARPS)
+    products = gemv(x_ptr, None, w_ptr, scales_ptr, weights, (n,), row0, rows, 0.0, N, K, ROWS, BLOCK_N, BLOCK_K, WARPS)
     for m in tl.static_range(ROWS):
         at = (row0 + m).to(tl.int64) * N + n
         _finish(products[m], residuals[m], at, n, (row0 + m < rows) & (n < N), bias_ptr, out_ptr, N)

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
-from braidsdk.kernels.launch import MATRIX_ROWS, launch_options, read_tiles, tile_for
-from braidsdk.kernels.products import products
+from braidsdk.kernels.launch import MATRIX_ROWS, launch_options, pointers, read_tiles, tile_for
+from braidsdk.kernels.products import many_products, products
+from braidsdk.kernels.weight import Int8
 
 TILES = read_tiles(Path(__file__).with_name("tiles.json"))
 """The kernels' shapes."""
@@ -18,11 +18,13 @@ FEW_ROWS = 64
 _FINISH_BLOCK = 512
 
 
-def out_proj_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor) -> Tensor:
+def out_proj_triton(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, residual: Tensor) -> Tensor:
     """What `op.out_proj` computes, rounded once."""
     (rows, size), hidden = x.shape, len(weight)
     if rows > FEW_ROWS:
-        return torch.addmm(residual, x, weight.t()) if bias is None else residual + linear(x, weight, bias)
+        if bias is None and isinstance(weight, Tensor):
+            return torch.addmm(residual, x, weight.t())
+        return residual + many_products(x, weight, bias)
     out = torch.empty_like(residual)
     if not rows:
         return out
@@ -39,7 +41,7 @@ def out_proj_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         return out
     out_proj_kernel[(-(-hidden // tile.block_n), -(-rows // block_rows))](
         x,
-        weight,
+        *pointers(weight),
         bias,
         residual,
         out,
@@ -48,7 +50,7 @@ def out_proj_triton(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
         size,
         block_rows,
         tile.block_n,
-        tile.columns(x),
+        tile.columns(x, weight),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

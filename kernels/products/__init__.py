@@ -3,6 +3,6 @@
 On a CPU, `native.py` and the C source beside it compute these operations as a whole.
 """
 
-from braidsdk.kernels.products.launch import products
+from braidsdk.kernels.products.launch import many_products, products
 
-__all__ = ["products"]
+__all__ = ["many_products", "products"]

@@ -3,13 +3,14 @@
 import triton
 import triton.language as tl
 
-from braidsdk.kernels.few_rows import let_next_begin, wait_for_inputs
+from braidsdk.kernels.few_rows import GROUP, let_next_begin, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["rows"])
 def products_kernel(
     x_ptr,
     w_ptr,
+    scales_ptr,
     parts_ptr,
     rows,
     N: tl.constexpr,
@@ -27,6 +28,9 @@ def products_kernel(
 
     The weight's rows are the product's M: matrix instructions of compute capability 9 want 64 of them at least. If
     STAGES loads hold all that a program needs of the weight, they are on their way before it waits for `x`.
+
+    A weight in int8 has scales, float32 [N, groups of GROUP columns], else None. BLOCK_K then divides GROUP: a load
+    lies in one group, whose scale multiplies its product.
     """
     SPAN: tl.constexpr = ((K + BLOCK_K - 1) // BLOCK_K + SPLITS - 1) // SPLITS * BLOCK_K
     LOADS: tl.constexpr = SPAN // BLOCK_K
@@ -49,26 +53,59 @@ def products_kernel(
             k = first + load * BLOCK_K + tl.arange(0, BLOCK_K)
             xs = xs + (_load(x_rows, x_real, k, K, True, CHECK_K),)
         for load in tl.static_range(LOADS):
-            product = tl.dot(weights[load], tl.trans(xs[load]), product, input_precision="ieee")
+            scales = _load_scales(scales_ptr, n, first + load * BLOCK_K, N, K)
+            product = _add_product(product, weights[load], xs[load], scales)
     else:
         wait_for_inputs(USE_PDL)
         for column in tl.range(0, SPAN, BLOCK_K, num_stages=STAGES):
             k = first + column + tl.arange(0, BLOCK_K)
             w = _load(w_rows, w_real, k, K, CHECK_N, CHECK_K)
             x = _load(x_rows, x_real, k, K, True, CHECK_K)
-            product = tl.dot(w, tl.trans(x), product, input_precision="ieee")
+            product = _add_product(product, w, x, _load_scales(scales_ptr, n, first + column, N, K))
     part = parts_ptr + tl.program_id(2) * rows.to(tl.int64) * N
     tl.store(part + m.to(tl.int64)[None, :] * N + n[:, None], product, (m < rows)[None, :] & (n < N)[:, None])
+
+
+@triton.jit
+def _load_scales(scales_ptr, n, column, N: tl.constexpr, K: tl.constexpr):
+    """Of these rows of the weight, for the group of a column: float32 [BLOCK_N]; None without scales."""
+    scales = None
+    if scales_ptr is not None:
+        GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+        scales = tl.load(scales_ptr + n.to(tl.int64) * GROUPS + column // GROUP, (n < N) & (column < K), other=0.0)
+    return scales
+
+
+@triton.jit
+def _add_product(total, w, x, scales):
+    """total + w @ x.T, times the rows' scales if there are any."""
+    if scales is not None:
+        total += tl.dot(w.to(x.dtype), tl.trans(x), input_precision="ieee") * scales[:, None]
+    else:
+        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+    return total
 
 
 @triton.jit
 def _load(rows, real, k, K: tl.constexpr, CHECK_ROWS: tl.constexpr, CHECK_K: tl.constexpr):
     """Columns `k` of these rows, zero where a row is not `real` and from column K on."""
     if CHECK_K:
-        return tl.load(rows + k[None, :], real & (k < K)[None, :], other=0.0)
+        return tl.load(rows + k[None, :], real & (k < K)[None, :], other=0)
     if CHECK_ROWS:
-        return tl.load(rows + k[None, :], real, other=0.0)
+        return tl.load(rows + k[None, :], real, other=0)
     return tl.load(rows + k[None, :])
+
+
+@triton.jit
+def dense_kernel(values_ptr, scales_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr, USE_PDL: tl.constexpr):
+    """A row of a weight in int8 as numbers of another dtype: BLOCK columns a program. out: [N, K]."""
+    let_next_begin(USE_PDL)
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    row, k = tl.program_id(1).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(values_ptr + row * K + k, k < K, other=0).to(tl.float32)
+    scales = tl.load(scales_ptr + row * GROUPS + k // GROUP, k < K, other=0.0)
+    wait_for_inputs(USE_PDL)
+    tl.store(out_ptr + row * K + k, (values * scales).to(out_ptr.dtype.element_ty), k < K)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ def norm_swiglu_kernel(
     hidden_ptr,
     norm_ptr,
     w_ptr,
+    scales_ptr,
     out_ptr,
     rows,
     eps,
@@ -30,10 +31,24 @@ def norm_swiglu_kernel(
     n = own_rows(BLOCK_N, WARPS)
     # Past the last one, a gate reads rows of up; nothing of it is kept.
     sets = (n, n + INNER)
-    weights = load_ahead(w_ptr, sets, 2 * INNER, HIDDEN, BLOCK_K, STAGES)
+    weights = load_ahead(w_ptr, scales_ptr, sets, 2 * INNER, HIDDEN, BLOCK_K, STAGES)
     wait_for_inputs(USE_PDL)
     products = gemv(
-        hidden_ptr, norm_ptr, w_ptr, weights, sets, row0, rows, eps, 2 * INNER, HIDDEN, ROWS, BLOCK_N, BLOCK_K, WARPS
+        hidden_ptr,
+        norm_ptr,
+        w_ptr,
+        scales_ptr,
+        weights,
+        sets,
+        row0,
+        rows,
+        eps,
+        2 * INNER,
+        HIDDEN,
+        ROWS,
+        BLOCK_N,
+        BLOCK_K,
+        WARPS,
     )
     for m in tl.static_range(ROWS):
         at = out_ptr + (row0 + m).to(tl.int64) * INNER + n

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from torch import Tensor
-from torch.nn.functional import linear
 
-from braidsdk.kernels.launch import MATRIX_ROWS, launch_options, read_tiles, tile_for
-from braidsdk.kernels.products import products
+from braidsdk.kernels.launch import MATRIX_ROWS, launch_options, pointers, read_tiles, tile_for
+from braidsdk.kernels.products import many_products, products
 from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.weight import Int8
 
 TILES = read_tiles(Path(__file__).with_name("tiles.json"))
 """The kernels' shapes. `block_n` counts rows of the gate, and of up again; with matrix instructions, of both."""
@@ -18,7 +18,7 @@ FEW_ROWS = 64
 _FINISH_BLOCK = 1024
 
 
-def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float) -> Tensor:
+def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor | Int8, eps: float) -> Tensor:
     """What `op.norm_swiglu` computes."""
     (rows, size), inner = hidden.shape, len(gate_up) // 2
     out = hidden.new_empty(rows, inner)
@@ -31,7 +31,8 @@ def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float
     block_rows, tile = tile_for(TILES, rows, size)
     if block_rows >= MATRIX_ROWS:
         normed = rms_norm(hidden, norm, eps, backend="triton")
-        parts = linear(normed, gate_up)[None] if rows > FEW_ROWS else products(normed, gate_up, block_rows, tile)
+        few = rows <= FEW_ROWS
+        parts = products(normed, gate_up, block_rows, tile) if few else many_products(normed, gate_up)[None]
         swiglu_kernel[(-(-inner // _FINISH_BLOCK), rows)](
             parts, out, rows, inner, len(parts), _FINISH_BLOCK, num_warps=4, **options
         )
@@ -39,7 +40,7 @@ def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float
     norm_swiglu_kernel[(-(-inner // tile.block_n), -(-rows // block_rows))](
         hidden,
         norm,
-        gate_up,
+        *pointers(gate_up),
         out,
         rows,
         eps,
@@ -47,7 +48,7 @@ def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor, eps: float
         size,
         block_rows,
         tile.block_n,
-        tile.columns(hidden),
+        tile.columns(hidden, gate_up),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,
