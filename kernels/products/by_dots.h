@@ -129,13 +129,12 @@ typedef struct {
 } Weight;
 
 static Weight weight_at(const Arguments *a, int64_t first) {
-    int64_t bytes = OUTPUTS * a->columns * (a->weight[0].scales ? 1 : 2);
+    int64_t bytes = OUTPUTS * a->columns * weight_bytes(a);
     int64_t later = OUTPUTS * ((AHEAD_BYTES + bytes - 1) / bytes);
-    const float *scales;
     Weight w;
     for (int o = 0; o < OUTPUTS; o++) {
         w.row[o] = weight_row(a, first + o, w.scales + o, 0);
-        w.next[o] = weight_row(a, first + later + o, &scales, 0);
+        w.next[o] = weight_row(a, first + later + o, 0, 0);
     }
     return w;
 }
@@ -218,14 +217,19 @@ INLINE void multiply_fixed_rows(int64_t rows, const Weight *w, const void *const
 }
 
 #ifdef __AVX512BF16__
+/* LANES numbers of a row in int8, from column `k` on, times their scale; zeros from `columns` on. */
+INLINE vec scaled_int8(const int8_t *row, const float *scales, int64_t k, int64_t columns) {
+    if (k >= columns)
+        return all(0);
+    __m128i some = _mm_maskz_loadu_epi8(lanes(columns - k), row + k);
+    return from_integers(_mm512_cvtepi8_epi32(some)) * all(scales[k / GROUP]);
+}
+
 /* OUTPUTS rows of a weight in int8 as bf16, to `to`. */
 static void widen_weight(Weight *w, int64_t columns, int64_t padded, bf16 *to) {
     for (int o = 0; o < OUTPUTS; o++, to += padded) {
-        const int8_t *from = w->row[o];
-        for (int64_t k = 0; k < columns; k += LANES) {
-            __m128i some = _mm_maskz_loadu_epi8(lanes(columns - k), from + k);
-            store_bf16(to + k, from_integers(_mm512_cvtepi8_epi32(some)) * all(w->scales[o][k / GROUP]));
-        }
+        for (int64_t k = 0; k < columns; k += LANES)
+            store_bf16(to + k, scaled_int8(w->row[o], w->scales[o], k, columns));
         w->row[o] = to;
     }
 }

@@ -68,11 +68,19 @@ static void pack(const Arguments *a, int64_t first, int64_t count, const Scratch
     }
 }
 
-/* 16 rows of the weight as one half of a gathered panel, whose tiles take turns with the other half's; rows from `rows`
+/* 16 rows of the weight in bf16 as one half of a gathered panel, whose tiles take turns with the other half's; rows from `rows`
    on, and columns beyond the last, are zero. */
 static void gather(const Arguments *a, int64_t first, int64_t rows, bf16 *to) {
     for (int64_t row = 0; row < TILE; row++) {
-        const bf16 *from = weight_row(a, first + row, 0, 0);
+        const float *scales;
+        const void *at = weight_row(a, first + row, &scales, 0);
+        if (a->weight[0].scales) {
+            for (int64_t k = 0; k < padded_columns(a); k += LANES)
+                store_bf16(to + 2 * (k - k % STEP) * TILE + row * STEP + k % STEP,
+                           scaled_int8(at, scales, k, row < rows ? a->columns : 0));
+            continue;
+        }
+        const bf16 *from = at;
         int64_t whole = row < rows ? a->columns / STEP * STEP : 0, k = 0;
         for (; k < whole; k += STEP)
             _mm512_store_si512(to + 2 * k * TILE + row * STEP, load_step(from + k));
@@ -158,7 +166,7 @@ static void rows_of_units(const Arguments *a, const Scratch *s, int64_t start, i
     int64_t times = (count + 2 * TILE - 1) / (2 * TILE);
     for (int64_t u = from; u < to; u++) {
         int64_t first = u * unit, last = least(first + unit, a->outputs);
-        int gathered = padded != columns || (last - first) % outputs;
+        int gathered = a->weight[0].scales || padded != columns || (last - first) % outputs;
         for (int64_t o = first; !gathered && o < last; o += outputs)
             gathered = !lie_together(a, o) || !lie_together(a, o + between);
         for (int64_t o = first; gathered && o < last; o += outputs) {
@@ -167,7 +175,7 @@ static void rows_of_units(const Arguments *a, const Scratch *s, int64_t start, i
             gather(a, o + between, a->kind == GATES ? last - o : last - o - TILE, copy + TILE * STEP);
         }
         for (int64_t row = 0; row < count; row += 2 * TILE) {
-            int64_t some = least(2 * TILE, count - row), bytes = 2 * TILE * columns;
+            int64_t some = least(2 * TILE, count - row), bytes = TILE * columns * weight_bytes(a);
             Ahead ahead = {{0, 0}, 0, 0};
             for (int64_t o = first; o < last; o += outputs) {
                 const bf16 *upper = weight_row(a, o, 0, 0), *lower = weight_row(a, o + between, 0, 0);
@@ -202,7 +210,7 @@ static void products_by_tiles(const Arguments *a, char *scratch, int thread, int
         int64_t count = least(part.size, a->rows - start), first = part.from * unit_size(a);
         Ahead ahead = {{weight_row(a, first, 0, 0), weight_row(a, first + rows_between(a), 0, 0)},
                        0,
-                       part.from < part.to ? 2 * TILE * a->columns : 0};
+                       part.from < part.to ? TILE * a->columns * weight_bytes(a) : 0};
         pack(a, start, count, &s, &ahead);
         rows_of_units(a, &s, start, count, part.from, part.to);
     }

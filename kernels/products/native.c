@@ -51,7 +51,10 @@ static int64_t unit_size(const Arguments *a) {
 /* Products of one row with a unit, side by side: gates, then ups. */
 static int64_t unit_width(const Arguments *a) { return round_up(unit_size(a), 2 * HALF); }
 
-/* Where a row of the weight is; beyond the last, where the last is. `together`, if not null: how many follow on. */
+static int64_t weight_bytes(const Arguments *a) { return a->weight[0].scales ? sizeof(int8_t) : sizeof(bf16); }
+
+/* Where a row of the weight is; beyond the last, where the last is. If not null, `scales`: of that row; `together`:
+   how many rows lie there, one after another. */
 static const void *weight_row(const Arguments *a, int64_t row, const float **scales, int64_t *together) {
     const Block *block = a->weight;
     for (; block + 1 < a->weight + MOST_BLOCKS && row >= block->rows && block[1].rows; block++)
@@ -59,11 +62,9 @@ static const void *weight_row(const Arguments *a, int64_t row, const float **sca
     row = least(row, block->rows - 1);
     if (together)
         *together = block->rows - row;
-    if (block->scales) {
-        *scales = block->scales + row * ((a->columns + GROUP - 1) / GROUP);
-        return (const int8_t *)block->values + row * a->columns;
-    }
-    return (const bf16 *)block->values + row * a->columns;
+    if (scales)
+        *scales = block->scales ? block->scales + row * ((a->columns + GROUP - 1) / GROUP) : 0;
+    return (const char *)block->values + row * a->columns * weight_bytes(a);
 }
 
 static inline float mean_square(const bf16 *x, int64_t columns) {
@@ -230,8 +231,8 @@ static Part part_of(const Arguments *a, int64_t most_rows, int64_t whole, int th
 #ifdef __AMX_BF16__
 #include "by_tiles.h"
 
-/* Tiles take several rows of x, and a weight in bf16. */
-static int takes_tiles(const Arguments *a) { return a->rows > 1 && !a->weight[0].scales; }
+/* Tiles take several rows of x, with a weight in int8 many. */
+static int takes_tiles(const Arguments *a) { return a->rows >= (a->weight[0].scales ? MANY_ROWS : 2); }
 #else
 static int takes_tiles(const Arguments *a) { return (void)a, 0; }
 static int64_t tiles_scratch_bytes(const Arguments *a) { return (void)a, 0; }
