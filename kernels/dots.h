@@ -1,4 +1,4 @@
-/* Dot products with vectors running along rows of bfloat16 that are read as they lie: rows may begin at any even address.
+/* Dot products with vectors running along rows of bfloat16. They are read as they lie, at any even address.
 
    A row that meets many others is laid out once as `operand`s; the others are read in steps of STEP numbers. */
 #ifndef BRAID_DOTS_H
@@ -85,8 +85,8 @@ INLINE __m128 four_sums(vec a, vec b, vec c, vec d) {
     return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-/* Dot products of `rows` laid out rows with four others of `count` numbers, to four columns of `to`. Where `next` is given,
-   what lies there is asked for. */
+/* Dot products of `rows` laid out rows with four others of `count` numbers, to four columns of `to`. What lies at
+   `next`, unless that is null, is asked for. */
 INLINE void dots_of(const int rows, const bf16 *const others[4], const bf16 *const *next, const operand *x,
                     int64_t x_row, int64_t count, float *to, int64_t to_row) {
     vec sums[DOT_ROWS][4];

@@ -92,11 +92,9 @@ def head_dim_obstacle(head_dim: int) -> str | None:
 
 
 def _tiles_granted() -> bool:
-    """Ask Linux for the registers of AMX's tiles, for this process. It grants them from 5.16 on, unless a sandbox is in
-    the way.
-    """
+    """Ask Linux for AMX's tiles, for this process: it grants them from 5.16 on, unless a sandbox is in the way."""
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+    return bool(ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0)
 
 
 @cache

@@ -145,7 +145,8 @@ static inline void score(Scratch *s, int block, const int two, const bf16 *keys,
     }
 }
 
-/* Scores of what a column must not see become -inf. `first`: the segment's token of the first key, `seen` that key's. */
+/* Scores of what a column must not see become -inf. `first`: the segment's token of the first key, `seen` that
+   key's. */
 static inline void hide(float (*scores)[16], const int32_t *limits, const uint8_t *seen, int64_t first) {
     const __m512 nothing = _mm512_set1_ps(-__builtin_inff());
     __m512i limit = _mm512_load_si512(limits);
@@ -155,8 +156,8 @@ static inline void hide(float (*scores)[16], const int32_t *limits, const uint8_
     }
 }
 
-/* Move a block's m up to the whole number that `peak` is not above, where that is higher, and, by a power of 2, scale what was taken relative to it: the sums, and the
-   weights of the step's first `groups` of 32 keys. */
+/* Move a block's m up to the whole number that `peak` is not above, where that is higher, and, by a power of 2, scale
+   what was taken relative to it: the sums, and the weights of the step's first `groups` of 32 keys. */
 static inline void move(Scratch *s, int block, int groups, __m512 peak, const int dim) {
     __m512 before = _mm512_load_ps(s->highest[block]), after = _mm512_max_ps(_mm512_roundscale_ps(peak, 10), before);
     __m512 factor = power_of_two(_mm512_max_ps(_mm512_set1_ps(-200.0f), _mm512_sub_ps(before, after)));
@@ -309,7 +310,8 @@ static inline void attend_by_tiles(const Arguments *a, const Task *task, Scratch
                         if (all_seen && last <= s->sight.lowest_limit[block + slot]) {
                             weigh(s, slot, block + slot, group, scale, 0, dim);
                         } else {
-                            hide(s->scores[slot], s->sight.limits[block + slot], s->sight.seen + group * 32, first + group * 32);
+                            hide(s->scores[slot], s->sight.limits[block + slot], s->sight.seen + group * 32,
+                                 first + group * 32);
                             weigh(s, slot, block + slot, group, scale, 1, dim);
                         }
                     }

@@ -18,7 +18,7 @@ enum {
     CHUNK = VECTORS * LANES, /* dimensions of V that are mixed at once */
 };
 
-/* What is summed over lies beside one another in 32 bits: two numbers where the CPU multiplies bf16, else one float32. */
+/* An element is 32 bits of what is summed over: two numbers where the CPU multiplies bf16, else one float32. */
 #ifdef __AVX512BF16__
 enum { PER = 2 };
 typedef uint32_t element;
@@ -214,8 +214,8 @@ static inline void move(Vectors *s, int column, int columns, vec peak, const int
             store(s->sums[column + c] + i, load(s->sums[column + c] + i) * all(factors[c]));
 }
 
-/* Scores of one block of columns to weights. Scaled scores are rounded as m is, so that none lies far above it. `first`:
-   the segment's token of the step's first key. */
+/* Scores of one block of columns to weights. Scaled scores are rounded as m is, so that none lies far above it.
+   `first`: the segment's token of the step's first key. */
 static inline void weigh(Vectors *s, int block, int count, int hiding, int64_t first, vec scale, const int dim) {
     const int column = block * LANES;
     const ivec limit = load_integers(s->sight.limits[block]);

@@ -1,6 +1,6 @@
 /* Products by dot products: vectors run along the weight's rows, which are read as they lie.
 
-   OUTPUTS rows of the weight meet a few rows of x at a time, each pair with a vector of sums of its own; four vectors are
+   OUTPUTS rows of the weight meet a few rows of x at a time. Each pair has a vector of sums of its own; four vectors are
    added up at once in the end. Whatever is computed beside it, a result's terms are added in the same order.
 
    With a weight in int8, x is 16-bit fixed point in each group of columns, relative to a power of 2: what is at least a
@@ -32,7 +32,7 @@ typedef struct {
 
 static int64_t padded_columns(const Arguments *a) { return round_up(a->columns, STEP); }
 
-/* Whether x meets a weight in int8 as fixed point. Where the CPU multiplies bf16, many rows are worth a weight in it. */
+/* Whether x meets a weight in int8 as fixed point. Where the CPU multiplies bf16, many rows meet it as bf16. */
 static int in_fixed_point(const Arguments *a) {
 #ifdef __AVX512BF16__
     return a->weight[0].scales && a->rows < MANY_ROWS;
@@ -100,7 +100,8 @@ static void fix(const bf16 *x, int64_t columns, int64_t padded, int16_t *to, flo
         vec factor = all(power(14 - exponent));
         for (int64_t i = first; i < last; i += LANES)
 #ifdef __AVX512F__
-            _mm256_storeu_si256((__m256i *)(to + i), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(load_bf16(x + i) * factor)));
+            _mm256_storeu_si256((__m256i *)(to + i),
+                                _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(load_bf16(x + i) * factor)));
 #else
         {
             ivec whole = _mm256_cvtps_epi32(load_bf16(x + i) * factor);
@@ -164,8 +165,9 @@ INLINE ivec add_fixed(ivec sums, const int16_t *x, ivec w) {
 #endif
 }
 
-INLINE void multiply_fixed(const int rows, const Weight *w, const void *const *next, const Rows *s, int64_t row, int64_t columns, float *to,
-                           int64_t width) {
+/* Products of `rows` rows in fixed point with OUTPUTS rows of the weight. What lies at `next` is asked for. */
+INLINE void multiply_fixed(const int rows, const Weight *w, const void *const *next, const Rows *s, int64_t row,
+                           int64_t columns, float *to, int64_t width) {
     vec sums[INT8_ROWS][OUTPUTS];
     const int8_t *weight[OUTPUTS];
     const int16_t *x = s->fixed + row * s->apart;

@@ -68,8 +68,8 @@ static void pack(const Arguments *a, int64_t first, int64_t count, const Scratch
     }
 }
 
-/* 16 rows of the weight in bf16 as one half of a gathered panel, whose tiles take turns with the other half's; rows from `rows`
-   on, and columns beyond the last, are zero. */
+/* 16 rows of the weight, in bf16, as one half of a gathered panel, whose tiles take turns with the other half's; rows
+   from `rows` on, and columns beyond the last, are zero. */
 static void gather(const Arguments *a, int64_t first, int64_t rows, bf16 *to) {
     for (int64_t row = 0; row < TILE; row++) {
         const float *scales;

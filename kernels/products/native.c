@@ -1,8 +1,8 @@
 /* Products with a weight [outputs, columns], what comes before them and what follows, in one pass.
 
-   The weight is read as it lies, row by row, in bfloat16 or in int8 with a scale for each group of columns. Its rows may
-   be in several places, as a file has them. Each thread takes blocks of x's rows and a contiguous run of outputs, by
-   units: a head, a pair of gate and up, or 32 outputs. It norms its block, then reads its part of the weight once, in
+   The weight is read as it lies, row by row, in bfloat16 or in int8 with a scale for each group of columns. Its rows
+   may be in several places, as a file has them. Each thread takes blocks of x's rows and a contiguous run of outputs,
+   by units: a head, a pair of gate and up, or 32 outputs. It norms its block, then reads its part of the weight once, in
    order. A result's terms are added in one order, whoever computes it: any number of threads gives the same bits. */
 #include "../dots.h"
 
@@ -159,7 +159,8 @@ static void finish_gates(const Arguments *a, const Finished *f) {
     }
 }
 
-/* A query is normed, a key normed and rotated, a value copied; each rounded once. Without QK norms nothing is normed. */
+/* A query is normed, a key normed and rotated, a value copied; each is rounded once. Without QK norms, none is
+   normed. */
 static void finish_head(const Arguments *a, const Finished *f) {
     int64_t size = a->head_dim, half = size / 2, head = f->first / size;
     int64_t q_heads = a->outputs / size - 2 * a->kv_heads, kv_head = (head - q_heads) % a->kv_heads;
@@ -211,7 +212,7 @@ static void finish(const Arguments *a, const Finished *f) {
     }
 }
 
-/* How a thread's rows and units are found: blocks of rows are dealt to groups of threads, whose members share the units. */
+/* A thread's rows and units: blocks of rows are dealt to groups of threads, whose members share the units. */
 typedef struct {
     int64_t first, step, size; /* of the blocks: the first row, from one block to the next, rows */
     int64_t from, to;          /* units */

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from braidsdk.kernels import native
 from braidsdk.kernels.attention.flash import flash_attention, plan_flash
 from braidsdk.kernels.attention.native import NativePlan, plan_for_native
 from braidsdk.kernels.attention.plan import plan_request
@@ -108,6 +109,18 @@ def test_rows_over_ragged_segments(kv_heads: int, group: int, head_dim: int, row
     segments.append(PagedSegment(made.entry(rows), 0, rows + 50, origin))  # reserved further than it is filled
     made.ask(segments, list(range(origin, origin + rows)))
     made.check()
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(16, 3), (80, 7), (112, 2)])
+@pytest.mark.parametrize("rows", [1, 20])
+def test_heads_that_are_no_whole_tiles(head_dim: int, group: int, rows: int, level: native.Level) -> None:
+    made = Case(2, group, head_dim)
+    made.ask([PagedSegment(made.entry(300), 0, 300, 0)], list(range(300 - rows, 300)))
+    if level.name == "amx":
+        with pytest.raises(ValueError, match="head_dim"):
+            made.plan()
+    else:
+        made.check()
 
 
 @pytest.mark.parametrize("page", [32, 64, 256])
