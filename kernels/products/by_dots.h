@@ -1,7 +1,7 @@
 /* Products by dot products: vectors run along the weight's rows, which are read as they lie.
 
-   OUTPUTS rows of the weight meet a few rows of x at a time. Each pair has a vector of sums of its own; four vectors are
-   added up at once in the end. Whatever is computed beside it, a result's terms are added in the same order.
+   OUTPUTS rows of the weight meet a few rows of x at a time. Each pair has a vector of sums of its own; four vectors
+   are added up at once in the end. Whatever is computed beside it, a result's terms are added in the same order.
 
    With a weight in int8, x is 16-bit fixed point in each group of columns, relative to a power of 2: what is at least a
    128th of the group's largest is exact. Products of a group are added as integers, those sums are scaled and added. */

@@ -2,8 +2,8 @@
 
    The weight is read as it lies, row by row, in bfloat16 or in int8 with a scale for each group of columns. Its rows
    may be in several places, as a file has them. Each thread takes blocks of x's rows and a contiguous run of outputs,
-   by units: a head, a pair of gate and up, or 32 outputs. It norms its block, then reads its part of the weight once, in
-   order. A result's terms are added in one order, whoever computes it: any number of threads gives the same bits. */
+   by units: a head, a pair of gate and up, or 32 outputs. It norms its block, then reads its part of the weight once,
+   in order. A result's terms are added in one order, whoever computes it: any number of threads gives the same bits. */
 #include "../dots.h"
 
 #include <math.h>
