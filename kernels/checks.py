@@ -63,7 +63,7 @@ def check_tensors(op: str, backend: Backend, *tensors: Weight | None) -> None:
 
 def check_like(op: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, name: str = "tensors") -> None:
     """Raise ValueError unless a tensor is contiguous, of this dtype and on this device."""
-    if tensor.dtype != dtype or tensor.device != device or tensor.is_mkldnn or not tensor.is_contiguous():
+    if tensor.dtype is not dtype or tensor.device != device or tensor.is_mkldnn or not tensor.is_contiguous():
         layout = tensor.layout if tensor.is_mkldnn else f"strides {list(tensor.stride())}"
         got = f"{tensor.dtype} on {tensor.device}, shape {list(tensor.shape)}, {layout}"
         raise ValueError(f"{op}: expected {name} contiguous, {dtype} on {device}, got {got}.")

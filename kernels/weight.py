@@ -5,11 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from braidsdk.kernels.memory import empty
+
 GROUP = 128
 """Columns of an int8 weight that share a scale."""
 
-_AT_ONCE = 1 << 22
-"""Numbers that are quantised together: bounds what conversions take beside the result."""
+_AT_ONCE = 1 << 16
+"""Numbers that are quantised together: conversions stay in a CPU's cache, and take little memory beside the result."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def quantised(weight: Tensor | Rows) -> Int8:
     """
     parts = weight.parts if isinstance(weight, Rows) else (weight,)
     (out, size), device = weight.shape, weight.device
-    values = torch.empty(out, size, dtype=torch.int8, device=device)
+    values = empty((out, size), torch.int8, device)
     scales = torch.empty(out, -(-size // GROUP), dtype=torch.float32, device=device)
     pieces = (piece for part in parts for piece in part.split(max(1, _AT_ONCE // size)))
     start = 0

@@ -9,7 +9,7 @@ from braidsdk.kernels.weight import Weight
 
 def norm_head_native(hidden: Tensor, norm: Tensor, head: Weight, eps: float) -> Tensor:
     """What `op.norm_head` computes, not rounded: float32."""
-    (rows, size), vocab = hidden.shape, len(head)
+    (rows, size), vocab = hidden.shape, head.shape[0]
     out = torch.empty(rows, vocab, dtype=torch.float32, device="cpu")
     run(
         kind=LOGITS,

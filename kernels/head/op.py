@@ -48,7 +48,7 @@ def norm_head(hidden: Tensor, norm: Tensor, head: Weight, eps: float, *, backend
     op, size = "norm_head", hidden.shape[1]
     check_tensors(op, backend, hidden, norm, head)
     check_shape(op, "norm", norm, size)
-    check_shape(op, "head", head, len(head), size)
+    check_shape(op, "head", head, head.shape[0], size)
     return BACKENDS[backend](hidden, norm, head, eps)
 
 

@@ -16,7 +16,7 @@ def norm_qkv_native(
         IndexError: a slot lies beyond the memory.
     """
     (rows, size), (_, pages, kv_heads, page_size, head_dim) = hidden.shape, kv.shape
-    outputs = len(weights.qkv)
+    outputs = weights.qkv.shape[0]
     if head_dim % 16:
         raise ValueError(
             f"norm_qkv: backend='native' needs a head_dim that is a multiple of 16, got {head_dim}; pass "

@@ -15,7 +15,7 @@ def out_proj_native(x: Tensor, weight: Weight, bias: Tensor | None, residual: Te
         kind=SUMS,
         rows=rows,
         columns=size,
-        outputs=len(weight),
+        outputs=weight.shape[0],
         x=x,
         weight=weight,
         bias=bias,

@@ -38,7 +38,7 @@ def out_proj(x: Tensor, weight: Weight, bias: Tensor | None, residual: Tensor, *
         RuntimeError: the backend can't run here.
         ValueError: shapes, dtypes or strides are not as above.
     """
-    op, (rows, size), hidden = "out_proj", x.shape, len(weight)
+    op, (rows, size), hidden = "out_proj", x.shape, weight.shape[0]
     check_tensors(op, backend, x, weight, bias, residual)
     check_shape(op, "weight", weight, hidden, size)
     check_shape(op, "residual", residual, rows, hidden)

@@ -46,10 +46,10 @@ def largest(slots: Tensor) -> int:
 def _blocks(weight: Weight) -> "ctypes.Array[_Block]":
     """A weight as native.c takes it: up to three blocks of rows, one below another."""
     if isinstance(weight, Int8):
-        blocks = [_Block(weight.values.data_ptr(), weight.scales.data_ptr(), len(weight))]
+        blocks = [_Block(weight.values.data_ptr(), weight.scales.data_ptr(), weight.shape[0])]
     else:
         parts = weight.parts if isinstance(weight, Rows) else (weight,)
-        blocks = [_Block(part.data_ptr(), None, len(part)) for part in parts]
+        blocks = [_Block(part.data_ptr(), None, part.shape[0]) for part in parts]
     return (_Block * 3)(*blocks)
 
 
@@ -76,7 +76,7 @@ def run(**given: Any) -> None:
     arguments.scratch_bytes = c.braid_scratch_bytes(ctypes.byref(arguments))
     size = threads * arguments.scratch_bytes
     scratch = _free.pop() if _free else _NOTHING  # one pop, one thread: lists see to that
-    if len(scratch) < size:
+    if scratch.shape[0] < size:
         scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     arguments.scratch = scratch.data_ptr()
     native.parallel(c.braid_products, arguments, threads)

@@ -8,7 +8,7 @@ from braidsdk.kernels.weight import Weight
 
 def norm_swiglu_native(hidden: Tensor, norm: Tensor, gate_up: Weight, eps: float) -> Tensor:
     """What `op.norm_swiglu` computes, rounded once."""
-    (rows, size), inner = hidden.shape, len(gate_up) // 2
+    (rows, size), inner = hidden.shape, gate_up.shape[0] // 2
     out = hidden.new_empty(rows, inner)
     run(
         kind=GATES,

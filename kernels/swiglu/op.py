@@ -41,5 +41,5 @@ def norm_swiglu(hidden: Tensor, norm: Tensor, gate_up: Weight, eps: float, *, ba
     op, size = "norm_swiglu", hidden.shape[1]
     check_tensors(op, backend, hidden, norm, gate_up)
     check_shape(op, "norm", norm, size)
-    check_shape(op, "gate_up", gate_up, len(gate_up) // 2 * 2, size)
+    check_shape(op, "gate_up", gate_up, gate_up.shape[0] // 2 * 2, size)
     return BACKENDS[backend](hidden, norm, gate_up, eps)
