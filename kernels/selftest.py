@@ -39,6 +39,7 @@ from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.sample import Choices, sample
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
+from braidsdk.kernels.weight import GROUP, Int8, dense, in_one_piece, quantised
 
 PAGE = 64
 EPS = 1e-6
@@ -93,6 +94,15 @@ class Bench:
 
     def random(self, *size: int, scale: float = 1.0) -> Tensor:
         return torch.empty(*size, dtype=self.dtype, device=self.device).normal_(std=scale)
+
+    def weight(self, out: int, size: int) -> Tensor | Int8:
+        """A random weight [out, size], in the form that the model has."""
+        made = self.random(out, size, scale=size**-0.5)
+        return quantised(made) if self.shape.int8 else made
+
+    def weight_bytes(self, out: int, size: int) -> int:
+        """Of such a weight."""
+        return out * size + out * -(-size // GROUP) * 4 if self.shape.int8 else out * size * self.dtype.itemsize
 
     def copies(self, moved: int) -> int:
         """How many make `moved` bytes of memory cold when they are used in turn."""
@@ -162,6 +172,18 @@ def _distance(got: Tensor, truth: Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def _wide(weight: Tensor | Int8) -> Tensor:
+    return dense(weight, torch.float64).double()
+
+
+def _wide_parts(weight: Tensor | Int8) -> Iterator[Tensor]:
+    """The same, some rows at a time."""
+    if isinstance(weight, Int8):
+        pairs = zip(weight.values.split(2**14), weight.scales.split(2**14), strict=True)
+        return (_wide(Int8(values, scales)) for values, scales in pairs)
+    return (part.double() for part in weight.split(2**14))
+
+
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
@@ -169,12 +191,12 @@ def _counted(count: int, what: str) -> str:
 def _norm_qkv(bench: Bench, rows: int) -> _Call:
     shape, dtype, device = bench.shape, bench.dtype, bench.device
     outs = (shape.q_heads + 2 * shape.kv_heads) * shape.head_dim
-    moved = outs * shape.hidden * dtype.itemsize
+    moved = bench.weight_bytes(outs, shape.hidden)
     copies = bench.copies(moved)
     weights = [
         NormQKVWeights(
             norm=bench.random(shape.hidden),
-            qkv=bench.random(outs, shape.hidden, scale=shape.hidden**-0.5),
+            qkv=bench.weight(outs, shape.hidden),
             bias=bench.random(outs) if shape.qkv_bias else None,
             q_norm=bench.random(shape.head_dim) if shape.qk_norm else None,
             k_norm=bench.random(shape.head_dim) if shape.qk_norm else None,
@@ -194,7 +216,7 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
     def truth() -> Tensor:
         own = weights[0]
         others = (None if each is None else each.double() for each in (own.bias, own.q_norm, own.k_norm))
-        wide = NormQKVWeights(own.norm.double(), own.qkv.double(), *others)
+        wide = NormQKVWeights(own.norm.double(), _wide(in_one_piece(own.qkv)), *others)
         memory, turn = torch.zeros_like(kv, dtype=torch.float64), angles.double()
         queries = norm_qkv_reference(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
         return torch.cat((queries.flatten(), memory.flatten()))
@@ -299,13 +321,13 @@ def _running(bench: Bench, size: int) -> _Call:
 def _out_proj(bench: Bench, rows: int, follows: str) -> _Call:
     shape = bench.shape
     size = shape.intermediate if follows == "swiglu" else shape.q_heads * shape.head_dim
-    moved = shape.hidden * size * bench.dtype.itemsize
+    moved = bench.weight_bytes(shape.hidden, size)
     copies = bench.copies(moved)
-    weights = bench.random(copies, shape.hidden, size, scale=size**-0.5)
+    weights = [bench.weight(shape.hidden, size) for _ in range(copies)]
     x, residual = (bench.random(rows, n) for n in (size, shape.hidden))
     return _Call(
         lambda copy: out_proj(x, weights[copy], None, residual, backend="triton"),
-        lambda: out_proj_reference(x.double(), weights[0].double(), None, residual.double()),
+        lambda: out_proj_reference(x.double(), _wide(weights[0]), None, residual.double()),
         moved,
         copies,
     )
@@ -313,13 +335,13 @@ def _out_proj(bench: Bench, rows: int, follows: str) -> _Call:
 
 def _swiglu(bench: Bench, rows: int) -> _Call:
     shape = bench.shape
-    moved = 2 * shape.intermediate * shape.hidden * bench.dtype.itemsize
+    moved = bench.weight_bytes(2 * shape.intermediate, shape.hidden)
     copies = bench.copies(moved)
-    weights = bench.random(copies, 2 * shape.intermediate, shape.hidden, scale=shape.hidden**-0.5)
+    weights = [bench.weight(2 * shape.intermediate, shape.hidden) for _ in range(copies)]
     norm, hidden = (bench.random(*n, shape.hidden) for n in ((), (rows,)))
     return _Call(
         lambda copy: norm_swiglu(hidden, norm, weights[copy], EPS, backend="triton"),
-        lambda: norm_swiglu_reference(hidden.double(), norm.double(), weights[0].double(), EPS),
+        lambda: norm_swiglu_reference(hidden.double(), norm.double(), _wide(weights[0]), EPS),
         moved,
         copies,
     )
@@ -327,16 +349,14 @@ def _swiglu(bench: Bench, rows: int) -> _Call:
 
 def _head(bench: Bench, rows: int) -> _Call:
     shape = bench.shape
-    moved = shape.vocab * shape.hidden * bench.dtype.itemsize
+    moved = bench.weight_bytes(shape.vocab, shape.hidden)
     copies = bench.copies(moved)
-    heads = bench.random(copies, shape.vocab, shape.hidden, scale=shape.hidden**-0.5)
+    heads = [bench.weight(shape.vocab, shape.hidden) for _ in range(copies)]
     norm, hidden = (bench.random(*n, shape.hidden) for n in ((), (rows,)))
 
     def truth() -> Tensor:
-        parts = heads[0].split(2**14)  # all of it in float64 would be what takes the most memory
-        return torch.cat(
-            [norm_head_reference(hidden.double(), norm.double(), part.double(), EPS) for part in parts], dim=1
-        )
+        parts = _wide_parts(heads[0])  # all of it in float64 would be what takes the most memory
+        return torch.cat([norm_head_reference(hidden.double(), norm.double(), part, EPS) for part in parts], dim=1)
 
     return _Call(lambda copy: norm_head(hidden, norm, heads[copy], EPS, backend="triton"), truth, moved, copies)
 

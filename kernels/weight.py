@@ -87,6 +87,17 @@ def whole(weight: Tensor | Rows) -> Tensor:
     return weight.whole() if isinstance(weight, Rows) else weight
 
 
+def in_one_piece(weight: Weight) -> Tensor | Int8:
+    """The weight, which must not be `Rows`.
+
+    Raises:
+        ValueError: it is.
+    """
+    if isinstance(weight, Rows):
+        raise ValueError(f"expected a weight in one piece, got {len(weight.parts)} blocks of rows; take it unmapped.")
+    return weight
+
+
 def dense(weight: Tensor | Int8, dtype: torch.dtype) -> Tensor:
     """The weight as a tensor: one that is a tensor as it is, `Int8` in this dtype."""
     return weight.dense(dtype) if isinstance(weight, Int8) else weight

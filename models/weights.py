@@ -26,7 +26,7 @@ from torch import Tensor
 
 from braidsdk.errors import ModelNotFoundError, WeightsError
 from braidsdk.kernels.memory import empty
-from braidsdk.kernels.weight import Rows, Weight
+from braidsdk.kernels.weight import Rows
 from braidsdk.models.fingerprints import recall, remember, stamp
 
 PIECE_BYTES = 4 << 20
@@ -157,9 +157,13 @@ class Weights:
     ) -> Tensor: ...
 
     @overload
-    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool) -> Weight: ...
+    def take(
+        self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool
+    ) -> Tensor | Rows: ...
 
-    def take(self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool = False) -> Weight:
+    def take(
+        self, names: Sequence[str], dtype: torch.dtype, device: torch.device, *, mapped: bool = False
+    ) -> Tensor | Rows:
         """Read the named tensors, and stack them along their first dimension in this order. Call `expect` first.
 
         Args:

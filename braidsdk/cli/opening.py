@@ -52,8 +52,9 @@ def open_braid(
         from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()
-    how = {"device": device, "dtype": dtype, "weights": weights, "namespace": namespace}
-    with Braid(model, store=store, **how, thinking=thinking) as braid:
+    with Braid(
+        model, store=store, device=device, dtype=dtype, weights=weights, namespace=namespace, thinking=thinking
+    ) as braid:
         out.note(str(braid))
         yield braid
 

@@ -11,6 +11,7 @@ from braidsdk.kernels.paging import append
 from braidsdk.kernels.projection import project
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 from braidsdk.kernels.rope import rotate
+from braidsdk.kernels.weight import in_one_piece
 
 
 def norm_qkv_torch(
@@ -19,7 +20,7 @@ def norm_qkv_torch(
     """What `op.norm_qkv` computes; the projection may be one of `projection.pack`."""
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
     normed = in_blocks(lambda block: rms_norm_reference(block, weights.norm, eps), hidden)
-    packed = project(normed, weights.qkv, weights.bias)
+    packed = project(normed, in_one_piece(weights.qkv), weights.bias)
     packed = packed.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(packed, [packed.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
 

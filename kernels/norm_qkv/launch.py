@@ -10,6 +10,7 @@ from braidsdk.kernels.launch import MATRIX_ROWS, counters, launch_options, padde
 from braidsdk.kernels.norm_qkv.reference import NormQKVWeights
 from braidsdk.kernels.products import many_products, products
 from braidsdk.kernels.rms_norm import rms_norm
+from braidsdk.kernels.weight import in_one_piece
 
 TILES = read_tiles(Path(__file__).with_name("tiles.json"))
 """The kernels' shapes."""
@@ -31,7 +32,8 @@ def norm_qkv_triton(
     """
     rows = len(hidden)
     _, pages, kv_heads, page_size, head_dim = kv.shape
-    heads = len(weights.qkv) // head_dim
+    weight = in_one_piece(weights.qkv)
+    heads = weight.shape[0] // head_dim
     q_heads = heads - 2 * kv_heads
     if head_dim % 16:
         raise ValueError(
@@ -51,9 +53,9 @@ def norm_qkv_triton(
         normed = rms_norm(hidden, weights.norm, eps, backend="triton")
         bias = weights.bias
         if rows > FEW_ROWS:
-            parts, bias = many_products(normed, weights.qkv, bias)[None], None
+            parts, bias = many_products(normed, weight, bias)[None], None
         else:
-            parts = products(normed, weights.qkv, block_rows, tile)
+            parts = products(normed, weight, block_rows, tile)
         finish_rows = _FINISH_ROWS if rows > FEW_ROWS else _FINISH_FEW_ROWS
         finish_heads_kernel[(heads, -(-rows // finish_rows))](
             parts,
@@ -81,7 +83,7 @@ def norm_qkv_triton(
     norm_qkv_kernel[(heads * head_dim // block_n, blocks)](
         hidden,
         weights.norm,
-        *pointers(weights.qkv),
+        *pointers(weight),
         weights.bias,
         weights.q_norm,
         weights.k_norm,
@@ -99,7 +101,7 @@ def norm_qkv_triton(
         hidden.shape[1],
         block_rows,
         block_n,
-        tile.columns(hidden, weights.qkv),
+        tile.columns(hidden, weight),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

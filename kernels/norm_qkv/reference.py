@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from braidsdk.kernels.paging import append
 from braidsdk.kernels.rms_norm.reference import rms_norm_reference
 from braidsdk.kernels.rope import rotate
-from braidsdk.kernels.weight import Weight
+from braidsdk.kernels.weight import Weight, dense, in_one_piece
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def norm_qkv_reference(
     rotation.
     """
     kv_heads, head_dim = kv.shape[2], kv.shape[4]
-    projected = linear(rms_norm_reference(hidden, weights.norm, eps), weights.qkv, weights.bias)
+    weight = dense(in_one_piece(weights.qkv), hidden.dtype)
+    projected = linear(rms_norm_reference(hidden, weights.norm, eps), weight, weights.bias)
     heads = projected.view(len(hidden), -1, head_dim)
     queries, keys, values = torch.split(heads, [heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads], dim=1)
     if weights.q_norm is not None:

@@ -15,6 +15,7 @@ from braidsdk.kernels import selftest
 from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.norm_qkv import NormQKVWeights
 from braidsdk.kernels.selftest import CASES, Bench, Case, check
+from braidsdk.kernels.weight import Int8
 from braidsdk.models.base import ModelConfig
 
 SMALL = Geometry(hidden=32, intermediate=48, q_heads=2, kv_heads=1, head_dim=16, vocab=300, dtype="float32")
@@ -30,6 +31,15 @@ def test_each_case_is_right(bench: Bench) -> None:
         result = check(bench, case, 0.0)
         assert result.ok, (case, result)
         assert (result.op, result.case, result.us) == (case.op, case.name, None)
+
+
+def test_weights_in_int8_are_tried_for_a_model_that_has_them(device: torch.device, seed: int) -> None:
+    bench, dense = (Bench(replace(SMALL, int8=int8), device, timed=False) for int8 in (True, False))
+    for case in CASES:
+        if case.op != "attention":
+            assert check(bench, case, 0.0).ok
+    assert isinstance(bench.weight(3, 200), Int8)
+    assert (bench.weight_bytes(3, 200), dense.weight_bytes(3, 200)) == (3 * 200 + 3 * 2 * 4, 3 * 200 * 4)
 
 
 FORMS = [(True, False), (True, True), (False, False), (False, True)]
