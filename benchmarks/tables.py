@@ -133,6 +133,34 @@ def ttft_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def cpu_table(report: dict[str, Any]) -> str:
+    """Kernels and weights on a CPU, as Markdown."""
+    prompt = report["prompt"]
+    head = (
+        f"{report['model']}, on {report['cores']} cores ({report['cpu']}, {report['level']}), torch "
+        f"{report['versions']['torch']}. {prompt['chunks']} chunks of {prompt['chunk_tokens']} tokens, a question of "
+        f"{prompt['question_tokens']}; medians (least to greatest). The start is that of the process:"
+    )
+    lines = [
+        head,
+        "",
+        "| | start to first token | first token, resident | decode, tokens/s | anonymous memory | registering |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, way in report["ways"].items():
+        start, first, decode = (_ranged(way[key]) for key in ("start_s", "first_token_ms", "decode_tokens_per_s"))
+        lines.append(
+            f"| {name} | {start} s | {first} ms | {decode} | {way['anonymous_mib']['median']:,.0f} MiB "
+            f"| {way['registering_tokens_per_s']:,.0f} tokens/s |"
+        )
+    return "\n".join(lines)
+
+
+def _ranged(value: dict[str, float]) -> str:
+    form = ",.0f" if value["median"] >= 50 else ".1f"
+    return f"{value['median']:{form}} ({value['min']:{form}} to {value['max']:{form}})"
+
+
 def attention_table(report: dict[str, Any]) -> str:
     """Microseconds of the attention kernel by case, and of what it was compared with, as Markdown."""
     rows = report["rows"]
@@ -376,6 +404,7 @@ _USERS, _REST = "docs/performance.md", "benchmarks/results/README.md"
 TABLES = {
     "gain": ("README.md", "ttft.json", gain),
     "ttft": ("README.md", "ttft.json", ttft_table),
+    "cpu": (_USERS, "cpu.json", cpu_table),
     "overview": (_USERS, "gpu.json vllm.json serving.json serving-cpu.json", overview),
     "gpu": (_REST, "gpu.json vllm.json", gpu_table),
     "warm_up": (_REST, "gpu.json", warm_up_table),

@@ -69,7 +69,7 @@ def check_dtype(subject: Subject) -> Finding:
     detail = f"{dtype} on {braid.device}"
     facts = {"dtype": dtype, "device": str(braid.device)}
     _, flags = processor()
-    slow = flags and not flags & {"avx512_bf16", "amx_bf16", "bf16"}
+    slow = flags and not flags & {"avx512_bf16", "amx_bf16", "bf16"} and "torch" in braid.kernels.backends.values()
     if braid.device.type == "cpu" and braid.dtype == torch.bfloat16 and slow:
         remedy = "Try --dtype float32: it takes twice the memory, and may be several times faster here."
         return Finding("warn", f"{detail}; this processor has no bfloat16 instructions", remedy, facts)
