@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from braidsdk import Braid, Context
 from braidsdk.cli.checks import Check, Finding, Subject, processor
+from braidsdk.kernels import native
 from braidsdk.kernels.selftest import Result
 from braidsdk.models.base import read_json
 from braidsdk.models.registry import find_checkpoint
@@ -141,7 +142,9 @@ def check_kernels(subject: Subject) -> Finding:
     kernels, on_cpu = braid.kernels, braid.device.type == "cpu"
     if reason := kernels.obstacle("triton"):
         if on_cpu and set(kernels.backends.values()) != {"torch"}:
-            return Finding("ok", f"the model runs on {kernels}", facts={"backends": str(kernels)})
+            level = native.level().name
+            detail = f"the model runs on {kernels}; the C kernels are compiled for {level}"
+            return Finding("ok", detail, facts={"backends": str(kernels), "level": level})
         reason = f"{reason}; {kernels.obstacle('native') or 'torch was requested'}" if on_cpu else reason
         return Finding("skip", f"the model runs on torch: {reason}")
     results = kernels.self_test(timed=True)

@@ -13,6 +13,7 @@ import torch
 from braidsdk import Braid, Context, Kernels
 from braidsdk.cli import checks, model_checks
 from braidsdk.cli.checks import Finding, Subject, look
+from braidsdk.kernels import native
 from braidsdk.kernels.selftest import Result
 
 Cli = Callable[..., Any]
@@ -97,6 +98,17 @@ def test_idle_cores_are_said(subject: Subject, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     found = checks.check_processor(subject)
     assert (found.status, "OMP_NUM_THREADS=64" in found.remedy) == ("warn", True)
+
+
+@pytest.mark.skipif(native.obstacle() is not None, reason=str(native.obstacle()))
+def test_what_c_kernels_are_compiled_for_is_said(subject: Subject) -> None:
+    low = replace(subject, dtype="bfloat16")
+    assert look(model_checks.check_model, low).status == "ok"
+    found = model_checks.check_kernels(low)
+    assert (found.status, found.facts["level"]) == ("ok", native.level().name)
+    assert native.level().name in found.detail
+    assert low.braid is not None
+    low.braid.close()
 
 
 def test_bfloat16_without_its_instructions_is_said(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
