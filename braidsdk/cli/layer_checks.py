@@ -30,10 +30,11 @@ RATIO = 1.25
 over the few of an answer by a tenth."""
 
 SMALL = 1e-5
-"""An error below this needs no comparison: float32 has rounded a few times."""
+"""How much more it may be: float32 has rounded a few times."""
 
 INT8_SMALL = 0.02
-"""The same with weights in int8, each rounded to 1/254 of the largest of its group: 0.005 to 0.011 in braid-tiny."""
+"""The same with weights in int8, each rounded to 1/254 of the largest of its group: 0.01 to 0.02 in SmolLM2-135M and in
+Qwen2.5-0.5B."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PassError:
         name: "documents", "question" (each computed in one go) or "answer" (token by token).
         ours: of our model, on the kernels that it runs on here.
         transformers: of transformers in the same dtype.
-        small: an error that needs no comparison.
+        small: how much ours may be beside `RATIO` times theirs.
     """
 
     name: str
@@ -60,7 +61,7 @@ class PassError:
 
     @property
     def ok(self) -> bool:
-        return self.ours <= self.small or self.ratio <= RATIO
+        return self.ours <= self.small + RATIO * self.transformers
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ class LayersReport:
     @property
     def allowed(self) -> str:
         """What an error may be, in words."""
-        small = f"{INT8_SMALL} and " if self.weights == "int8" else ""
-        return f"{small}{RATIO} times transformers' error"
+        return f"{RATIO} times transformers' error" + (f" and {INT8_SMALL}" if self.weights == "int8" else "")
 
     @property
     def failed(self) -> list[int]:

@@ -131,7 +131,7 @@ def test_a_fault_shows_in_its_layer_and_pass_alone(
         (layer["layer"], each["name"])
         for layer in ended.json["layers"]
         for each in layer["passes"]
-        if each["ours"] > max(layer_checks.SMALL, layer_checks.RATIO * each["transformers"])
+        if each["ours"] > layer_checks.SMALL + layer_checks.RATIO * each["transformers"]
     }
     assert wrong == {(FAULTY, name) for name in where}
     assert ended.json["ok"] is False
