@@ -96,7 +96,8 @@ class Braid:
                 weights are stored in; float32 for a float16 checkpoint. Entries of one dtype are misses in another.
             weights: "auto": in that dtype. "int8": those of products, the LM head among them, in 8-bit integers with a
                 scale for each 128 columns; activations and KV cache stay as they are. That halves what a token reads,
-                and costs a little accuracy (docs/performance.md). Entries of one are misses in the other.
+                and costs a little accuracy (docs/performance.md). torch's operations convert them in each call, which
+                is slow: a warning says so. Entries of one are misses in the other.
             namespace: chunks and entries of one namespace are not seen from another.
             revision: branch, tag or commit of a hub checkpoint; None is its default branch.
             thinking: let the model think before it answers, where its chat template has the choice (Qwen3's own does).

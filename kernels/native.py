@@ -192,7 +192,10 @@ def _cache_folder() -> Path:
 
 
 def _compiler() -> list[str]:
-    given = shlex.split(os.environ.get("CC", ""))
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise RuntimeError(f"$CC must be a command with its arguments; got {os.environ['CC']!r} ({error})") from error
     for command in (given,) if given else (["cc"], ["gcc"], ["clang"]):
         if found := shutil.which(command[0]):
             return [found, *command[1:]]

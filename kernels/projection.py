@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from braidsdk.kernels.weight import Int8, dense
+from braidsdk.kernels.weight import Int8
 
 _PACKED_FOR_ROWS = 32
 """oneDNN chooses a layout for so many rows; by measurement it serves 1 to 256 equally well."""
@@ -30,7 +30,7 @@ def project(x: Tensor, weight: Tensor | Int8, bias: Tensor | None = None, residu
 
     Args:
         x: [rows, in].
-        weight: [out, in], perhaps packed. `Int8` is converted in each call, which is slow.
+        weight: [out, in], perhaps packed. `Int8` is converted in each call, some rows at a time, which is slow.
         bias: [out], or None.
         residual: [rows, out], or None.
 
@@ -38,7 +38,10 @@ def project(x: Tensor, weight: Tensor | Int8, bias: Tensor | None = None, residu
         [rows, out], the dtype of `x`.
     """
     product: Tensor
-    weight = dense(weight, x.dtype)
+    if isinstance(weight, Int8):
+        product = torch.cat([linear(x, piece.dense(x.dtype)) for piece in weight.pieces()], dim=1)
+        product = product if bias is None else product + bias
+        return product if residual is None else residual + product
     if weight.is_mkldnn and residual is not None:
         product = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
         return product

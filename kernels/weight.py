@@ -10,6 +10,9 @@ from braidsdk.kernels.memory import empty
 GROUP = 128
 """Columns of an int8 weight that share a scale."""
 
+_PIECE = 1 << 20
+"""Numbers of a piece that torch converts for a product."""
+
 _AT_ONCE = 1 << 16
 """Numbers that are quantised together: conversions stay in a CPU's cache, and take little memory beside the result."""
 
@@ -71,6 +74,11 @@ class Int8:
     def device(self) -> torch.device:
         """Where it lies."""
         return self.values.device
+
+    def pieces(self) -> "list[Int8]":
+        """Consecutive rows of it, few enough for a CPU's cache."""
+        rows = max(1, _PIECE // self.values.shape[1])
+        return [Int8(*piece) for piece in zip(self.values.split(rows), self.scales.split(rows), strict=True)]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The numbers that it stands for, rounded once to `dtype`: [out, in]."""

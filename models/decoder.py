@@ -137,7 +137,7 @@ class Decoder:
             return weights.take(names, dtype, device)
 
         def linear(backend: Backend, *names: str) -> Weight:
-            if int8:  # from what is stored, whatever the dtype: rounding twice would lose more
+            if int8:  # read in float32 what is stored in another dtype: rounding twice would lose more
                 exact = dtype if weights.stored_dtype(names[0]) == dtype else torch.float32
                 return quantised(weights.take(names, exact, device, mapped=True))
             if backend == "torch":
@@ -164,7 +164,7 @@ class Decoder:
 
         embedding = whole(weights.take([EMBEDDING], dtype, device, mapped=True))
         layers = tuple(layer(index) for index in range(numbers.layers))
-        own = quantised(embedding) if tied and int8 else embedding
+        shared = tied and not int8
         wide = torch.promote_types(dtype, torch.float32)
         return cls(
             numbers,
@@ -173,7 +173,7 @@ class Decoder:
             embedding=embedding,
             layers=layers,
             norm=take(NORM),
-            head=own if tied else linear(backends.head, HEAD),
+            head=embedding if shared else linear(backends.head, EMBEDDING if tied else HEAD),
             fingerprint=_fingerprint(weights.finish(), config.eps, int8=int8),
             backends=backends,
             geometry=geometry,

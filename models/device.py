@@ -61,6 +61,7 @@ def parse_weights(weights: str) -> bool:
     """
     if not isinstance(weights, str) or weights not in WEIGHTS:
         raise InputError(
-            f"weights must be {' or '.join(map(repr, WEIGHTS))}; got {shown(weights)}.{did_you_mean(weights, WEIGHTS)}"
+            f"weights must be {' or '.join(map(repr, WEIGHTS))}; got {shown(weights)}. Leave it out for 'auto'."
+            f"{did_you_mean(weights, WEIGHTS)}"
         )
     return weights == "int8"

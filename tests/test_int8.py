@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from braidsdk import Braid
+from braidsdk.engine.kernel_choice import KernelsWarning
 from braidsdk.errors import InputError
 from braidsdk.fidelity.agreement import compared
 from braidsdk.kernels import native
@@ -15,6 +16,7 @@ from braidsdk.kernels.weight import Int8, quantised
 from braidsdk.models.registry import load_model
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:Weights in int8 save memory")
 BACKENDS = ["torch", pytest.param("native", marks=pytest.mark.skipif(bool(native.obstacle()), reason="no C kernels"))]
 
 
@@ -60,6 +62,15 @@ def test_products_are_in_int8_and_nothing_else(make_checkpoint: Callable[..., Pa
     assert torch.equal(model._head.values, quantised(plain._head).values)
     assert model.fingerprint != plain.fingerprint
     assert model.geometry.int8
+
+
+def test_a_warning_says_where_it_is_slow(tmp_path: Path) -> None:
+    with (
+        pytest.warns(KernelsWarning, match="torch's operations convert them") as said,
+        Braid("braid-tiny", store=tmp_path, device="cpu", dtype="float32", weights="int8"),
+    ):
+        pass
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("weights", ["int4", "", None, 8])

@@ -79,6 +79,8 @@ def test_the_answer_is_greedy_unless_a_temperature_is_given(context: Context) ->
     assert context.ask("Well?", max_new_tokens=12, temperature=0, top_p=0.5).token_ids == greedy
     assert context.ask("Well?", max_new_tokens=12, temperature=3.0, top_k=1).token_ids == greedy
     assert context.ask("Well?", max_new_tokens=12, temperature=1e-300).token_ids == greedy
+    beyond = {"temperature": 2.0, "seed": 3, "max_new_tokens": 5}
+    assert context.ask("Well?", top_k=2**63, **beyond).token_ids == context.ask("Well?", top_k=0, **beyond).token_ids
     assert context.ask("Well?", max_new_tokens=12, temperature=3.0, seed=1).token_ids != greedy
 
 
@@ -138,7 +140,8 @@ def test_greedy_with_a_repetition_penalty_equals_generate(context: Context, peer
         ({"temperature": 1, "top_k": -1}, "top_k must be at least 0"),
         ({"temperature": 1, "top_k": 2.5}, "top_k must be an integer"),
         ({"temperature": 1, "min_p": 2}, "min_p"),
-        ({"repetition_penalty": 0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be at least 0.01 and at most 100; got 0"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
         ({"seed": True}, "seed must be an integer .* got a bool"),
         ({"stop": ""}, "stop .* an empty one"),

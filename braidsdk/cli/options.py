@@ -49,7 +49,7 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         envvar="BRAID_WEIGHTS",
-        help="auto (in the dtype), or int8: half the bytes, a little less accurate.",
+        help="auto (in the dtype), or int8: half the bytes, a little less accurate; slow on torch's kernels.",
         rich_help_panel=_MODEL,
     ),
 ]

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
@@ -71,7 +72,7 @@ def choose_backends(wanted: dict[str, str], geometry: Geometry, device: torch.de
         if name in wanted.values() and (reason := obstacle(name, geometry, device)):
             raise InputError(f"kernels={name!r} can't run here: {reason}. Use kernels='auto'.")
     if "auto" not in wanted.values():
-        return Backends(**wanted)  # type: ignore[arg-type]
+        return _taken(wanted, geometry)
     fastest: Backend = "triton" if device.type == "cuda" else "native"
     reason, fallen = obstacle(fastest, geometry, device), {}
     if reason:
@@ -85,7 +86,17 @@ def choose_backends(wanted: dict[str, str], geometry: Geometry, device: torch.de
             listed = "; ".join(f"{op} ({trouble})" for op, trouble in fallen.items())
             _warn(f"These operations run on torch's kernels, which are slower: {listed}. `braid doctor` says more.")
     automatic = {op: "torch" if op in fallen else fastest for op in OPS}
-    return Backends(**{op: automatic[op] if name == "auto" else name for op, name in wanted.items()})  # type: ignore[arg-type]
+    return _taken({op: automatic[op] if name == "auto" else name for op, name in wanted.items()}, geometry)
+
+
+def _taken(by_op: Mapping[str, str], geometry: Geometry) -> Backends:
+    """These backends; with a warning where weights in int8 gain nothing."""
+    if geometry.int8 and any(name == "torch" for op, name in by_op.items() if op != "attention"):
+        _warn(
+            "Weights in int8 save memory, but torch's operations convert them in each call, which is many times slower "
+            "than weights='auto'. Use weights='auto' here, or kernels that read int8 (docs/performance.md)."
+        )
+    return Backends(**by_op)  # type: ignore[arg-type]
 
 
 def _could_be_native(geometry: Geometry, device: torch.device) -> bool:
@@ -94,7 +105,7 @@ def _could_be_native(geometry: Geometry, device: torch.device) -> bool:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, KernelsWarning, stacklevel=5)
+    warnings.warn(message, KernelsWarning, stacklevel=6)
 
 
 def _troubles(geometry: Geometry, device: torch.device) -> dict[str, str]:
@@ -127,7 +138,8 @@ def _troubles(geometry: Geometry, device: torch.device) -> dict[str, str]:
 def _setting(geometry: Geometry, device: torch.device) -> str:
     """Everything that decides whether the kernels work: device, versions, their source, and what is tried on them."""
     source = xxhash.xxh3_64()
-    for file in sorted(Path(kernels.__file__).parent.rglob("*.py")):
+    folder = Path(kernels.__file__).parent
+    for file in sorted((*folder.rglob("*.py"), *folder.rglob("tiles.json"))):
         source.update(file.read_bytes())
     parts = (
         torch.cuda.get_device_name(device),

@@ -45,8 +45,8 @@ class SamplingOptions(TypedDict, total=False):
             keeps all.
         top_k: keeps this many of the most likely tokens, more on a tie; 0 keeps all.
         min_p: keeps tokens with at least this share of the likeliest token's probability; from 0 to 1.
-        repetition_penalty: a value above 1 makes ids of prompt and answer less likely, in greedy answers too. None
-            means the model's default, as in transformers.
+        repetition_penalty: from 0.01 to 100; a value above 1 makes ids of prompt and answer less likely, in greedy
+            answers too. None means the model's default, as in transformers.
         seed: the same seed gives the same answer on the same device, whatever else runs, and the same random numbers
             on every device. None means a new seed each time.
         stop: the answer ends before the first of these strings that its text contains. No part of it is shown.
@@ -121,7 +121,7 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
     if temperature is None or temperature < LEAST_TEMPERATURE:
         temperature = 0.0
     defaults: GenerationDefaults = model.generation if temperature else GenerationDefaults(top_k=0)
-    penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.0, math.inf, open_below=True)
+    penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.01, 100.0)
     return SamplingParams(
         max_new_tokens=_new_tokens(options.get("max_new_tokens"), model.window, prompt_tokens),
         temperature=temperature,
@@ -163,7 +163,11 @@ class Sampler:
             return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
         shape = (params.temperature, params.top_p, params.min_p, params.repetition_penalty)
-        draws = (params.top_k, self.seed - (self.seed >> 63 << 64), len(self._chosen) + ahead)
+        draws = (
+            min(params.top_k, choices.seen.shape[1]),
+            self.seed - (self.seed >> 63 << 64),
+            len(self._chosen) + ahead,
+        )
         choices.shape[:, at] = there(torch.tensor(shape, dtype=torch.float64))
         choices.draws[:, at] = there(torch.tensor(draws))
         if params.repetition_penalty != 1.0:

@@ -75,7 +75,10 @@ def run(**given: Any) -> None:
     c = _library()
     arguments.scratch_bytes = c.braid_scratch_bytes(ctypes.byref(arguments))
     size = threads * arguments.scratch_bytes
-    scratch = _free.pop() if _free else _NOTHING  # one pop, one thread: lists see to that
+    try:
+        scratch = _free.pop()  # one pop, one thread: lists see to that
+    except IndexError:
+        scratch = _NOTHING
     if scratch.shape[0] < size:
         scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
     arguments.scratch = scratch.data_ptr()

@@ -112,10 +112,11 @@ def exponential(seed: int, step: int, ids: Tensor) -> Tensor:
 
     Args:
         seed, step: 64 bits each.
-        ids: int64 [ids], on the CPU.
+        ids: int64 [ids], ascending, on the CPU.
     """
-    words = torch.stack(philox(ids // 4, step & WORD, step >> 32, seed))
-    uniform = (words.gather(0, ids[None] % 4)[0].float() + 0.5) * 2.0**-32
+    counters, places = torch.unique_consecutive(ids // 4, return_inverse=True)
+    words = torch.stack(philox(counters, step & WORD, step >> 32, seed))
+    uniform = (words[ids % 4, places].float() + 0.5) * 2.0**-32
     return -torch.log1p(-uniform)
 
 

@@ -156,7 +156,7 @@ def test_on_a_gpu_every_kernel_is_measured(cli: Cli, monkeypatch: pytest.MonkeyP
     report = cli("doctor", "--json").json
     kernels = next(check for check in report["checks"] if check["check"] == "kernels")
     assert kernels["status"] == "ok", kernels["detail"]
-    assert kernels["facts"]["paths"] == "triton"
+    assert kernels["facts"]["backends"] == "triton"
     assert kernels["facts"]["launches"]["decoding of 1"] > 0
     assert {case["op"] for case in kernels["facts"]["cases"]} == {"norm_qkv", "attention", "out_proj", "swiglu", "head"}
     assert all(case["bandwidth"] > 0 for case in kernels["facts"]["cases"])

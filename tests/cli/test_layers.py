@@ -87,6 +87,7 @@ def test_a_sound_model_is_as_near_to_the_truth_as_transformers(cli: Cli, random_
     assert all(eps / 100 < error < 30 * eps for error in errors), "roundings, a few of them"
 
 
+@pytest.mark.filterwarnings("ignore:Weights in int8 save memory")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_in_int8_are_judged_by_their_rounding_and_tell_what_they_cost(cli: Cli, dtype: str) -> None:
     plain, rounded = (

@@ -71,3 +71,14 @@ def test_what_a_backend_does_not_read_is_refused() -> None:
 def test_bytes_of_all_forms_are_counted() -> None:
     assert _nbytes(quantised(torch.zeros(10, 300))) == 10 * 300 + 10 * 3 * 4
     assert _nbytes(Rows((torch.zeros(2, 5), torch.zeros(1, 5)))) == 60
+
+
+def test_pieces_are_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("braidsdk.kernels.weight._PIECE", 500)
+    made = quantised(torch.randn(7, 200))
+    pieces = list(made.pieces())
+    assert [len(piece) for piece in pieces] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat([piece.dense(torch.float32) for piece in pieces]), made.dense(torch.float32))
+    x, bias, residual = torch.randn(3, 200), torch.randn(7), torch.randn(3, 7)
+    dense = out_proj(x, made.dense(torch.float32), bias, residual)
+    torch.testing.assert_close(out_proj(x, made, bias, residual), dense)
