@@ -45,7 +45,7 @@ class SamplingOptions(TypedDict, total=False):
             keeps all.
         top_k: keeps this many of the most likely tokens, more on a tie; 0 keeps all.
         min_p: keeps tokens with at least this share of the likeliest token's probability; from 0 to 1.
-        repetition_penalty: from 0.01 to 100; a value above 1 makes ids of prompt and answer less likely, in greedy
+        repetition_penalty: from 0.01 to 1e6; a value above 1 makes ids of prompt and answer less likely, in greedy
             answers too. None means the model's default, as in transformers.
         seed: the same seed gives the same answer on the same device, whatever else runs, and the same random numbers
             on every device. None means a new seed each time.
@@ -121,7 +121,7 @@ def resolve(options: SamplingOptions, model: ModelConfig, prompt_tokens: int) ->
     if temperature is None or temperature < LEAST_TEMPERATURE:
         temperature = 0.0
     defaults: GenerationDefaults = model.generation if temperature else GenerationDefaults(top_k=0)
-    penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.01, 100.0)
+    penalty = _real("repetition_penalty", options.get("repetition_penalty"), 0.01, 1e6)
     return SamplingParams(
         max_new_tokens=_new_tokens(options.get("max_new_tokens"), model.window, prompt_tokens),
         temperature=temperature,
