@@ -4,6 +4,7 @@
 
 Times are the host's clock around public calls. Logits are compared with those of transformers before anything is
 timed. A limit is the bytes that must be read (weights and KV) over the bandwidth of a device copy, measured first.
+Decoding is timed with weights in int8 too.
 """
 
 import argparse
@@ -29,8 +30,9 @@ from transformers_peer import compiled, eager
 from warm_up import processes
 
 from braidsdk import Braid, Chunk, Context
+from braidsdk.kernels.weight import GROUP
 
-CHUNK_TOKENS, ANCHOR_TOKENS, QUESTION_TOKENS, OWN_TOKENS = 512, 256, 32, 64
+CHUNK_TOKENS, ANCHOR_TOKENS, QUESTION_TOKENS, OWN_TOKENS, SHORT_TOKENS = 512, 256, 32, 64, 200
 REQUESTS = 64
 SHORT_SYSTEM = "You answer questions."
 
@@ -94,7 +96,7 @@ def check(bench: Bench, model: torch.nn.Module, docs: list[Chunk]) -> Row:
     return {"exact_logits_error": error}
 
 
-def ours(bench: Bench, docs: list[Chunk], weight_bytes: int, bytes_per_s: float) -> Iterator[Row]:
+def ours(bench: Bench, docs: list[Chunk], weight_bytes: float, bytes_per_s: float) -> Iterator[Row]:
     """Single answers, batches, registering."""
 
     def limit(tokens: int, requests: int = 1) -> float:
@@ -131,6 +133,18 @@ def ours(bench: Bench, docs: list[Chunk], weight_bytes: int, bytes_per_s: float)
     seen = 16 * CHUNK_TOKENS + ANCHOR_TOKENS + REQUESTS * (OWN_TOKENS + steps // 2)
     name = f"decode, {REQUESTS} requests, one 8k, own orders"
     yield {"what": name, "limit": limit(seen, REQUESTS), **spread(rates, "tokens/s")}
+
+
+def decoding(braid: Braid, geometry: str, weights: str, bytes_per_s: float, tokens: int | None = None) -> Row:
+    """One request: a short one with so many tokens of answer, or one over 1,024 tokens of context in the mean."""
+    bench = Bench(braid, geometry)
+    context = braid.compose([bench.short]) if tokens else bench.composed(bench.documents(1))
+    tokens = tokens or 2 * (1024 - len(context.input_ids) - QUESTION_TOKENS)
+    length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2
+    bench.decode_rate(context, tokens)
+    rates = [bench.decode_rate(context, tokens) for _ in range(5)]
+    limit = bytes_per_s / (weight_bytes(geometry, weights) + length * bench.token_bytes)
+    return {"what": geometry, "weights": weights, "context": length, "limit": limit, **spread(rates, "tokens/s")}
 
 
 def profile(bench: Bench, context: Context) -> list[Row]:
@@ -176,17 +190,19 @@ def checkpoint(geometry: str, scratch: Path | None) -> Iterator[Path]:
     torch.cuda.empty_cache()
 
 
-def opened(folder: Path) -> Braid:
+def opened(folder: Path, weights: str = "auto") -> Braid:
     """A checkpoint, open on Triton's kernels."""
-    return Braid(folder, store=folder.with_name("store"), device="cuda", dtype="bfloat16", kernels="triton")
+    store = folder.with_name(f"store-{weights}")
+    return Braid(folder, store=store, device="cuda", dtype="bfloat16", kernels="triton", weights=weights)
 
 
-def weight_bytes(geometry: str) -> int:
+def weight_bytes(geometry: str, weights: str = "auto") -> float:
     """Read for one token: all weights but an embedding that is not the head."""
     shape = GEOMETRIES[geometry]
     hidden, inner, layers = (int(shape[name]) for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     q, kv = (int(shape[name]) * 128 for name in ("num_attention_heads", "num_key_value_heads"))
-    return 2 * (layers * hidden * (2 * q + 2 * kv + 3 * inner) + int(shape["vocab_size"]) * hidden)
+    each = 2 if weights == "auto" else 1 + 4 / GROUP
+    return each * (layers * hidden * (2 * q + 2 * kv + 3 * inner) + int(shape["vocab_size"]) * hidden)
 
 
 def main() -> None:
@@ -248,16 +264,14 @@ def main() -> None:
                 for row in theirs(bench, model, docs, options.compiled_slots):
                     show("transformers", row)
             del model
+        for weights in ("auto", "int8"):
+            with opened(folder, weights) as braid:
+                show("geometries", decoding(braid, "0.6B", weights, bytes_per_s, SHORT_TOKENS))
     for geometry in options.geometries:
-        with checkpoint(geometry, options.scratch) as folder, opened(folder) as braid:
-            bench = Bench(braid, geometry)
-            context = bench.composed(bench.documents(1))
-            tokens = 2 * (1024 - len(context.input_ids) - QUESTION_TOKENS)  # 1,024 tokens of context in the mean
-            length = len(context.input_ids) + QUESTION_TOKENS + tokens // 2
-            bench.decode_rate(context, 17)
-            rates = [bench.decode_rate(context, tokens) for _ in range(3)]
-            limit = bytes_per_s / (weight_bytes(geometry) + length * bench.token_bytes)
-            show("geometries", {"what": geometry, "limit": limit, **spread(rates, "tokens/s")})
+        with checkpoint(geometry, options.scratch) as folder:
+            for weights in ("auto", "int8"):
+                with opened(folder, weights) as braid:
+                    show("geometries", decoding(braid, geometry, weights, bytes_per_s))
 
 
 if __name__ == "__main__":

@@ -250,9 +250,10 @@ def gpu_table(report: dict[str, Any], vllm: dict[str, Any]) -> str:
     if kept := report.get("kept_from_an_earlier_run"):
         lines += ["", f"These parts are of an earlier run on the same kind of GPU: {', '.join(kept)}."]
     lines += ["", *_transformers(report["transformers"])]
-    lines += ["", "| decode at 1k, other geometries | ours | limit | share |", "| --- | ---: | ---: | ---: |"]
+    lines += ["", "| decode, by geometry | context | ours | limit | share |", "| --- | ---: | ---: | ---: | ---: |"]
     lines += [
-        f"| {row['what']} | {_number(row['value'], row['unit'])} | {_number(row['limit'], row['unit'])} "
+        f"| {row['what']}{', int8' if row.get('weights') == 'int8' else ''} | {row.get('context', 1024):,} "
+        f"| {_number(row['value'], row['unit'])} | {_number(row['limit'], row['unit'])} "
         f"| {row['value'] / row['limit']:.0%} |"
         for row in report["geometries"]
     ]

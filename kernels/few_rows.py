@@ -18,7 +18,7 @@ GROUP: tl.constexpr = tl.constexpr(weight.GROUP)
 """Columns of a weight in int8 that share a scale."""
 
 LOAD: tl.constexpr = tl.constexpr(16)
-"""Numbers of a weight in int8 that one thread loads at once."""
+"""Numbers of a weight in int8 that one thread loads at once. Of `x`, in 16 bits, it loads half as many."""
 
 
 @triton.jit
@@ -67,55 +67,96 @@ def own_rows(BLOCK_N: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _columns(column, BLOCK_K: tl.constexpr, INT8: tl.constexpr):
-    """Columns [column, column + BLOCK_K) as a load has them: int32 [1, 1, BLOCK_K]; with a weight in int8
-    [1, 1, BLOCK_K / 16, 16], so that the 16 of a thread's load are summed before they meet their group's scale."""
-    if INT8:
-        first = column + tl.arange(0, BLOCK_K // LOAD)[None, None, :, None] * LOAD
-        return first + tl.arange(0, LOAD)[None, None, None, :]
-    return column + tl.arange(0, BLOCK_K)[None, None, :]
-
-
-@triton.jit
 def _load_rows(
     w_ptr, scales_ptr, numbers, column, N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, CHECK_K: tl.constexpr
 ):
     """Columns [column, column + BLOCK_K) of these rows of the weight, zero past its edges: a tuple of one tensor,
-    [WARPS, ., BLOCK_K]; of a weight in int8, of its values [WARPS, ., BLOCK_K / 16, 16], and of their scales
-    [WARPS, ., BLOCK_K / 16].
+    [WARPS, ., BLOCK_K]; of a weight in int8, of its values, four in a word, int32 [WARPS, ., BLOCK_K / 4], and of the
+    scales of LOAD columns each, [WARPS, ., BLOCK_K / LOAD]. Words, because a number of a tensor takes a register.
 
     Nothing reads them a second time before all other weights have been read: they are the first to leave the L2 cache.
     """
-    INT8: tl.constexpr = scales_ptr is not None
-    k = _columns(column, BLOCK_K, INT8)
     rows, real = numbers.to(tl.int64)[:, :, None], (numbers < N)[:, :, None]
-    if INT8:
+    if scales_ptr is not None:
+        tl.static_assert(K % 4 == 0)
         GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
         first = column + tl.arange(0, BLOCK_K // LOAD)[None, None, :] * LOAD
         scales = tl.load(scales_ptr + rows * GROUPS + first // GROUP, real & (first < K), other=0.0)
-        rows, real = rows[:, :, :, None], real[:, :, :, None]
+        words_ptr, word = w_ptr.to(tl.pointer_type(tl.int32)), column // 4 + tl.arange(0, BLOCK_K // 4)[None, None, :]
+        if CHECK_K:
+            real = real & (word < K // 4)
+        loaded = (tl.load(words_ptr + rows * (K // 4) + word, real, other=0, eviction_policy="evict_first"), scales)
+    else:
+        k = column + tl.arange(0, BLOCK_K)[None, None, :]
         if CHECK_K:
             real = real & (k < K)
-        return (tl.load(w_ptr + rows * K + k, real, other=0, eviction_policy="evict_first"), scales)
-    if CHECK_K:
-        real = real & (k < K)
-    return (tl.load(w_ptr + rows * K + k, real, other=0.0, eviction_policy="evict_first"),)
+        loaded = (tl.load(w_ptr + rows * K + k, real, other=0.0, eviction_policy="evict_first"),)
+    return loaded
 
 
 @triton.jit
 def _load_x(x_ptr, row, column, rows, K: tl.constexpr, WARPS: tl.constexpr, BLOCK_K: tl.constexpr, INT8: tl.constexpr):
-    """Columns [column, column + BLOCK_K) of one row of `x`, or of a norm's weight, for each warp: float32, with one row
-    for the weight's, else in the shape that the weight has.
+    """Columns [column, column + BLOCK_K) of one row of `x`, or of a norm's weight, for each warp: a tuple of float32
+    [WARPS, 1, BLOCK_K]; with a weight in int8 of the first and the second half of each LOAD columns,
+    [WARPS, 1, BLOCK_K / 2].
 
     Each warp reads them for itself, in the layout that the weight has: nothing is exchanged through shared memory.
     """
-    k = _columns(column, BLOCK_K, INT8)
     if INT8:
-        k += tl.zeros([WARPS, 1, 1, 1], tl.int32)
+        at = tl.arange(0, BLOCK_K // 2)[None, None, :]
+        k = column + at // (LOAD // 2) * LOAD + at % (LOAD // 2)
+        loaded = (
+            _load_columns(x_ptr, row, k, rows, K, WARPS),
+            _load_columns(x_ptr, row, k + LOAD // 2, rows, K, WARPS),
+        )
     else:
-        k += tl.zeros([WARPS, 1, 1], tl.int32)
+        k = column + tl.arange(0, BLOCK_K)[None, None, :]
+        loaded = (_load_columns(x_ptr, row, k, rows, K, WARPS),)
+    return loaded
+
+
+@triton.jit
+def _load_columns(x_ptr, row, k, rows, K: tl.constexpr, WARPS: tl.constexpr):
+    k += tl.zeros([WARPS, 1, 1], tl.int32)
     # The last turn of a loop may reach past K: what lies there times a weight of zero need not be zero.
     return tl.load(x_ptr + row.to(tl.int64) * K + k, (row < rows) & (k < K), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _floats(words, zero):
+    """The bytes of words as numbers, signed: int32 [., ., words] to a tuple of the first and the second half of each
+    LOAD of them, float32 [., ., 2 * words]. `zero` is 0, which the compiler must not know."""
+    halves = words.reshape(words.shape[0], words.shape[1], words.shape[2] // 4, 2, 2).permute(0, 1, 2, 4, 3)
+    first, second = tl.split(halves)
+    return _half(first, zero), _half(second, zero)
+
+
+@triton.jit
+def _half(words, zero):
+    """Bytes as numbers, signed: int32 [., ., ., 2] to float32 [., ., . * 8].
+
+    A GPU converts integers slowly. Here a byte, made 128 greater, becomes the lowest of the float 2**23, or the second
+    of 2**15: there its bits count ones. That is one instruction if the float is in a register.
+    """
+    low = words ^ -0x7F7F7F80
+    high, first_float, second_float = low >> 16, zero + 0x4B000000, zero + 0x47000000
+    first, third = _as_float((low & 0xFF) | first_float), _as_float((high & 0xFF) | first_float)
+    second, fourth = _as_float((low & 0xFF00) | second_float), _as_float((high & 0xFF00) | second_float)
+    even = tl.join(first - 8388736.0, third - 8388736.0)  # 2**23 + 128
+    odd = tl.join(second - 32896.0, fourth - 32896.0)  # 2**15 + 128
+    return tl.join(even, odd).reshape(words.shape[0], words.shape[1], words.shape[2] * 8)
+
+
+@triton.jit
+def _as_float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _sum_loads(product):
+    """Sums of LOAD / 2 neighbours, which one thread holds: [., ., size] to [., ., size / (LOAD / 2)]."""
+    HALF: tl.constexpr = LOAD // 2
+    return tl.sum(product.reshape(product.shape[0], product.shape[1], product.shape[2] // HALF, HALF), 3)
 
 
 @triton.jit
@@ -169,7 +210,7 @@ def gemv(
         w_ptr, scales_ptr: as in `load_ahead`.
         weights: from `load_ahead`; as many columns stay in flight.
         sets: a tuple of what `own_rows` gives.
-        BLOCK_K: the width of a warp's 16-byte loads, or more; with a weight in int8 a multiple of 16.
+        BLOCK_K: the width of a warp's 16-byte loads, or more; with a weight in int8 a multiple of `LOAD`.
 
     Returns:
         A tuple of float32 [WARPS, BLOCK_N / WARPS], ordered by set, then by row.
@@ -184,7 +225,7 @@ def gemv(
     for _ in tl.static_range(len(sets) * ROWS):
         sums = sums + (tl.zeros([WARPS, PER_WARP, WIDTH], tl.float32),)
     for _ in tl.static_range(ROWS):
-        squares = squares + (tl.zeros([WARPS, 1, WIDTH], tl.float32),)
+        squares = squares + (tl.zeros([WARPS, 1, BLOCK_K // 2 if INT8 else BLOCK_K], tl.float32),)
     for turn in tl.range((BLOCKS + LOADED - 1) // LOADED, num_stages=1):
         ahead = ()
         for stage in tl.static_range(LOADED):
@@ -193,20 +234,26 @@ def gemv(
             for m in tl.static_range(ROWS):
                 x = _load_x(x_ptr, row0 + m, column, rows, K, WARPS, BLOCK_K, INT8)
                 if norm_ptr is not None:
-                    squared = squared + (squares[m] + (tl.sum(x * x, 3) if INT8 else x * x),)
-                    x *= _load_x(norm_ptr, row0 * 0, column, 1, K, WARPS, BLOCK_K, INT8)
+                    norm = _load_x(norm_ptr, row0 * 0, column, 1, K, WARPS, BLOCK_K, INT8)
+                    square, normed = squares[m], ()
+                    for half in tl.static_range(len(x)):
+                        square += x[half] * x[half]
+                        normed = normed + (x[half] * norm[half],)
+                    squared, x = squared + (square,), normed
                 xs = xs + (x,)
             if norm_ptr is not None:
                 squares = squared
             added = ()
             for s in tl.static_range(len(sets)):
-                at: tl.constexpr = (stage * len(sets) + s) * LOADS
-                w = weights[at].to(tl.float32)
-                for m in tl.static_range(ROWS):
-                    product = w * xs[m]
-                    if INT8:
-                        product = tl.sum(product, 3) * weights[at + 1]
-                    added = added + (sums[s * ROWS + m] + product,)
+                if INT8:
+                    low, high = _floats(weights[(stage * len(sets) + s) * 2], rows >> 31)
+                    for m in tl.static_range(ROWS):
+                        product = _sum_loads(low * xs[m][0] + high * xs[m][1])
+                        added = added + (sums[s * ROWS + m] + product * weights[(stage * len(sets) + s) * 2 + 1],)
+                else:
+                    w = weights[stage * len(sets) + s].to(tl.float32)
+                    for m in tl.static_range(ROWS):
+                        added = added + (sums[s * ROWS + m] + w * xs[m][0],)
             sums = added
             if LOADED < BLOCKS:
                 next_column = column + LOADED * BLOCK_K

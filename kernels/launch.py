@@ -18,7 +18,7 @@ class Tile:
 
     Attributes:
         block_n: rows of the weight that one program owns.
-        block_k: columns that one load takes, for 16-bit numbers; half as many for float32.
+        block_k: columns that one load takes, half as many for float32.
         warps: per program.
         stages: how many such loads are in flight.
     """
@@ -28,49 +28,71 @@ class Tile:
     warps: int
     stages: int
 
-    def columns(self, x: Tensor, weight: Tensor | Int8) -> int:
-        """`block_k` for `x` [rows, size]: no wider than its rows need; twice as wide for a weight in int8."""
+    def columns(self, x: Tensor) -> int:
+        """`block_k` for `x` [rows, size]: no wider than its rows need."""
         fitting = max(16, 1 << (x.shape[1] - 1).bit_length())
-        return min(self.block_k * 2 // (1 if isinstance(weight, Int8) else x.itemsize), fitting)
+        return min(self.block_k * 2 // x.itemsize, fitting)
 
 
 MATRIX_ROWS = 16
 """From so many rows a program on, products take matrix instructions."""
 
-Tiles = dict[int, dict[int, Tile]]
-"""By the weight's columns, then by the rows that one program takes."""
+Tiles = dict[str, dict[int, dict[int, Tile]]]
+"""By what the weight's numbers are ("float" or "int8"), its columns, and the rows that one program takes."""
+
+
+def numbers(weight: Tensor | Int8) -> str:
+    """What the numbers of a weight are, as `Tiles` names them."""
+    return "int8" if isinstance(weight, Int8) else "float"
 
 
 def read_tiles(file: Path) -> Tiles:
     """The tiles of an operation's `tiles.json`, which `benchmarks/kernels/linear.py` writes."""
-    stored: dict[str, dict[str, dict[str, int]]] = json.loads(file.read_text(encoding="utf-8"))
+    stored: dict[str, dict[str, dict[str, dict[str, int]]]] = json.loads(file.read_text(encoding="utf-8"))
     return {
-        int(columns): {int(rows): Tile(**tile) for rows, tile in by_rows.items()} for columns, by_rows in stored.items()
+        kind: {
+            int(columns): {int(rows): Tile(**tile) for rows, tile in by_rows.items()}
+            for columns, by_rows in by_columns.items()
+        }
+        for kind, by_columns in stored.items()
     }
 
 
 def write_tiles(file: Path, tiles: Tiles) -> None:
     """Keep tiles for `read_tiles`, a line each."""
-    columns = []
-    for size, by_rows in sorted(tiles.items()):
-        lines = [f'    "{rows}": {json.dumps(asdict(tile))}' for rows, tile in sorted(by_rows.items())]
-        columns.append(f'  "{size}": {{\n' + ",\n".join(lines) + "\n  }")
-    file.write_text("{\n" + ",\n".join(columns) + "\n}\n", encoding="utf-8")
+    kinds = []
+    for kind, by_columns in tiles.items():
+        columns = []
+        for size, by_rows in sorted(by_columns.items()):
+            lines = [f'      "{rows}": {json.dumps(asdict(tile))}' for rows, tile in sorted(by_rows.items())]
+            columns.append(f'    "{size}": {{\n' + ",\n".join(lines) + "\n    }")
+        kinds.append(f'  "{kind}": {{\n' + ",\n".join(columns) + "\n  }")
+    file.write_text("{\n" + ",\n".join(kinds) + "\n}\n", encoding="utf-8")
 
 
-def tile_for(tiles: Tiles, rows: int, columns: int) -> tuple[int, Tile]:
-    """The rows that one program takes, and its shape.
+def tile_for(tiles: Tiles, rows: int, weight: Tensor | Int8) -> tuple[int, Tile]:
+    """For so many rows of `x` and a weight [out, in], the rows that one program takes, and its shape.
 
-    Of the table's columns the fewest that are not fewer than these, else the most; the same for rows, where several
-    programs share what is beyond the most.
+    Of the table's columns the fewest that are not fewer than the weight's, else the most; the same for rows, where
+    several programs share what is beyond the most.
     """
-    by_rows = tiles[min((size for size in tiles if size >= columns), default=max(tiles))]
+    by_columns, columns = tiles[numbers(weight)], weight.shape[1]
+    by_rows = by_columns[min((size for size in by_columns if size >= columns), default=max(by_columns))]
     block_rows = min((size for size in by_rows if size >= rows), default=max(by_rows))
     return block_rows, by_rows[block_rows]
 
 
 def pointers(weight: Tensor | Int8) -> tuple[Tensor, Tensor | None]:
-    """A weight as kernels take it: its numbers, and their scales if it is in int8."""
+    """A weight as kernels take it: its numbers, and their scales if it is in int8.
+
+    Raises:
+        ValueError: it is in int8, and the number of its columns is no multiple of 4.
+    """
+    if isinstance(weight, Int8) and weight.shape[1] % 4:
+        raise ValueError(
+            f"backend='triton' reads int8 weights by words of 4 columns, got {weight.shape[1]} columns; pass "
+            "backend='torch'."
+        )
     return (weight.values, weight.scales) if isinstance(weight, Int8) else (weight, None)
 
 

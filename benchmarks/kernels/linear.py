@@ -4,9 +4,10 @@
     python benchmarks/kernels/linear.py --sweep --ops norm_qkv out_proj --rows 1 32 --geometries 0.6B --out sweep.json
 
 Each operation is first checked against float64, by the ratio of our RMS error to that of torch's own, and then
-timed beside it. `layer` is a decoder layer without its attention: four operations in a row. `--sweep` tries other
-shapes of the kernels and names the best, and `--keep` writes it to the operation's `tiles.json`, where the kernels take
-their shapes from, if it is at least 2 % faster than what is there.
+timed beside it. With `--weights int8` ours reads 8-bit integers, and torch the bf16 numbers that they stand for.
+`layer` is a decoder layer without its attention: four operations in a row. `--sweep` tries other shapes of the kernels
+and names the best, and `--keep` writes it to the operation's `tiles.json`, where the kernels take their shapes from, if
+it is at least 2 % faster than what is there.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.rms_norm import rms_norm
 from braidsdk.kernels.swiglu import launch as swiglu_launch
 from braidsdk.kernels.swiglu import norm_swiglu
+from braidsdk.kernels.weight import GROUP, Int8, quantised
 
 DEVICE, EPS, PAGE, VOCAB = torch.device("cuda"), 1e-6, 64, 151_936
 BANDWIDTH, MATRIX_RATE = 4.24e12, 790e12
@@ -79,13 +81,13 @@ class Work:
 
     Attributes:
         make: draws bf16 weights and inputs, converts them to a dtype, and gives what runs over them.
-        numbers: bf16 numbers that one call must read and write.
+        bytes: that one call must read and write.
         products: multiply-adds of one call.
         modules: whose tables give the kernels' shapes.
     """
 
     make: Callable[[torch.dtype], Run]
-    numbers: int
+    bytes: float
     products: int = 0
     modules: tuple[ModuleType, ...] = ()
 
@@ -94,57 +96,61 @@ def draw(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().to(dtype)
 
 
-def works(g: Geometry, rows: int) -> dict[str, Work]:
-    """All operations by name."""
+def works(g: Geometry, rows: int, weights: str) -> dict[str, Work]:
+    """All operations by name, over weights in bf16 ("auto") or "int8"."""
+
+    def draw_weight(dtype: torch.dtype, out: int, size: int) -> dict[str, Tensor | Int8]:
+        """A weight as each backend reads it."""
+        weight = draw(dtype, out, size, scale=size**-0.5)
+        if weights == "auto":
+            return dict.fromkeys(("triton", "torch"), weight)
+        int8 = quantised(weight)
+        return {"triton": int8, "torch": int8.dense(dtype)}
+
     width = g.q_heads * g.head_dim
     packed = width + 2 * g.kv_heads * g.head_dim
 
     def make_qkv(dtype: torch.dtype) -> Run:
         hidden = draw(dtype, rows, g.hidden)
-        weights = NormQKVWeights(
-            norm=draw(dtype, g.hidden),
-            qkv=draw(dtype, packed, g.hidden, scale=g.hidden**-0.5),
-            bias=None,
-            q_norm=draw(dtype, g.head_dim),
-            k_norm=draw(dtype, g.head_dim),
-        )
+        norm, q_norm, k_norm = draw(dtype, g.hidden), draw(dtype, g.head_dim), draw(dtype, g.head_dim)
+        weights = {
+            backend: NormQKVWeights(norm=norm, qkv=qkv, bias=None, q_norm=q_norm, k_norm=k_norm)
+            for backend, qkv in draw_weight(dtype, packed, g.hidden).items()
+        }
         angle = torch.rand(rows, g.head_dim // 2, device=DEVICE, dtype=torch.float64)
         wide = torch.promote_types(dtype, torch.float32)
         cos, sin = angle.cos().to(wide), angle.sin().to(wide)
         kv = torch.zeros(2, rows // PAGE + 1, g.kv_heads, PAGE, g.head_dim, device=DEVICE, dtype=dtype)
         slots = torch.arange(rows, device=DEVICE)
-        return lambda backend: (norm_qkv(hidden, weights, EPS, cos, sin, kv, slots, backend=backend), kv)
+        return lambda backend: (norm_qkv(hidden, weights[backend], EPS, cos, sin, kv, slots, backend=backend), kv)
 
     def make_projection(dtype: torch.dtype, size: int) -> Run:
         x, residual = draw(dtype, rows, size), draw(dtype, rows, g.hidden)
-        weight = draw(dtype, g.hidden, size, scale=size**-0.5)
-        return lambda backend: (out_proj(x, weight, None, residual, backend=backend),)
+        weight = draw_weight(dtype, g.hidden, size)
+        return lambda backend: (out_proj(x, weight[backend], None, residual, backend=backend),)
 
     def make_swiglu(dtype: torch.dtype) -> Run:
         hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
-        gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
-        return lambda backend: (norm_swiglu(hidden, norm, gate_up, EPS, backend=backend),)
+        gate_up = draw_weight(dtype, 2 * g.inner, g.hidden)
+        return lambda backend: (norm_swiglu(hidden, norm, gate_up[backend], EPS, backend=backend),)
 
     def make_layer(dtype: torch.dtype) -> Run:
         qkv = make_qkv(dtype)
         hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
-        out, down = (draw(dtype, g.hidden, size, scale=size**-0.5) for size in (width, g.inner))
-        gate_up = draw(dtype, 2 * g.inner, g.hidden, scale=g.hidden**-0.5)
+        out, down = (draw_weight(dtype, g.hidden, size) for size in (width, g.inner))
+        gate_up = draw_weight(dtype, 2 * g.inner, g.hidden)
 
         def run(backend: str) -> Values:
-            attended = out_proj(qkv(backend)[0].view(rows, width), out, None, hidden, backend=backend)
-            return (
-                out_proj(
-                    norm_swiglu(attended, norm, gate_up, EPS, backend=backend), down, None, attended, backend=backend
-                ),
-            )
+            attended = out_proj(qkv(backend)[0].view(rows, width), out[backend], None, hidden, backend=backend)
+            inner = norm_swiglu(attended, norm, gate_up[backend], EPS, backend=backend)
+            return (out_proj(inner, down[backend], None, attended, backend=backend),)
 
         return run
 
     def make_head(dtype: torch.dtype) -> Run:
         hidden, norm = draw(dtype, rows, g.hidden), draw(dtype, g.hidden)
-        head = draw(dtype, VOCAB, g.hidden, scale=g.hidden**-0.5)
-        return lambda backend: (norm_head(hidden, norm, head, EPS, backend=backend),)
+        head = draw_weight(dtype, VOCAB, g.hidden)
+        return lambda backend: (norm_head(hidden, norm, head[backend], EPS, backend=backend),)
 
     def make_greedy(dtype: torch.dtype) -> Run:
         logits = draw(torch.promote_types(dtype, torch.float32), rows, VOCAB)
@@ -156,11 +162,12 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
 
     qkv, gate_up = packed * g.hidden, 2 * g.inner * g.hidden
     out, down, head = width * g.hidden, g.inner * g.hidden, VOCAB * g.hidden
+    each = 2 if weights == "auto" else 1 + 4 / GROUP  # bytes of a number of a weight
     moved = {
-        "norm_qkv": qkv + rows * (g.hidden + packed),
-        "out_proj": out + rows * (width + 2 * g.hidden),
-        "norm_swiglu": gate_up + rows * (g.hidden + g.inner),
-        "down": down + rows * (g.inner + 2 * g.hidden),
+        "norm_qkv": each * qkv + 2 * rows * (g.hidden + packed),
+        "out_proj": each * out + 2 * rows * (width + 2 * g.hidden),
+        "norm_swiglu": each * gate_up + 2 * rows * (g.hidden + g.inner),
+        "down": each * down + 2 * rows * (g.inner + 2 * g.hidden),
     }
     return {
         "norm_qkv": Work(make_qkv, moved["norm_qkv"], rows * qkv, (norm_qkv_launch,)),
@@ -173,18 +180,19 @@ def works(g: Geometry, rows: int) -> dict[str, Work]:
             rows * (qkv + out + gate_up + down),
             (norm_qkv_launch, out_proj_launch, swiglu_launch),
         ),
-        "norm_head": Work(make_head, head + rows * (g.hidden + 2 * VOCAB), rows * head, (head_launch,)),
-        "greedy": Work(make_greedy, 2 * rows * VOCAB),
-        "rms_norm": Work(make_norm, 2 * rows * g.hidden),
+        "norm_head": Work(make_head, each * head + 2 * rows * (g.hidden + 2 * VOCAB), rows * head, (head_launch,)),
+        "greedy": Work(make_greedy, 4 * rows * VOCAB),
+        "rms_norm": Work(make_norm, 4 * rows * g.hidden),
     }
 
 
 @contextmanager
 def tiles(modules: Iterable[ModuleType], rows: int, tile: Tile | None) -> Iterator[None]:
     """Within, this shape serves so many rows in these modules; None leaves what is there."""
-    kept = [(by_rows, dict(by_rows)) for module in modules for by_rows in module.TILES.values()]
+    tables = [by_columns for module in modules for by_columns in module.TILES.values()]
+    kept = [(by_rows, dict(by_rows)) for by_columns in tables for by_rows in by_columns.values()]
     for by_rows, before in kept if tile else ():
-        by_rows[tile_for({0: before}, rows, 0)[0]] = tile
+        by_rows[min((size for size in before if size >= rows), default=max(before))] = tile
     yield
     for by_rows, before in kept:
         by_rows.update(before)
@@ -245,13 +253,13 @@ def timed(runs: list[Run], backend: str, repeats: int) -> tuple[float, float]:
 def copies(work: Work) -> list[Run]:
     """Sets of weights, enough that none is in the L2 cache when its turn comes."""
     torch.manual_seed(1)
-    count = min(max(COLD_BYTES // (2 * work.numbers), FEWEST), MOST)
+    count = int(min(max(COLD_BYTES // work.bytes, FEWEST), MOST))
     return [work.make(torch.bfloat16) for _ in range(count)]
 
 
 def rates(work: Work, us: float) -> dict[str, float]:
     """What a time means: GB/s with its share of the ceiling, TFLOP/s with its share."""
-    bandwidth, rate = 2 * work.numbers / us * 1e6, 2 * work.products / us * 1e6
+    bandwidth, rate = work.bytes / us * 1e6, 2 * work.products / us * 1e6
     return {
         "us": round(us, 2),
         "GB/s": round(bandwidth / 1e9),
@@ -261,42 +269,45 @@ def rates(work: Work, us: float) -> dict[str, float]:
     }
 
 
-def measure(name: str, geometry: str, rows: int, repeats: int) -> dict[str, object]:
+def measure(name: str, geometry: str, rows: int, weights: str, repeats: int) -> dict[str, object]:
     """Check one operation, then time both paths."""
-    work = works(GEOMETRIES[geometry], rows)[name]
+    work = works(GEOMETRIES[geometry], rows, weights)[name]
     error = judge(work)()
     if not error <= WORST_RATIO:
         raise SystemExit(f"{name}, {geometry}, {rows} rows: RMS error {error:.3f} times torch's; not timed.")
     runs = copies(work)
-    row: dict[str, object] = {"op": name, "geometry": geometry, "rows": rows, "error_ratio": round(error, 4)}
-    row["floor_us"] = round(max(2 * work.numbers / BANDWIDTH, 2 * work.products / MATRIX_RATE) * 1e6, 2)
+    row: dict[str, object] = {"op": name, "geometry": geometry, "rows": rows, "weights": weights}
+    row["error_ratio"] = round(error, 4)
+    row["floor_us"] = round(max(work.bytes / BANDWIDTH, 2 * work.products / MATRIX_RATE) * 1e6, 2)
     for backend in ("triton", "torch"):
         us, spread = timed(runs, backend, repeats)
         row[backend] = {**rates(work, us), "spread_us": round(spread, 2)}
     return row
 
 
-def candidates(name: str, rows: int) -> list[Tile]:
+def candidates(name: str, rows: int, weights: str) -> list[Tile]:
     """Shapes worth trying: what fits in registers or shared memory, and keeps enough in flight."""
     found = []
-    sets = 2 if name == "norm_swiglu" else 1
+    sets, size = 2 if name == "norm_swiglu" else 1, 2 if weights == "auto" else 1
     if rows < MATRIX_ROWS:
-        for block_n, block_k, warps, stages in product((4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (2, 4, 8, 16)):
-            registers = sets * block_n * block_k * (stages * 2 + 4 * rows) // (warps * 32 * 4)
-            if block_n * block_k >= 8 * 32 * warps and 16 <= registers <= 160:
+        for block_n, block_k, warps, stages in product((4, 8, 16, 32), (256, 512, 1024), (2, 4, 8), (1, 2, 4, 8)):
+            registers = sets * block_n * block_k * (stages * size + 4 * rows) // (warps * 32 * 4)
+            if block_n >= warps and block_k * size >= 16 * 32 and 8 <= registers <= 160:
                 found.append(Tile(block_n, block_k, warps, stages))
     else:
         height = next((size for size in (16, 32) if size >= rows), 64)
         for block_n, block_k, warps, stages in product((64, 128), (64, 128, 256, 512), (4, 8), (1, 2, 3, 4, 6)):
-            shared = (block_n + height) * block_k * 2 * stages
+            shared = (size * block_n + 2 * height) * block_k * stages
+            if weights == "int8" and block_k > GROUP:
+                continue
             if 24_000 <= shared <= 200_000 and block_n * height // (warps * 32) <= 64:
                 found.append(Tile(block_n, block_k, warps, stages))
     return found
 
 
-def compile_one(name: str, geometry: str, rows: int, tile: Tile) -> str | None:
+def compile_one(name: str, geometry: str, rows: int, weights: str, tile: Tile) -> str | None:
     """Compile a kernel into Triton's cache on disk, in a process of its own; what went wrong, or None."""
-    work = works(GEOMETRIES[geometry], rows)[name]
+    work = works(GEOMETRIES[geometry], rows, weights)[name]
     try:
         with tiles(work.modules, rows, tile):
             work.make(torch.bfloat16)("triton")
@@ -306,13 +317,15 @@ def compile_one(name: str, geometry: str, rows: int, tile: Tile) -> str | None:
     return None
 
 
-def sweep(name: str, geometry: str, rows: int, repeats: int, pool: ProcessPoolExecutor) -> dict[str, object]:
+def sweep(
+    name: str, geometry: str, rows: int, weights: str, repeats: int, pool: ProcessPoolExecutor
+) -> dict[str, object]:
     """Time an operation in every shape worth trying; the best five, and what is in use."""
-    work = works(GEOMETRIES[geometry], rows)[name]
+    work = works(GEOMETRIES[geometry], rows, weights)[name]
     if len(work.modules) != 1:
         raise SystemExit(f"{name} has no shape of its own to sweep.")
-    tried = candidates(name, rows)
-    jobs = [pool.submit(compile_one, name, geometry, rows, tile) for tile in tried]
+    tried = candidates(name, rows, weights)
+    jobs = [pool.submit(compile_one, name, geometry, rows, weights, tile) for tile in tried]
     failed = [job.result() for job in jobs]
     runs, ratio, results = copies(work), judge(work), []
     for tile, failure in zip([None, *tried], [None, *failed], strict=True):
@@ -328,7 +341,8 @@ def sweep(name: str, geometry: str, rows: int, repeats: int, pool: ProcessPoolEx
         "op": name,
         "geometry": geometry,
         "rows": rows,
-        "floor_us": round(2 * work.numbers / BANDWIDTH * 1e6, 2),
+        "weights": weights,
+        "floor_us": round(work.bytes / BANDWIDTH * 1e6, 2),
         "torch_us": round(timed(runs, "torch", repeats)[0], 2),
         "in_use_us": in_use["us"],
         "tried": len(others),
@@ -337,25 +351,28 @@ def sweep(name: str, geometry: str, rows: int, repeats: int, pool: ProcessPoolEx
     }
 
 
-def keep(name: str, geometry: str, rows: int, found: dict[str, object]) -> None:
+def keep(name: str, geometry: str, rows: int, weights: str, found: dict[str, object]) -> None:
     """Write the best shape of a sweep to the table of its operation, under the weight's own columns."""
-    (module,) = works(GEOMETRIES[geometry], rows)[name].modules
+    (module,) = works(GEOMETRIES[geometry], rows, weights)[name].modules
     g = GEOMETRIES[geometry]
     columns = {"out_proj": g.q_heads * g.head_dim, "down": g.inner}.get(name, g.hidden)
     best = found["best"][0] if found["best"] else None
     if best and best["us"] < 0.98 * found["in_use_us"]:
-        block_rows, _ = tile_for(module.TILES, rows, columns)
-        by_rows = next((module.TILES[size] for size in sorted(module.TILES) if size >= columns), {})
-        module.TILES[columns] = {**by_rows, **module.TILES.get(columns, {}), block_rows: Tile(**best["tile"])}
+        weight = torch.empty(1, columns)
+        tiles = module.TILES["float" if weights == "auto" else weights]
+        block_rows, _ = tile_for({"float": tiles}, rows, weight)
+        by_rows = next((tiles[size] for size in sorted(tiles) if size >= columns), {})
+        tiles[columns] = {**by_rows, **tiles.get(columns, {}), block_rows: Tile(**best["tile"])}
         launch.write_tiles(Path(module.__file__).with_name("tiles.json"), module.TILES)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(works(GEOMETRIES["0.6B"], 1))
+    names = list(works(GEOMETRIES["0.6B"], 1, "auto"))
     parser.add_argument("--ops", nargs="+", default=names, choices=names)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 32, 64, 512, 4096])
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=list(GEOMETRIES))
+    parser.add_argument("--weights", default="auto", choices=["auto", "int8"], help="what our operations read")
     parser.add_argument("--repeats", type=int, default=30, help="replays that the median is of")
     parser.add_argument("--sweep", action="store_true", help="try other shapes of the kernels")
     parser.add_argument("--keep", action="store_true", help="write the best of a sweep to tiles.json")
@@ -375,11 +392,11 @@ def main() -> None:
             if name in ("norm_head", "greedy") and count > 64:
                 continue
             if options.sweep:
-                rows.append(sweep(name, geometry, count, options.repeats, pool))
+                rows.append(sweep(name, geometry, count, options.weights, options.repeats, pool))
                 if options.keep:
-                    keep(name, geometry, count, rows[-1])
+                    keep(name, geometry, count, options.weights, rows[-1])
             else:
-                rows.append(measure(name, geometry, count, options.repeats))
+                rows.append(measure(name, geometry, count, options.weights, options.repeats))
             print(json.dumps(rows[-1]), flush=True)
             torch.cuda.empty_cache()
             if options.out:

@@ -19,7 +19,7 @@ _GREEDY_BLOCK = 4096
 def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor | Int8, eps: float) -> Tensor:
     """What `op.norm_head` computes, summed in float32 and not rounded."""
     (rows, size), vocab = hidden.shape, len(head)
-    block_rows, tile = tile_for(TILES, rows, size)
+    block_rows, tile = tile_for(TILES, rows, head)
     if block_rows >= MATRIX_ROWS:
         parts = products(rms_norm(hidden, norm, eps, backend="triton"), head, block_rows, tile)
         return parts[0] if len(parts) == 1 else parts.sum(0)
@@ -38,7 +38,7 @@ def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor | Int8, eps: flo
             size,
             block_rows,
             tile.block_n,
-            tile.columns(hidden, head),
+            tile.columns(hidden),
             tile.stages,
             tile.warps,
             num_warps=tile.warps,

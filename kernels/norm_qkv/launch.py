@@ -48,7 +48,7 @@ def norm_qkv_triton(
 
     options = launch_options(hidden.device)
     geometry = (q_heads, kv_heads, head_dim, padded(head_dim), page_size)
-    block_rows, tile = tile_for(TILES, rows, hidden.shape[1])
+    block_rows, tile = tile_for(TILES, rows, weight)
     if block_rows >= MATRIX_ROWS:
         normed = rms_norm(hidden, weights.norm, eps, backend="triton")
         bias = weights.bias
@@ -101,7 +101,7 @@ def norm_qkv_triton(
         hidden.shape[1],
         block_rows,
         block_n,
-        tile.columns(hidden, weight),
+        tile.columns(hidden),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

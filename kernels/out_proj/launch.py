@@ -32,7 +32,7 @@ def out_proj_triton(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, resid
     from braidsdk.kernels.out_proj.kernel import add_residual_kernel, out_proj_kernel
 
     options = launch_options(x.device)
-    block_rows, tile = tile_for(TILES, rows, size)
+    block_rows, tile = tile_for(TILES, rows, weight)
     if block_rows >= MATRIX_ROWS:
         parts = products(x, weight, block_rows, tile)
         add_residual_kernel[(-(-hidden // _FINISH_BLOCK), rows)](
@@ -50,7 +50,7 @@ def out_proj_triton(x: Tensor, weight: Tensor | Int8, bias: Tensor | None, resid
         size,
         block_rows,
         tile.block_n,
-        tile.columns(x, weight),
+        tile.columns(x),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

@@ -29,7 +29,7 @@ def products(x: Tensor, weight: Tensor | Int8, block_rows: int, tile: Tile) -> T
         Parts, float32 [splits, rows, N]; `sum_parts` in device code adds them.
     """
     (rows, size), count = x.shape, len(weight)
-    block_k = tile.columns(x, weight)
+    block_k = tile.columns(x)
     if x.dtype == torch.float32:
         block_k = min(block_k, _EXACT_COLUMNS)
     if isinstance(weight, Int8):

@@ -28,7 +28,7 @@ def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor | Int8, eps
     from braidsdk.kernels.swiglu.kernel import norm_swiglu_kernel, swiglu_kernel
 
     options = launch_options(hidden.device)
-    block_rows, tile = tile_for(TILES, rows, size)
+    block_rows, tile = tile_for(TILES, rows, gate_up)
     if block_rows >= MATRIX_ROWS:
         normed = rms_norm(hidden, norm, eps, backend="triton")
         few = rows <= FEW_ROWS
@@ -48,7 +48,7 @@ def norm_swiglu_triton(hidden: Tensor, norm: Tensor, gate_up: Tensor | Int8, eps
         size,
         block_rows,
         tile.block_n,
-        tile.columns(hidden, gate_up),
+        tile.columns(hidden),
         tile.stages,
         tile.warps,
         num_warps=tile.warps,

@@ -186,7 +186,7 @@ def test_scores_that_grow_from_key_to_key(assert_as_good: Callable[..., None]) -
         made.ask([PagedSegment(pages, 0, 500, 0)], [499] * 20)
         return made.results()
 
-    assert_as_good(results)
+    assert_as_good(results, largest=1.2)  # a few keys have all the weight: less is averaged
 
 
 @pytest.mark.parametrize("size", [1e4, 1e8, 1e12, 1e17])

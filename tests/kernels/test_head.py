@@ -38,9 +38,11 @@ def test_nothing_is_read_past_the_ends(rows, size, dtype, device, seed, poisoned
 
 
 @pytest.mark.parametrize("rows", [2, 16, 64])
-def test_rows_of_a_program_change_rounding_only(rows, device, monkeypatch, seed, poisoned, assert_near) -> None:
+def test_rows_of_a_program_change_rounding_only(
+    rows, device, monkeypatch, tiles_of, seed, poisoned, assert_near
+) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
-    monkeypatch.setattr(launch, "TILES", {size: {rows: tiles[rows]} for size, tiles in launch.TILES.items()})
+    monkeypatch.setattr(launch, "TILES", tiles_of(rows, launch.TILES))
     values = arguments(rows + 5, 96, 140, torch.float32, device)
     assert_near(norm_head(*values, backend="triton"), truth(*values), torch.float32)
 

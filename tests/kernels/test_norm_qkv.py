@@ -148,11 +148,11 @@ def test_nothing_is_read_past_the_ends(
 @pytest.mark.parametrize("programs", [1, 1000], ids=["", "columns split"])
 @pytest.mark.parametrize("rows", [2, 16, 64])
 def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
-    rows, programs, device, monkeypatch, seed, poisoned, assert_near
+    rows, programs, device, monkeypatch, tiles_of, seed, poisoned, assert_near
 ) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
     monkeypatch.setattr(launch, "FEW_ROWS", 128)
-    monkeypatch.setattr(launch, "TILES", {size: {rows: tiles[rows]} for size, tiles in launch.TILES.items()})
+    monkeypatch.setattr(launch, "TILES", tiles_of(rows, launch.TILES))
     monkeypatch.setattr(products_launch, "PROGRAMS", programs)
     check(make(rows + 5, replace(SMALL, hidden=336), torch.float32, device), torch.float32, assert_near)
 

@@ -39,11 +39,11 @@ def test_sizes_over_several_blocks(rows, dtype, device, seed, poisoned, assert_n
 @pytest.mark.parametrize("programs", [1, 1000], ids=["", "columns split"])
 @pytest.mark.parametrize("rows", [2, 16, 64])
 def test_rows_of_a_program_and_parts_of_the_columns_change_rounding_only(
-    rows, programs, device, monkeypatch, seed, poisoned, assert_near
+    rows, programs, device, monkeypatch, tiles_of, seed, poisoned, assert_near
 ) -> None:
     """Whatever entry of the table serves, alone or several programs of it."""
     monkeypatch.setattr(launch, "FEW_ROWS", 128)
-    monkeypatch.setattr(launch, "TILES", {size: {rows: tiles[rows]} for size, tiles in launch.TILES.items()})
+    monkeypatch.setattr(launch, "TILES", tiles_of(rows, launch.TILES))
     monkeypatch.setattr(products_launch, "PROGRAMS", programs)
     values = arguments(rows + 5, 336, 40, True, torch.float32, device)
     assert_near(out_proj(*values, backend="triton"), out_proj(*wide(values)), torch.float32)
