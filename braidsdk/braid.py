@@ -341,12 +341,15 @@ class Braid:
             chunks: chunks, names or ids; or objects as a retriever gives them, whose texts are registered as context.
             mode: "anchored" (default): each chunk as computed after the level-0 chunk that stands first. "isolated":
                 each chunk as computed alone. "exact": each chunk as computed after all that precede it here, equal to a
-                full prefill.
+                full prefill. "guided(0.15)", "linked(16)", "blended(0.2)": as "anchored", with some tokens computed
+                again for each request; see `braidsdk.compose.repairs`.
             keep: whether computed entries go to the store; None keeps all but the chains of "exact".
 
         Raises:
             UnknownChunkError: a chunk is not in this namespace.
             UnknownModeError: no such mode.
+            InputError: an argument of the mode is missing, unknown or out of range; or it repairs, and the model runs
+                on CUDA graphs.
             WindowExceededError: together they exceed the model's window.
         """
         composition = compose(self.chunks.resolve(chunks), layout=self._engine.layout, mode=mode, keep=keep)

@@ -13,6 +13,7 @@ from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.export import to_dynamic_cache
 from braidsdk.cache.pool import Resident
 from braidsdk.compose.composition import Composition
+from braidsdk.compose.repairs import check_layers
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request, Then
 from braidsdk.engine.sampling import SamplingOptions, resolve
@@ -39,6 +40,12 @@ class Context:
     """
 
     def __init__(self, engine: Engine, composition: Composition) -> None:
+        check_layers(composition.repair, engine.config.layers)
+        if composition.repair and engine.on_graphs:
+            raise InputError(
+                f"mode must be 'exact', 'anchored' or 'isolated' on CUDA graphs; got {composition.mode!r}. Open the "
+                "Braid with kernels='torch' to repair."
+            )
         self._engine = engine
         self._composition = composition
         self._keys = engine.keys(composition)
@@ -179,9 +186,15 @@ class Context:
             on its device.
 
         Raises:
+            InputError: the mode computes tokens again for each question.
             PoolFullError: the context does not fit in the KV pool.
             StoreError: what was computed can't be written.
         """
+        if self._composition.repair:
+            raise InputError(
+                "mode must be 'exact', 'anchored' or 'isolated' for a cache of transformers, which has no question to "
+                f"repair for; got {self.mode!r}. Compose it again."
+            )
         engine, segments = self._engine, self._composition.segments
 
         def copied(entries: Sequence[Resident], _: Tensor | None) -> "DynamicCache":

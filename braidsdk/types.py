@@ -183,8 +183,10 @@ class Usage:
         prompt_tokens: tokens of the whole prompt, context and question.
         cached_tokens: tokens taken from KV entries that were there before the call.
         computed_tokens: tokens computed in this call: the question, and chunks that had no entry.
-        repaired_tokens: context tokens that the mode computed again. The modes of this version repair none.
+        repaired_tokens: context tokens that the mode computed again, with sight of everything before them.
         completion_tokens: tokens generated, including the closing control token.
+        budget: that work, and what choosing the tokens took, as a share of computing all tokens of the chunks in all
+            layers. 0 if the mode repairs nothing; it may exceed 1.
     """
 
     prompt_tokens: int
@@ -192,6 +194,7 @@ class Usage:
     computed_tokens: int
     repaired_tokens: int
     completion_tokens: int
+    budget: float = 0.0
 
 
 @dataclass(frozen=True)

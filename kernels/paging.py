@@ -7,7 +7,6 @@ contiguous. A slot is `page * page_size + offset`.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -58,7 +57,6 @@ def append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     kv[1, pages, :, offsets] = values
 
 
-def slots_of(pages: Tensor, start: int, stop: int, page_size: int) -> Tensor:
-    """Slots of the tokens [start, stop) of an entry that lies on `pages`: int64 [stop - start]."""
-    tokens = torch.arange(start, stop, device=pages.device)
+def slots_of(pages: Tensor, tokens: Tensor, page_size: int) -> Tensor:
+    """Slots of an entry that lies on `pages`, by the index of each of its tokens, int64 [tokens]: int64 [tokens]."""
     return pages[tokens // page_size] * page_size + tokens % page_size

@@ -4,6 +4,7 @@ Knows nothing about chunks, composition modes, stores or text.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -202,6 +203,29 @@ class Model(Protocol):
 
         Returns:
             Its output, [tokens, hidden].
+        """
+        ...
+
+    def attended(self, batch: Batch, kv: Tensor, layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """Compute new tokens through some layers, and say how much they attend to each key that they see.
+
+        Args:
+            batch: the tokens, of one request. Their keys and values are appended, in the layers that are computed.
+            kv: as in `forward`.
+            layers: indices of the layers that count, at least one. None after the last of them is computed.
+
+        Returns:
+            For each segment of the request a score per token of its slice, [tokens], float32 (float64 for such a
+            model): the greatest softmax weight that any head of any row gives it, summed over these layers.
+        """
+        ...
+
+    def fill(self, batch: Batch, kv: Tensor, layer: int) -> None:
+        """Compute new tokens as `forward` does, as far as the keys and values of one layer.
+
+        Args:
+            batch, kv: as in `forward`.
+            layer: the last layer's index.
         """
         ...
 

@@ -1,7 +1,7 @@
 """A dense decoder over paged KV memory: attention, MLP, layer, model. One serves all families, devices and backends."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,8 @@ import xxhash
 from torch import Tensor
 
 from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.attention.plan import plan_request
+from braidsdk.kernels.attention.weights import largest_weights
 from braidsdk.kernels.backends import Backend, Backends, Geometry
 from braidsdk.kernels.head import norm_head
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
@@ -215,6 +217,38 @@ class Decoder:
         """Compute one layer alone; see `models.base.Model.forward_layer`."""
         layer, step = self._layers[index], self.plan(batch, memory.shape[3])
         return self._finish_layer(layer, hidden, self._qkv(layer, hidden, batch.slots, step, memory), step, memory)
+
+    @torch.inference_mode()
+    def attended(self, batch: Batch, kv: Tensor, layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """How much rows attend to each key; see `models.base.Model.attended`."""
+        step, page_size = self.plan(batch, kv.shape[4]), kv.shape[4]
+        (request,) = batch.requests
+        seen = plan_request(batch.positions, request, self.rotary, batch.limit, page_size)
+        if seen is None:
+            raise ValueError("attended: expected a request with rows that see a key")
+        hidden, total = self._embedding[batch.token_ids], torch.zeros((), device=self.device)
+        for index, (layer, memory) in enumerate(zip(self._layers, kv, strict=True)):
+            queries = self._qkv(layer, hidden, batch.slots, step, memory)
+            if index in layers:
+                total = total + largest_weights(queries, seen, memory, self.config.head_dim**-0.5)
+            if index == max(layers):
+                break
+            hidden = self._finish_layer(layer, hidden, queries, step, memory)
+        found = [total.new_zeros(0) for _ in request.segments]
+        for place, part in zip(seen.places, total.split(list(seen.spans)), strict=True):
+            segment = request.segments[place]
+            skipped = segment.start % page_size
+            found[place] = part[skipped : skipped + segment.stop - segment.start]
+        return tuple(found)
+
+    @torch.inference_mode()
+    def fill(self, batch: Batch, kv: Tensor, layer: int) -> None:
+        """Compute new tokens up to a layer's keys and values; see `models.base.Model.fill`."""
+        hidden, step = self._embedding[batch.token_ids], self.plan(batch, kv.shape[4])
+        for each, memory in zip(self._layers[: layer + 1], kv, strict=False):
+            queries = self._qkv(each, hidden, batch.slots, step, memory)
+            if each is not self._layers[layer]:
+                hidden = self._finish_layer(each, hidden, queries, step, memory)
 
     def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""

@@ -31,7 +31,7 @@ class Memory:
         self.kv[:, pages] = 1e6
         keys, values = torch.randn(2, tokens, self.kv_heads, self.head_dim, dtype=torch.float64)
         cos, sin = self.rotary.at(torch.arange(tokens), tokens + 1)
-        append(self.kv, slots_of(pages, 0, tokens, PAGE), rotate(keys, cos, sin), values)
+        append(self.kv, slots_of(pages, torch.arange(tokens), PAGE), rotate(keys, cos, sin), values)
         return pages, keys, values
 
     def attend(
@@ -137,7 +137,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     queries = torch.randn(50, 4, 64, dtype=torch.float64)
     requests = [Request(slice(0, 50), (PagedSegment(pages, 0, 50, 0),))]
     whole = memory.attend(queries, torch.arange(50), requests, 0.2)
-    monkeypatch.setattr("braidsdk.kernels.attention.eager._BLOCK_ELEMENTS", 7 * 4 * (64 + 64))
+    monkeypatch.setattr("braidsdk.kernels.attention.eager.BLOCK_ELEMENTS", 7 * 4 * (64 + 64))
     torch.testing.assert_close(memory.attend(queries, torch.arange(50), requests, 0.2), whole, rtol=1e-12, atol=1e-14)
 
 

@@ -147,5 +147,6 @@ def test_a_text_far_beyond_the_window_is_told_by_its_length() -> None:
 
 
 def test_an_unknown_mode_names_the_known_ones() -> None:
-    with pytest.raises(UnknownModeError, match="exact, isolated, anchored; got 'fast'"):
+    known = r"exact, isolated, anchored, linked\(16\), guided\(0.15\), blended\(0.2\); got 'fast'"
+    with pytest.raises(UnknownModeError, match=known):
         compose([A], layout=LAYOUT, mode="fast")

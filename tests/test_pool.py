@@ -164,7 +164,7 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
     for _ in range(2):
         mine = pool.take(100)
         pool.clear(mine)
-        append(pool.kv[0], slots_of(mine, 0, 100, page_size), keys, values)
+        append(pool.kv[0], slots_of(mine, torch.arange(100), page_size), keys, values)
         for rows in (3, 100):
             plans = plan_attention(
                 torch.arange(100 - rows, 100),

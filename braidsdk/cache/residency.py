@@ -55,6 +55,16 @@ class Need(Protocol):
         ...
 
     @property
+    def scratch(self) -> int:
+        """Tokens that it computes beside its entries and its tail, until its first token."""
+        ...
+
+    @property
+    def overlay(self) -> int:
+        """The most tokens of its entries that it has in another form, until it ends."""
+        ...
+
+    @property
     def computes(self) -> frozenset[str]:
         """Digests of entries that the store is known to lack. They are written even if they are resident."""
         ...
@@ -91,6 +101,7 @@ class Held(Generic[N]):
     Attributes:
         entries: one per segment, pinned.
         pages: pages of its tail, int64 [pages], on the CPU.
+        scratch, overlay: pages of `Need.scratch` and `Need.overlay`.
         absent: its entries that were not resident when it was admitted.
         ready: whether the engine was told that it is ready.
         writes: writes that it waits for.
@@ -98,6 +109,8 @@ class Held(Generic[N]):
 
     entries: tuple[Resident, ...]
     pages: Tensor
+    scratch: Tensor
+    overlay: Tensor
     absent: tuple[Resident, ...]
     ready: bool = False
     writes: "set[_Write[N]]" = field(default_factory=set)
@@ -184,7 +197,8 @@ class Residency(Generic[N]):
         for entry in found.values():
             pool.pin(entry)
         absent = [key for digest, key in unique.items() if digest not in found]
-        wanted = sum(pool.pages_for(len(key.token_ids)) for key in absent) + pool.pages_for(request.reserved)
+        own = (request.reserved, request.scratch, request.overlay)
+        wanted = sum(map(pool.pages_for, (*(len(key.token_ids) for key in absent), *own)))
         if wanted > pool.room:
             for entry in found.values():
                 pool.unpin(entry)
@@ -199,16 +213,18 @@ class Residency(Generic[N]):
         for entry in found.values():
             if entry in self._making:
                 self._making[entry].holders.append(request)
-        pages = pool.take(request.reserved)
+        pages, scratch, overlay = map(pool.take, own)
         pool.clear(pages)
-        self._held[request] = Held(tuple(found[key.digest] for key in request.keys), pages, tuple(new))
+        entries = tuple(found[key.digest] for key in request.keys)
+        self._held[request] = Held(entries, pages, scratch, overlay, tuple(new))
         return True
 
     def release(self, request: N) -> None:
         """Give back everything that a request holds. If it had to compute an entry, the next request that needs the
         entry computes it."""
         held = self._held.pop(request)
-        self.pool.give_back(held.pages)
+        for pages in (held.pages, held.scratch, held.overlay):
+            self.pool.give_back(pages)
         heirs = []
         for entry in dict.fromkeys(held.entries):
             making = self._making.get(entry)
@@ -314,6 +330,12 @@ class Residency(Generic[N]):
         self.pool.add(Resident(key, held.pages[:pages], state=State.READY))
         held.pages = held.pages[pages:]
 
+    def leave_scratch(self, request: N) -> None:
+        """Give back a request's scratch pages. What runs on the device goes on in order, so it still finds them."""
+        held = self._held[request]
+        self.pool.give_back(held.scratch)
+        held.scratch = held.scratch[:0]
+
     def close(self) -> None:
         """Wait for all writes, and for reads that have begun. By then no request may hold anything."""
         self._readers.shutdown(cancel_futures=True)
@@ -325,7 +347,7 @@ class Residency(Generic[N]):
         Raises:
             RuntimeError: they do not agree.
         """
-        self.pool.integrity(held.pages for held in self._held.values())
+        self.pool.integrity(pages for held in self._held.values() for pages in (held.pages, held.scratch, held.overlay))
         for entry, making in self._making.items():
             if not making.holders and not making.reading:
                 raise RuntimeError("residency: an entry is not complete, and no request or read completes it")

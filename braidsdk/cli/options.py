@@ -71,7 +71,12 @@ ChunksOption = Annotated[
 ]
 ModeOption = Annotated[
     str | None,
-    typer.Option("--mode", envvar="BRAID_MODE", help="exact, isolated or anchored.", show_default="anchored"),
+    typer.Option(
+        "--mode",
+        envvar="BRAID_MODE",
+        help="exact, isolated, anchored, or a repair such as guided(0.15).",
+        show_default="anchored",
+    ),
 ]
 ThinkingOption = Annotated[
     bool,

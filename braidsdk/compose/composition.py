@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from braidsdk.prompt.lru import LRU, nbytes_of
 from braidsdk.store.keys import EntryKey, ModelIdentity
-from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk, Mode
+from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk
+
+if TYPE_CHECKING:
+    from braidsdk.compose.repairs import Repair
 
 KEY_BYTES, AFTER_BYTES = 2_000, 120
 """What a remembered key takes beside its token ids: its record and hashes, and an id for each chunk before it."""
@@ -52,16 +56,18 @@ class Composition:
     """Ordered segments, and the tokens of one request that are still to compute.
 
     Attributes:
-        mode: the rule that made it.
+        mode: the rule that made it, as text.
         segments: in the order of the prompt.
         notes: what the rule did that its name does not say.
         tail: token ids after the last segment; every request computes them again.
+        repair: which tokens of the segments are computed again for a request, None for none.
     """
 
-    mode: Mode
+    mode: str
     segments: tuple[Segment, ...]
     notes: tuple[str, ...] = ()
     tail: tuple[int, ...] = ()
+    repair: "Repair | None" = None
 
     @cached_property
     def tail_origin(self) -> int:

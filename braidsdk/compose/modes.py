@@ -14,9 +14,11 @@ Who owns which control token (the parts come from the model's chat template, see
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, get_args
 
 from braidsdk.compose.composition import Composition, Segment
+from braidsdk.compose.repairs import RULES, Repair, most_tokens, parse_repair
 from braidsdk.errors import UnknownModeError, did_you_mean, shown
 from braidsdk.types import LEVEL_SYSTEM, Chunk, Mode
 
@@ -31,20 +33,24 @@ class Layout(Protocol):
     def plain_ids(self, text: str) -> tuple[int, ...]: ...
 
 
-def parse_mode(mode: str | None) -> Mode:
-    """The mode of that name; None means the default.
+def parse_mode(mode: str | None) -> tuple[Mode, Repair | None]:
+    """What a mode means: how chunks are computed, and which of their tokens are then computed again. None means the
+    default.
 
     Raises:
         UnknownModeError: there is no such mode.
+        InputError: an argument of the mode is missing, unknown or out of range.
     """
     if mode is None:
-        return DEFAULT_MODE
+        return DEFAULT_MODE, None
     for known in get_args(Mode):
         if mode == known:
-            return known  # type: ignore[no-any-return]  # get_args is untyped
-    raise UnknownModeError(
-        f"mode must be one of {', '.join(get_args(Mode))}; got {shown(mode)}.{did_you_mean(mode, get_args(Mode))}"
-    )
+            return known, None
+    if isinstance(mode, str) and (repair := parse_repair(mode)):
+        return "anchored", repair
+    names = [*get_args(Mode), *map(str, (rule() for rule in RULES.values()))]
+    near = did_you_mean(str(mode).partition("(")[0], [*get_args(Mode), *RULES])
+    raise UnknownModeError(f"mode must be one of {', '.join(names)}; got {shown(mode)}.{near}")
 
 
 def compose(
@@ -56,14 +62,16 @@ def compose(
         chunks: in the order of the prompt; the same chunk may stand in it twice.
         layout: the open model's prompt layout.
         mode: "exact" computes each chunk after all chunks before it, "anchored" after the anchor only, "isolated" on
-            its own. None means "anchored".
+            its own. "linked(k)", "guided(ratio)" and "blended(ratio, layer=1)" take what "anchored" has, and compute
+            some of its tokens again for each request; see `repairs`. None means "anchored".
         keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`,
             which only the same order of chunks can use again.
 
     Raises:
         UnknownModeError: there is no such mode.
+        InputError: an argument of the mode is missing, unknown or out of range.
     """
-    rule = parse_mode(mode)
+    rule, repair = parse_mode(mode)
     anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     pieces: list[tuple[Chunk | None, tuple[int, ...]]]
     pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
@@ -84,7 +92,11 @@ def compose(
         keep_it = keep if keep is not None else (rule != "exact" or index == 0)
         segments.append(Segment(chunk, token_ids, origin, after, keep_it))
         origin += len(token_ids)
-    return Composition(rule, tuple(segments), _notes(rule, chunks, anchor))
+    composition = Composition(str(repair or rule), tuple(segments), _notes(rule, chunks, anchor), repair=repair)
+    if tokens := most_tokens(composition):
+        note = f"up to {tokens:,} of {origin:,} tokens are computed again for each question"
+        composition = replace(composition, notes=(*composition.notes, note))
+    return composition
 
 
 def _notes(rule: Mode, chunks: Sequence[Chunk], anchor: Chunk | None) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from braidsdk.models.base import Batch, Model
 
 @dataclass(frozen=True)
 class Run:
-    """Consecutive new tokens of one entry or tail.
+    """New tokens of one entry or tail.
 
     Attributes:
         token_ids: the tokens.
@@ -24,6 +24,9 @@ class Run:
         pages: pages of that entry, int64 [pages], on the CPU.
         start: index of the first token in that entry.
         origin: absolute position of the entry's token 0.
+        places: indices in the entry of tokens that are not consecutive, ascending, int64 [tokens], on the CPU; all
+            others of the entry are hidden. None: they follow one another from `start`.
+        hidden: with `places`, what is hidden of the entry, bool [tokens of the entry], on the CPU.
     """
 
     token_ids: tuple[int, ...]
@@ -31,13 +34,26 @@ class Run:
     pages: Tensor
     start: int
     origin: int
+    places: Tensor | None = None
+    hidden: Tensor | None = None
 
     def cut(self, tokens: int) -> "tuple[Run, Run | None]":
         """Split it into the first `tokens` tokens and the rest. The rest is None if nothing is left."""
         if tokens >= len(self.token_ids):
             return self, None
+        if self.places is not None:
+            first, second = self.places[:tokens], self.places[tokens:]
+            rest = replace(self, token_ids=self.token_ids[tokens:], places=second)
+            return replace(self, token_ids=self.token_ids[:tokens], places=first), rest
         rest = replace(self, token_ids=self.token_ids[tokens:], start=self.start + tokens)
         return replace(self, token_ids=self.token_ids[:tokens]), rest
+
+    @property
+    def frame(self) -> Tensor:
+        """The index of each token in its entry, int64 [tokens], on the CPU."""
+        if self.places is not None:
+            return self.places
+        return torch.arange(self.start, self.start + len(self.token_ids))
 
 
 def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[bool] = ()) -> Tensor | None:
@@ -62,17 +78,17 @@ def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[bool
 
 def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
     """The tensors of one forward pass over these runs."""
-    frames = [torch.arange(run.start, run.start + len(run.token_ids)) for run in runs]
+    frames = [run.frame for run in runs]
     requests = []
     row = lowest = highest = 0
-    for run in runs:
-        stop = run.start + len(run.token_ids)
-        own = PagedSegment(run.pages, 0, stop, run.origin)
+    for run, frame in zip(runs, frames, strict=True):
+        stop = int(frame[-1]) + 1
+        own = PagedSegment(run.pages, 0, stop, run.origin, run.hidden)
         requests.append(Request(slice(row, row + len(run.token_ids)), (*run.context, own)))
         row += len(run.token_ids)
         highest = max(highest, run.origin + stop)
         lowest = min(lowest, *(segment.origin for segment in requests[-1].segments))
-    slots = [slots_of(run.pages, run.start, run.start + len(run.token_ids), pool.page_size) for run in runs]
+    slots = [slots_of(run.pages, frame, pool.page_size) for run, frame in zip(runs, frames, strict=True)]
     columns = (
         torch.tensor([i for run in runs for i in run.token_ids]),
         torch.cat([frame + run.origin for frame, run in zip(frames, runs, strict=True)]),

@@ -17,6 +17,7 @@ from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.graph_runner import GraphRunner
+from braidsdk.engine.graphs import runs_on_graphs
 from braidsdk.engine.loop import Loop, closed, deleted
 from braidsdk.engine.request import Request
 from braidsdk.errors import ForkedError
@@ -95,6 +96,7 @@ class Engine:
         prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
         self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
+        self._on_graphs = runs_on_graphs(model)
         self._process = os.getpid()
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
@@ -128,6 +130,11 @@ class Engine:
     def misses(self) -> int:
         """Entries that calls had to compute."""
         return self._loop.residency.misses
+
+    @property
+    def on_graphs(self) -> bool:
+        """Whether steps run on CUDA graphs."""
+        return self._on_graphs
 
     def check_process(self) -> None:
         """Check that this is the process that opened it. Takes no lock: in a fork, a thread that does not exist there
@@ -167,7 +174,14 @@ class Engine:
             PoolFullError: it needs more memory than the pool has.
         """
         self.check_open()
-        self.pool.check_fits([*{key.digest: len(key.token_ids) for key in request.keys}.values(), request.reserved])
+        self.pool.check_fits(
+            [
+                *{key.digest: len(key.token_ids) for key in request.keys}.values(),
+                request.reserved,
+                request.scratch,
+                request.overlay,
+            ]
+        )
         self._loop.send(partial(self._loop.submit, request), partial(self._loop.refuse, request))
         return request
 

@@ -31,11 +31,13 @@ from braidsdk.cache.residency import Residency
 from braidsdk.engine.batch import Run
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.graphs import runs_on_graphs
+from braidsdk.engine.repair import Repaired, repaired, settle
 from braidsdk.engine.request import Outcome, Request
 from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
 from braidsdk.engine.sampling import Sampler
 from braidsdk.engine.scheduler import ROW_SLOTS, Scheduler, State, Work
 from braidsdk.errors import BraidError, ClosedError, EngineError, NumericsError, QueueFullError, UnknownChunkError
+from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
 from braidsdk.settings import checks_itself
 from braidsdk.store import ChunkStore, ModelIdentity
@@ -76,14 +78,19 @@ class _Task:
     """What the loop keeps of a request from when it is ready.
 
     Attributes:
-        runs: what its prefill has still to compute, each with the entry that it makes, None for the tail.
+        runs: what its prefill has still to compute, each with the entry that it makes, None for the tail and what is
+            repaired.
         row: its tail and answer, if it generates tokens.
+        chooses: whether it has still to choose, once its entries are there, what of them it computes again.
+        repair: what it computes again.
         launched: tokens that were chosen or are on their way.
         answered: whether its answer is complete; it may still wait for a write.
     """
 
     runs: deque[tuple[Run, Resident | None]]
-    row: Row | None
+    row: Row | None = None
+    chooses: bool = False
+    repair: Repaired | None = None
     launched: int = 0
     answered: bool = False
 
@@ -285,7 +292,7 @@ class Loop:
             tokens -= len(piece.token_ids)
             if rest:
                 task.runs.appendleft((rest, entry))
-            is_tail = not rest and entry is None
+            is_tail = not rest and entry is None and piece.places is None
             pieces.append(
                 (
                     Piece(piece, row=task.row if is_tail else None, logits=is_tail and request.then is not None),
@@ -304,13 +311,52 @@ class Loop:
                 self.residency.computed(entry)
                 request.clock.entries = perf_counter()
         if request in self._tasks and self.scheduler.prefilled(request, part.tokens):
-            self._prefilled(request, given)
+            if self._tasks[request].chooses:
+                self._repair(request)
+            else:
+                self._prefilled(request, given)
+
+    def _repair(self, request: Request) -> None:
+        """All entries of a ready request are there, or will be before anything that is launched from now on: choose
+        what of them is computed again, and lay it out with the tail. Choosing takes a pass at once."""
+        task, held, composition = self._tasks[request], self.residency[request], request.composition
+        task.chooses = False
+        context: tuple[PagedSegment, ...] = tuple(
+            entry.at(s.origin) for s, entry in zip(composition.segments, held.entries, strict=True)
+        )
+        step_tokens = STEP_TOKENS[self.model.device.type]
+        try:
+            task.repair = repaired(self.model, self.pool, composition, context, held.pages, held.scratch, step_tokens)
+        except Exception as error:
+            self._fail(request, error)
+            return
+        if repair := task.repair:
+            context = (*repair.context, repair.scratch)
+            task.runs.append((repair.run, None))
+            chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
+            request.repaired_tokens = len(repair.positions)
+            request.budget = (request.repaired_tokens + repair.choosing / self.model.config.layers) / chunks
+        self._lay_tail(request, task, context)
+        self.scheduler.more(request, sum(len(run.token_ids) for run, _ in task.runs))
+
+    def _lay_tail(self, request: Request, task: _Task, context: tuple[PagedSegment, ...]) -> None:
+        """Lay out a request's tail, which sees these segments, and its row."""
+        composition, pages = request.composition, self.residency[request].pages
+        origin = composition.tail_origin
+        task.runs.append((Run(composition.tail, context, pages, 0, origin), None))
+        if request.params and request.slot is not None:
+            said = composition.input_ids if request.params.repetition_penalty != 1.0 else ()
+            sampler = Sampler(request.params, said)
+            task.row = Row(request.slot, sampler, context, pages, origin, request.reserved)
 
     def _prefilled(self, request: Request, logits: Tensor | None) -> None:
         """All that a request needs computed is there, or will be before anything that is launched from now on."""
         task, clock = self._tasks[request], request.clock
         clock.computed = perf_counter()
         self.scheduler.running(request)
+        if task.repair and task.row:
+            task.row.context = settle(self.pool, task.repair, self.residency[request].overlay)
+        self.residency.leave_scratch(request)
         if request.computed_tokens:
             _log.info("computed %d tokens of missing entries in %.1f ms", request.computed_tokens, clock.compute_ms)
         writes = self.residency.write(request, request.computed_tokens, clock.ready)
@@ -374,8 +420,9 @@ class Loop:
             kept = min(kept, len(request.text.ids()))
         ended = bool(stopped) or bool(request.params and tokens[-1] in request.params.stop_ids)
         request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length")
-        turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
-        self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
+        if not request.repaired_tokens:  # else it has seen more than what a turn's key says
+            turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
+            self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
         self._tasks[request].answered = True
         self._finish(request)
 
@@ -451,18 +498,14 @@ class Loop:
             runs.append((Run(entry.key.token_ids, tuple(context), entry.pages, 0, origin), entry))
         request.computed_tokens = sum(len(run.token_ids) for run, _ in runs)
         request.clock.ready = perf_counter()
-        tail, row = request.composition.tail, None
-        if tail:
+        task = self._tasks[request] = _Task(runs, chooses=bool(request.overlay))
+        if request.composition.tail and not task.chooses:
             context = [entry.at(s.origin) for s, entry in zip(segments, held.entries, strict=True)]
-            origin = request.composition.tail_origin
-            runs.append((Run(tail, tuple(context), held.pages, 0, origin), None))
-            if request.params and request.slot is not None:
-                said = request.composition.input_ids if request.params.repetition_penalty != 1.0 else ()
-                sampler = Sampler(request.params, said)
-                row = Row(request.slot, sampler, tuple(context), held.pages, origin, request.reserved)
-        self._tasks[request] = _Task(runs, row)
+            self._lay_tail(request, task, tuple(context))
         self.scheduler.ready(request, sum(len(run.token_ids) for run, _ in runs))
-        if not runs:
+        if not runs and task.chooses:
+            self._repair(request)
+        elif not runs:
             self._prefilled(request, None)
 
     def on_written(self, request: Request) -> None:
@@ -540,13 +583,14 @@ def closed() -> ClosedError:
 
 def _usage(request: Request) -> Usage:
     prompt = request.composition.tokens
-    computed = request.computed_tokens + len(request.composition.tail)
+    computed, repaired_tokens = request.computed_tokens + len(request.composition.tail), request.repaired_tokens
     return Usage(
         prompt_tokens=prompt,
-        cached_tokens=prompt - computed,
+        cached_tokens=prompt - computed - repaired_tokens,
         computed_tokens=computed,
-        repaired_tokens=0,
+        repaired_tokens=repaired_tokens,
         completion_tokens=len(request.tokens),
+        budget=request.budget,
     )
 
 

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from braidsdk.compose.composition import Composition
+from braidsdk.compose.repairs import most_tokens
 from braidsdk.engine.scheduler import ENDED, Job
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey
@@ -78,6 +79,8 @@ class Request(Job):
         tokens: ids generated so far.
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
+        repaired_tokens: context tokens that were computed again for it.
+        budget: that work, choosing the tokens included, as a share of computing all tokens of its chunks in all layers.
         outcome: the results of a finished question.
         value: what `then` returned.
         error: why it failed.
@@ -95,6 +98,8 @@ class Request(Job):
     tokens: list[int] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     computed_tokens: int = 0
+    repaired_tokens: int = 0
+    budget: float = 0.0
     outcome: Outcome | None = None
     value: object = None
     error: BaseException | None = None
@@ -114,6 +119,16 @@ class Request(Job):
     def reserved(self) -> int:
         """The most tokens that its tail and its answer can have."""
         return len(self.composition.tail) + (self.params.max_new_tokens if self.params else 0)
+
+    @property
+    def scratch(self) -> int:
+        """Tokens for which it takes memory until its first token: where repaired tokens are computed."""
+        return self.composition.tail_origin if self.overlay else 0
+
+    @property
+    def overlay(self) -> int:
+        """The most tokens that it repairs."""
+        return most_tokens(self.composition) if self.composition.tail else 0
 
     def ring(self) -> Callable[[], None] | None:
         """Wake the reader; returns what `wake` does. For the engine's thread."""

@@ -215,6 +215,10 @@ class Scheduler(Generic[J]):
         self._move(job, State.READY)
         job.to_prefill = to_prefill
 
+    def more(self, job: J, to_prefill: int) -> None:
+        """A ready request has `to_prefill` tokens left to compute after all."""
+        job.to_prefill = to_prefill
+
     def running(self, job: J) -> None:
         """A request's prefill is done."""
         self._move(job, State.RUNNING)

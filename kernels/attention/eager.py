@@ -13,7 +13,7 @@ from braidsdk.kernels.backends import Backend
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.rope import RotaryTable, rotate
 
-_BLOCK_ELEMENTS = 1 << 25
+BLOCK_ELEMENTS = 1 << 25
 """Scores and rotated queries in memory at once; bounds how many rows are computed together."""
 
 
@@ -78,12 +78,12 @@ def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale:
         tiles = kv.index_select(1, plan.pages).to(wide)
         keys, values = tiles.transpose(1, 2).flatten(2, 3)
         per_row = queries.shape[1] * (keys.shape[1] + len(plan.spans) * keys.shape[2])
-        step = max(1, _BLOCK_ELEMENTS // per_row)
+        step = max(1, BLOCK_ELEMENTS // per_row)
         for start in range(0, len(plan.hidden), step):
             stop = min(start + step, len(plan.hidden))
             rows = slice(plan.rows.start + start, plan.rows.start + stop)
             block = slice(start, stop)
-            scores = _scores(queries[rows], plan, block, keys, scale)
+            scores = scores_of(queries[rows], plan, block, keys, scale)
             out[rows] = _mixed(scores, plan.hidden[block], values).to(queries.dtype)
             if lse is not None:
                 by_segment = [part.logsumexp(-1).flatten(0, 1).t() for part in scores.split(list(plan.spans), -1)]
@@ -91,7 +91,7 @@ def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale:
     return out
 
 
-def _scores(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, scale: float) -> Tensor:
+def scores_of(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, scale: float) -> Tensor:
     """Scores of one block of a request's rows, -inf where hidden: [kv_heads, group, rows, tokens].
 
     Args:
@@ -119,7 +119,7 @@ def _scores(queries: Tensor, plan: RequestPlan, block: slice, keys: Tensor, scal
 
 
 def _mixed(scores: Tensor, hidden: Tensor, values: Tensor) -> Tensor:
-    """Values by their weights, [rows, q_heads, head_dim], from `_scores` and values like its keys."""
+    """Values by their weights, [rows, q_heads, head_dim], from `scores_of` and values like its keys."""
     kv_heads, _, rows, _ = scores.shape
     weights = torch.softmax(scores, dim=-1)
     blind = hidden.all(-1)

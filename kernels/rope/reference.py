@@ -18,7 +18,7 @@ class RotaryTable:
         device: where the table lies.
         """
         self._inv_freq = inv_freq.to("cpu", torch.float64)
-        self._factor = attention_factor
+        self.attention_factor = attention_factor
         self._dtype, self._device = dtype, device
         self._cos = self._sin = torch.empty(0, inv_freq.numel(), dtype=dtype, device=device)
 
@@ -37,8 +37,8 @@ class RotaryTable:
         if limit > self._cos.shape[0]:
             size = max(limit, 2 * self._cos.shape[0], 1024)
             angles = torch.arange(size, dtype=torch.float64)[:, None] * self._inv_freq
-            self._cos = (angles.cos() * self._factor).to(self._device, self._dtype)
-            self._sin = (angles.sin() * self._factor).to(self._device, self._dtype)
+            self._cos = (angles.cos() * self.attention_factor).to(self._device, self._dtype)
+            self._sin = (angles.sin() * self.attention_factor).to(self._device, self._dtype)
         return self._cos, self._sin
 
 

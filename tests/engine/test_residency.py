@@ -48,6 +48,8 @@ class Asked:
     keeps: tuple[bool, ...]
     reserved: int = 1
     computes: frozenset[str] = frozenset()
+    scratch: int = 0
+    overlay: int = 0
     state: str = "new"
     error: BaseException | None = None
 
@@ -153,13 +155,21 @@ class Bench:
 
     # what an engine does with a request
 
-    def submit(self, *chunks: str, keep: bool = True, reserved: int = 1, fresh: bool = False) -> Asked:
+    def submit(
+        self,
+        *chunks: str,
+        keep: bool = True,
+        reserved: int = 1,
+        fresh: bool = False,
+        scratch: int = 0,
+        overlay: int = 0,
+    ) -> Asked:
         """Ask for the entries of these chunks; `fresh`: those that the store lacks are known to be lacking."""
         keys = tuple(each for name in chunks for each in KEYS if each.chunk_id == name)
         lacking = (
             frozenset(each.digest for each in keys if each.digest not in self.store.kept) if fresh else frozenset()
         )
-        request = Asked(keys, (keep,) * len(keys), reserved, lacking)
+        request = Asked(keys, (keep,) * len(keys), reserved, lacking, scratch, overlay)
         room, used = self.pool.room, self.pool.used_bytes
         if self.residency.admit(request):
             request.state = "loading"
@@ -344,6 +354,18 @@ def test_a_request_that_does_not_fit_takes_nothing_and_pins_nothing(bench: Bench
     refused = bench.submit("a", "b", "c", reserved=9 * PAGE)
     assert refused.state == "new"
     assert all(count == 1 for count in bench.pool._pins.values())
+    bench.check()
+
+
+def test_scratch_and_overlay_are_pages_of_the_request(bench: Bench) -> None:
+    request = bench.submit("a", fresh=True, scratch=3 * PAGE, overlay=PAGE + 1)
+    assert bench.submit("b", scratch=9 * PAGE).state == "new", "they are not counted"
+    before = bench.pool.room
+    bench.residency.leave_scratch(request)
+    assert bench.pool.room == before + 3
+    bench.check()
+    bench.end(request, "done")
+    assert bench.pool.room == before + 3 + 2 + 1 + 1, "the overlay, the tail and the entry that was not computed"
     bench.check()
 
 

@@ -1,0 +1,176 @@
+"""Repairs: which tokens of a composition are computed again, with sight of everything before them. Touches no tensor.
+
+A rule is data. `linked` follows from the composition alone; the others rank tokens by what the model says of them, and
+the engine asks it.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from braidsdk.compose.composition import Composition
+from braidsdk.errors import InputError, shown
+
+MOST_K = 1 << 20
+"""`linked(k)` takes no more: longer than any window."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """The first `k` tokens of every chunk (LegoLink, Hu et al. 2024, arXiv:2410.15332).
+
+    Attributes:
+        k: how many.
+    """
+
+    k: int = 16
+    name: ClassVar[str] = "linked"
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.k})"
+
+
+@dataclass(frozen=True)
+class Guided:
+    """The tokens that the question attends to most (as ProphetKV, arXiv:2602.02579, ranks them).
+
+    Attributes:
+        ratio: how many, as a share of the chunks' tokens.
+    """
+
+    ratio: float = 0.15
+    name: ClassVar[str] = "guided"
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.ratio:g})"
+
+
+@dataclass(frozen=True)
+class Blended:
+    """The tokens whose keys at an early layer change most (CacheBlend, Yao et al. 2024, arXiv:2405.16444).
+
+    Attributes:
+        ratio: how many, as a share of the chunks' tokens.
+        layer: index of the layer.
+    """
+
+    ratio: float = 0.2
+    layer: int = 1
+    name: ClassVar[str] = "blended"
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.ratio:g}{'' if self.layer == 1 else f', layer={self.layer}'})"
+
+
+Repair = Linked | Guided | Blended
+
+RULES: dict[str, type[Linked] | type[Guided] | type[Blended]] = {rule.name: rule for rule in (Linked, Guided, Blended)}
+
+_TEXT = re.compile(r"(\w+)(?:\((.*)\))?", re.ASCII)
+
+
+def parse_repair(mode: str) -> Repair | None:
+    """The rule that a text such as "guided(0.15)" or "blended(0.2, layer=2)" stands for; None if it names no rule.
+    Without parentheses the rule has its defaults.
+
+    Raises:
+        InputError: an argument is missing, unknown or out of range.
+    """
+    found = _TEXT.fullmatch(mode.strip())
+    rule = RULES.get(found[1]) if found else None
+    if found is None or rule is None:
+        return None
+    names = [field.name for field in fields(rule)]
+    given: dict[str, float] = {}
+    for place, argument in enumerate(found[2].split(",") if found[2] is not None else ()):
+        name, equals, value = (part.strip() for part in argument.rpartition("="))
+        name = name if equals else names[place] if place < len(names) else ""
+        if name not in names or name in given:
+            raise InputError(f"mode {rule.name!r} must have {_form(rule)}; got {shown(mode)}.")
+        given[name] = _number(rule, name, value, mode)
+    if found[2] is not None and names[0] not in given:
+        raise InputError(f"mode {rule.name!r} must have {_form(rule)}; got {shown(mode)}.")
+    return rule(**given)  # type: ignore[arg-type]  # whole numbers where the field is one
+
+
+def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
+    try:
+        number = float(value) if name == "ratio" else int(value)
+    except ValueError:
+        number = math.nan
+    if name == "ratio" and not 0 <= number <= 1:
+        raise InputError(f"ratio of mode {rule.name!r} must be from 0 to 1; got {shown(mode)}.")
+    if name != "ratio" and not 0 <= number <= MOST_K:
+        raise InputError(
+            f"{name} of mode {rule.name!r} must be a whole number from 0 to {MOST_K:,}; got {shown(mode)}."
+        )
+    return number
+
+
+def _form(rule: type[Repair]) -> str:
+    return {
+        "linked": "the form linked(k), with a whole number of tokens",
+        "guided": "the form guided(ratio), with a ratio from 0 to 1",
+        "blended": "the form blended(ratio) or blended(ratio, layer=1), with a ratio from 0 to 1",
+    }[rule.name]
+
+
+def check_layers(repair: Repair | None, layers: int) -> None:
+    """Check that a model of so many layers has the one that a rule looks at.
+
+    Raises:
+        InputError: it has not.
+    """
+    if isinstance(repair, Blended) and repair.layer >= layers:
+        raise InputError(
+            f"layer of mode {str(repair)!r} must be below {layers}, the number of the model's layers; got "
+            f"{repair.layer}. Take an early layer, such as 1."
+        )
+
+
+def repairable(composition: Composition) -> list[int]:
+    """Indices of the segments that a rule may choose tokens of: chunks whose entry was not computed after exactly what
+    precedes them here. Past turns of a conversation are left as they are."""
+    return [
+        index
+        for index, segment in enumerate(composition.segments)
+        if index and not segment.is_turn and segment.after != tuple(range(index))
+    ]
+
+
+def most_tokens(composition: Composition) -> int:
+    """How many tokens the composition's rule chooses at most."""
+    sizes = [len(composition.segments[index].token_ids) for index in repairable(composition)]
+    match composition.repair:
+        case None:
+            return 0
+        case Linked(k):
+            return sum(min(k, size) for size in sizes)
+        case Guided(ratio) | Blended(ratio):
+            chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
+            return min(math.ceil(ratio * chunks), sum(sizes))
+
+
+def first_tokens(composition: Composition, k: int) -> list[int]:
+    """Absolute positions of the first `k` tokens of each repairable segment, in order."""
+    segments = [composition.segments[index] for index in repairable(composition)]
+    return [segment.origin + offset for segment in segments for offset in range(min(k, len(segment.token_ids)))]
+
+
+def ranked(composition: Composition, scores: Sequence[Sequence[float]]) -> list[int]:
+    """Absolute positions of the tokens with the highest scores, as many as the rule chooses, in order of position. Of
+    equal scores the lower position goes first.
+
+    Args:
+        composition: it has a rule.
+        scores: of each repairable segment's tokens.
+    """
+    segments = [composition.segments[index] for index in repairable(composition)]
+    tokens = [
+        (-score, segment.origin + offset)
+        for segment, values in zip(segments, scores, strict=True)
+        for offset, score in enumerate(values)
+    ]
+    return sorted(position for _, position in sorted(tokens)[: most_tokens(composition)])

@@ -1,0 +1,167 @@
+"""Tokens of a composition that are computed again for one request, with sight of everything before them.
+
+They are computed in a frame of their own that begins where the prompt begins, on scratch pages as long as the context:
+so a key's position is its index, and what was not chosen is hidden. The entries that they come from are not written to:
+what was chosen is hidden in them. After the first token only what was chosen is kept, on the overlay's pages, one token
+behind the other. Every row that comes later sees all of it, and keys stay rotated by their positions, so that no frame
+but the prompt's is needed.
+
+For the engine's thread, which is in inference mode.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from braidsdk.cache.pool import Pool
+from braidsdk.compose.composition import Composition
+from braidsdk.compose.repairs import Blended, Guided, Linked, first_tokens, ranked, repairable
+from braidsdk.engine.batch import Run, make_batch
+from braidsdk.kernels.paging import PagedSegment, slots_of
+from braidsdk.kernels.rope import rotate
+from braidsdk.models.base import Model
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """What a request computes again.
+
+    Attributes:
+        positions: absolute positions of the tokens, ascending, int64 [tokens], on the CPU.
+        context: the segments of the entries, with these tokens hidden.
+        run: computes them.
+        scratch: what `run` fills, as a segment.
+        choosing: work that choosing them took, in tokens times layers.
+    """
+
+    positions: Tensor
+    context: tuple[PagedSegment, ...]
+    run: Run
+    scratch: PagedSegment
+    choosing: int
+
+
+def repaired(
+    model: Model,
+    pool: Pool,
+    composition: Composition,
+    context: Sequence[PagedSegment],
+    pages: Tensor,
+    scratch: Tensor,
+    step_tokens: int,
+) -> Repaired | None:
+    """Choose by the composition's rule; None if there is nothing to compute again.
+
+    Args:
+        model, pool: what computes.
+        composition: it has a rule, and a tail.
+        context: its segments at their places, all of them computed.
+        pages: pages of its tail, which is computed there for rules that ask what it attends to.
+        scratch: pages for all tokens of the context.
+        step_tokens: tokens that one pass computes at most.
+    """
+    pool.kv[:, :, scratch] = 0  # hidden keys are multiplied by zero, so whatever lies there must be finite
+    chosen, choosing = _chosen(model, pool, composition, context, pages, scratch, step_tokens)
+    if not chosen:
+        return None
+    positions = torch.tensor(chosen, dtype=torch.int64)
+    unchosen = torch.ones(composition.tail_origin, dtype=torch.bool)
+    unchosen[positions] = False
+    hiding = []
+    for segment, part in zip(context, unchosen.split([len(s.token_ids) for s in composition.segments]), strict=True):
+        hiding.append(segment if part.all() else replace(segment, hidden=~part))
+    own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
+    ids = composition.input_ids
+    run = Run(tuple(ids[at] for at in chosen), tuple(hiding), scratch, 0, 0, positions, unchosen)
+    return Repaired(positions, tuple(hiding), run, own, choosing)
+
+
+def settle(pool: Pool, repair: Repaired, overlay: Tensor) -> tuple[PagedSegment, ...]:
+    """Keep what was computed again on the overlay's pages, without what is between: what later rows see of the context.
+
+    The segment of these tokens begins at position 0 and has fewer tokens than precede the first row that sees it, so
+    that row, and every one after it, sees all of them.
+    """
+    size, count = pool.page_size, len(repair.positions)
+    if pool.zero_padding:
+        pool.kv[:, :, overlay] = 0
+    places = repair.positions.to(pool.kv.device), torch.arange(count, device=pool.kv.device)
+    (source, from_at), (target, to_at) = (
+        (pages.to(pool.kv.device)[place // size], place % size)
+        for pages, place in zip((repair.scratch.pages, overlay), places, strict=True)
+    )
+    for memory in pool.kv:
+        memory[:, target, :, to_at] = memory[:, source, :, from_at]
+    return (*repair.context, PagedSegment(overlay, 0, count, 0))
+
+
+def _chosen(
+    model: Model,
+    pool: Pool,
+    composition: Composition,
+    context: Sequence[PagedSegment],
+    pages: Tensor,
+    scratch: Tensor,
+    step_tokens: int,
+) -> tuple[list[int], int]:
+    """Absolute positions of the tokens that the rule chooses, ascending; and what choosing took, in tokens times
+    layers."""
+    rule, places = composition.repair, repairable(composition)
+    match rule:
+        case Linked(k):
+            return first_tokens(composition, k), 0
+        case Guided():
+            run = Run(composition.tail, tuple(context), pages, 0, composition.tail_origin)
+            layers = range(model.config.layers)
+            found = model.attended(make_batch([run], pool), pool.kv, layers)
+            scores = [found[place].tolist() for place in places]
+            return ranked(composition, scores), len(composition.tail) * len(layers)
+        case Blended(layer=layer):
+            run = _all_tokens(composition, context, scratch)
+            for piece in _pieces(run, step_tokens):
+                model.fill(make_batch([piece], pool), pool.kv, layer)
+            scores = [_moved(model, pool, composition, place, context[place], scratch, layer) for place in places]
+            return ranked(composition, scores), len(run.token_ids) * (layer + 1)
+    raise RuntimeError(f"no repair {rule!r}")
+
+
+def _all_tokens(composition: Composition, context: Sequence[PagedSegment], scratch: Tensor) -> Run:
+    """All tokens behind the first segment, as a full prefill computes them."""
+    start = len(composition.segments[0].token_ids)
+    ids = tuple(chain.from_iterable(segment.token_ids for segment in composition.segments[1:]))
+    own = torch.zeros(composition.tail_origin, dtype=torch.bool)
+    own[:start] = True
+    places = torch.arange(start, start + len(ids))
+    return Run(ids, (context[0],), scratch, 0, 0, places, own)
+
+
+def _pieces(run: Run, tokens: int) -> Iterator[Run]:
+    rest: Run | None = run
+    while rest:
+        piece, rest = rest.cut(tokens)
+        yield piece
+
+
+def _moved(
+    model: Model,
+    pool: Pool,
+    composition: Composition,
+    place: int,
+    segment: PagedSegment,
+    scratch: Tensor,
+    layer: int,
+) -> list[float]:
+    """By how much each token's key moved at a layer: the squared distance from the entry's key, turned to where the
+    token stands, to the one that was computed behind everything before it."""
+    keys, device, size = pool.kv[layer, 0].transpose(1, 2).flatten(0, 1), pool.kv.device, pool.page_size
+    tokens = torch.arange(len(composition.segments[place].token_ids))
+    before = keys[slots_of(segment.pages, tokens, size).to(device)]
+    after = keys[slots_of(scratch, tokens + segment.origin, size).to(device)]
+    origin = torch.full((len(tokens),), segment.origin, device=device)
+    cos, sin = model.rotary.at(origin, segment.origin + 1)
+    turned = rotate(before.to(cos.dtype), cos, sin) / model.rotary.attention_factor
+    moved: Tensor = (turned - after.to(cos.dtype)).square().sum((1, 2))
+    return moved.tolist()
