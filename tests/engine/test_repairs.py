@@ -192,18 +192,16 @@ def test_answers_go_on_from_what_was_repaired(mode: str, braid: Braid) -> None:
     assert answer.token_ids != braid.compose(chunks).ask(ASK, max_new_tokens=8, stop_ids=[]).token_ids
 
 
-def test_decoding_sees_the_overlay(tiny: Braid) -> None:
-    """With everything repaired, a whole answer is the exact one: its tokens saw what was repaired and nothing else."""
-    rules = tiny.register_system("You answer questions from the documents.")
-    chunks = [
-        rules,
-        *tiny.register_many(["Flubarg is also called Plonk.", "The capital of Aistonia is Flubarg."], anchor=rules),
-    ]
-    for question in (ASK, "What is also called Plonk?"):
-        exact, repaired = (
-            tiny.compose(chunks, mode=mode).ask(question, max_new_tokens=16) for mode in ("exact", "guided(1)")
-        )
-        assert exact.token_ids == repaired.token_ids
+def test_decoding_sees_the_overlay(random_braid: Braid) -> None:
+    """With everything repaired, whole answers are the exact ones: their tokens saw what was repaired."""
+    chunks = chunks_of(random_braid)
+    asked = [f"What is {number}?" for number in range(6)]
+    exact, anchored, repaired = (
+        [random_braid.compose(chunks, mode=mode).ask(each, max_new_tokens=16, stop_ids=[]).token_ids for each in asked]
+        for mode in ("exact", "anchored", "guided(1)")
+    )
+    assert repaired == exact
+    assert sum(a != b for a, b in zip(exact, anchored, strict=True)) > 3
 
 
 @pytest.mark.parametrize("mode", MIDDLE)
