@@ -34,6 +34,7 @@ MODES = (
     "guided(0.05)",
     "guided(0.1)",
     "guided(0.15)",
+    "guided(0.15)+shift",
     "guided(0.2)",
     "guided(0.3)",
     "guided(0.6)",

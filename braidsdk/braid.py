@@ -341,8 +341,8 @@ class Braid:
             chunks: chunks, names or ids; or objects as a retriever gives them, whose texts are registered as context.
             mode: "anchored" (default): each chunk as computed after the level-0 chunk that stands first. "isolated":
                 each chunk as computed alone. "exact": each chunk as computed after all that precede it here, equal to a
-                full prefill. "guided(0.15)", "linked(16)", "blended(0.2)": as "anchored", with some tokens computed
-                again for each request; see `braidsdk.compose.repairs`.
+                full prefill. "guided(0.15)+shift", "linked(16)", "blended(0.2)": as "anchored", with some tokens
+                computed again for each request; see `braidsdk.compose.repairs`.
             keep: whether computed entries go to the store; None keeps all but the chains of "exact".
 
         Raises:

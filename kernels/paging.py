@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from braidsdk.kernels.rope import rotate
+
 
 @dataclass(frozen=True)
 class PagedSegment:
@@ -20,6 +22,8 @@ class PagedSegment:
         stop: one past its last token.
         origin: absolute position of the entry's token 0; key j sits at `origin + j`. May be negative for a slice.
         hidden: keys of the entry that no row sees, bool [stop] or longer, on the CPU; None hides none.
+        shift: a slot of the same memory. Its key, in the frame of the entry, is added to each of these keys, and its
+            value to each of the values. None adds nothing.
     """
 
     pages: Tensor
@@ -27,6 +31,7 @@ class PagedSegment:
     stop: int
     origin: int
     hidden: Tensor | None = None
+    shift: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,3 +65,37 @@ def append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
 def slots_of(pages: Tensor, tokens: Tensor, page_size: int) -> Tensor:
     """Slots of an entry that lies on `pages`, by the index of each of its tokens, int64 [tokens]: int64 [tokens]."""
     return pages[tokens // page_size] * page_size + tokens % page_size
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The mean by which some tokens of an entry move when they are computed again, kept as a key and a value.
+
+    Attributes:
+        fresh: slots of these tokens as computed again, int64 [tokens], keys rotated by `turn` more than in the entry.
+        stored: their slots in the entry, int64 [tokens].
+        target: the slot that gets it.
+        cos, sin: the rotation from the entry's frame to that of `fresh`, [1, head_dim / 2], of a length that is not 1
+            if the model's rotations scale.
+        weight: factor on the mean.
+    """
+
+    fresh: Tensor
+    stored: Tensor
+    target: int
+    cos: Tensor
+    sin: Tensor
+    weight: float
+
+    def apply(self, kv: Tensor) -> None:
+        """Compute it from one layer's memory, [2, pages, kv_heads, page_size, head_dim], and write it there."""
+        size = kv.shape[3]
+        (fresh_keys, keys), (fresh_values, values) = (
+            [half[slots // size, :, slots % size].to(self.cos.dtype) for slots in (self.fresh, self.stored)]
+            for half in kv
+        )
+        scale = self.cos.square() + self.sin.square()  # rotating back, and undoing the length
+        turned = rotate(fresh_keys, self.cos / scale, -self.sin / scale)
+        page, offset = divmod(self.target, size)
+        kv[0, page, :, offset] = ((turned - keys).mean(0) * self.weight).to(kv.dtype)
+        kv[1, page, :, offset] = ((fresh_values - values).mean(0) * self.weight).to(kv.dtype)

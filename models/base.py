@@ -15,7 +15,7 @@ from torch import Tensor
 from braidsdk.errors import UnsupportedModelError
 from braidsdk.kernels.attention import Plan
 from braidsdk.kernels.backends import Backends, Geometry
-from braidsdk.kernels.paging import Request
+from braidsdk.kernels.paging import Request, Shift
 from braidsdk.kernels.rope import RotaryTable
 
 
@@ -101,6 +101,7 @@ class Batch:
         slots: the slot to which each token's key and value are written, int64 [tokens].
         requests: rows and the segments that they see. Keys that this pass appends are visible in it.
         limit: a bound above every position and every `position - origin`. It is known without reading a tensor.
+        shifts: computed in each layer once its keys and values are appended, before anything attends.
     """
 
     token_ids: Tensor
@@ -109,6 +110,7 @@ class Batch:
     slots: Tensor
     requests: tuple[Request, ...]
     limit: int
+    shifts: tuple[Shift, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,13 @@ class Step:
     Attributes:
         cos, sin: cosines and sines for each new token in its segment's frame, [tokens, head_dim / 2].
         plan: the plan of the attention.
+        shifts: as in `Batch`.
     """
 
     cos: Tensor
     sin: Tensor
     plan: Plan
+    shifts: tuple[Shift, ...] = ()
 
 
 def only_rows(batch: Batch, rows: Tensor) -> Batch:

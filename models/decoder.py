@@ -264,11 +264,15 @@ class Decoder:
             dtype=self.dtype,
             backend=self.backends.attention,
         )
-        return Step(cos, sin, plan)
+        return Step(cos, sin, plan, batch.shifts)
 
     def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute the queries of new tokens, and write their keys and values to the memory."""
-        return norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, backend=self.backends.norm_qkv)
+        backend = self.backends.norm_qkv
+        queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, backend=backend)
+        for shift in step.shifts:
+            shift.apply(memory)
+        return queries
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute attention, output projection and MLP, and add each to the residual: [tokens, hidden]."""

@@ -146,3 +146,26 @@ def test_angles_at_high_positions_are_those_of_float64() -> None:
     cos, _ = rotary.at(torch.tensor([131_071]), 131_072)
     inv_freq = 1.0 / (THETA ** (torch.arange(0, 64, 2, dtype=torch.float32) / 64))
     torch.testing.assert_close(cos[0].double(), (131_071 * inv_freq.double()).cos(), rtol=0, atol=6e-8)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS, ids=["reference", "cpu"])
+@pytest.mark.parametrize("rows", [1, 300])
+def test_a_shift_is_added_to_each_key_and_value(rows: int, dtype: torch.dtype, tolerance: float) -> None:
+    memory = Memory(kv_heads=2, head_dim=64)
+    first, keys, values = memory.write(40)
+    second, *plain = memory.write(20)
+    shifts, shift_keys, shift_values = memory.write(3)
+    positions, queries = torch.arange(60, 60 + rows), torch.randn(rows, 6, 64, dtype=torch.float64)
+    origin = 5  # of the first; its shift is a key in its frame
+    cos, sin = memory.rotary.at(torch.full((1,), 2), 100)
+    turned = rotate(shift_keys[2:], cos, sin)  # as it lies in memory, in slot 2
+    back = memory.rotary.at(torch.arange(40), 100)
+    moved = keys + rotate(turned.expand(40, -1, -1), back[0], -back[1])  # added after the keys' own rotation
+    segments = (
+        PagedSegment(first, 0, 40, origin, shift=int(shifts[0]) * PAGE + 2),
+        PagedSegment(second, 0, 20, 0),
+    )
+    found = memory.attend(queries, positions, [Request(slice(0, rows), segments)], 0.125, dtype)
+    placed = [(moved, values + shift_values[2], torch.arange(40) + origin), (*plain, torch.arange(20))]
+    truth = dense(queries, positions, placed, 0.125)
+    assert float((found - truth).abs().max()) <= tolerance * float(truth.abs().max())

@@ -196,8 +196,12 @@ class Pool:
     def clear(self, pages: Tensor) -> None:
         """Set pages to zero that will not be filled to the last slot, if attention needs that."""
         if self.zero_padding:
-            for start, stop in _runs(pages.tolist()):
-                self.kv[:, :, start:stop] = 0
+            self.blank(pages)
+
+    def blank(self, pages: Tensor) -> None:
+        """Set pages to zero."""
+        for start, stop in _runs(pages.tolist()):
+            self.kv[:, :, start:stop] = 0
 
     def give_back(self, pages: Tensor) -> None:
         """Free pages that belong to no entry."""

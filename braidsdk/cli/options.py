@@ -74,7 +74,7 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         envvar="BRAID_MODE",
-        help="exact, isolated, anchored, or a repair such as guided(0.15).",
+        help="exact, isolated, anchored, or a repair such as guided(0.15)+shift.",
         show_default="anchored",
     ),
 ]

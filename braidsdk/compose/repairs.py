@@ -13,6 +13,12 @@ from typing import ClassVar
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import InputError, shown
 
+SHIFT = "+shift"
+"""Behind a rule: the tokens of a chunk that are not chosen move as the chosen ones do in the mean, in their keys and in
+their values, by the share m / (m + SHRINKING) if m are chosen."""
+
+SHRINKING = 16
+
 MOST_K = 1 << 20
 """`linked(k)` takes no more: longer than any window."""
 
@@ -23,13 +29,15 @@ class Linked:
 
     Attributes:
         k: how many.
+        shift: see `SHIFT`.
     """
 
     k: int = 16
+    shift: bool = False
     name: ClassVar[str] = "linked"
 
     def __str__(self) -> str:
-        return f"{self.name}({self.k})"
+        return f"{self.name}({self.k}){SHIFT * self.shift}"
 
 
 @dataclass(frozen=True)
@@ -38,13 +46,15 @@ class Guided:
 
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
+        shift: see `SHIFT`.
     """
 
     ratio: float = 0.15
+    shift: bool = False
     name: ClassVar[str] = "guided"
 
     def __str__(self) -> str:
-        return f"{self.name}({self.ratio:g})"
+        return f"{self.name}({self.ratio:g}){SHIFT * self.shift}"
 
 
 @dataclass(frozen=True)
@@ -54,14 +64,16 @@ class Blended:
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
         layer: index of the layer.
+        shift: see `SHIFT`.
     """
 
     ratio: float = 0.2
     layer: int = 1
+    shift: bool = False
     name: ClassVar[str] = "blended"
 
     def __str__(self) -> str:
-        return f"{self.name}({self.ratio:g}{'' if self.layer == 1 else f', layer={self.layer}'})"
+        return f"{self.name}({self.ratio:g}{'' if self.layer == 1 else f', layer={self.layer}'}){SHIFT * self.shift}"
 
 
 Repair = Linked | Guided | Blended
@@ -72,17 +84,19 @@ _TEXT = re.compile(r"(\w+)(?:\((.*)\))?", re.ASCII)
 
 
 def parse_repair(mode: str) -> Repair | None:
-    """The rule that a text such as "guided(0.15)" or "blended(0.2, layer=2)" stands for; None if it names no rule.
+    """The rule that a text such as "guided(0.15)+shift" or "blended(0.2, layer=2)" stands for; None if it names none.
     Without parentheses the rule has its defaults.
 
     Raises:
         InputError: an argument is missing, unknown or out of range.
     """
-    found = _TEXT.fullmatch(mode.strip())
+    text = mode.strip()
+    shift = text.endswith(SHIFT)
+    found = _TEXT.fullmatch(text.removesuffix(SHIFT).strip())
     rule = RULES.get(found[1]) if found else None
     if found is None or rule is None:
         return None
-    names = [field.name for field in fields(rule)]
+    names = [field.name for field in fields(rule) if field.name != "shift"]
     given: dict[str, float] = {}
     for place, argument in enumerate(found[2].split(",") if found[2] is not None else ()):
         name, equals, value = (part.strip() for part in argument.rpartition("="))
@@ -92,7 +106,7 @@ def parse_repair(mode: str) -> Repair | None:
         given[name] = _number(rule, name, value, mode)
     if found[2] is not None and names[0] not in given:
         raise InputError(f"mode {rule.name!r} must have {_form(rule)}; got {shown(mode)}.")
-    return rule(**given)  # type: ignore[arg-type]  # whole numbers where the field is one
+    return rule(**given, shift=shift)  # type: ignore[arg-type]  # whole numbers where the field is one
 
 
 def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
@@ -151,6 +165,13 @@ def most_tokens(composition: Composition) -> int:
         case Guided(ratio) | Blended(ratio):
             chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
             return min(math.ceil(ratio * chunks), sum(sizes))
+
+
+def overlay_tokens(composition: Composition) -> int:
+    """Tokens that a request takes memory for: those that the rule chooses, and a shift for each segment."""
+    shifts = len(repairable(composition)) if composition.repair and composition.repair.shift else 0
+    most = most_tokens(composition)
+    return most and most + shifts
 
 
 def first_tokens(composition: Composition, k: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.cache.pool import Pool
-from braidsdk.kernels.paging import PagedSegment, Request, slots_of
+from braidsdk.kernels.paging import PagedSegment, Request, Shift, slots_of
 from braidsdk.models.base import Batch, Model
 
 
@@ -27,6 +27,7 @@ class Run:
         places: indices in the entry of tokens that are not consecutive, ascending, int64 [tokens], on the CPU; all
             others of the entry are hidden. None: they follow one another from `start`.
         hidden: with `places`, what is hidden of the entry, bool [tokens of the entry], on the CPU.
+        shifts: what comes of these tokens; then all of them are computed in one pass.
     """
 
     token_ids: tuple[int, ...]
@@ -36,10 +37,12 @@ class Run:
     origin: int
     places: Tensor | None = None
     hidden: Tensor | None = None
+    shifts: tuple[Shift, ...] = ()
 
     def cut(self, tokens: int) -> "tuple[Run, Run | None]":
-        """Split it into the first `tokens` tokens and the rest. The rest is None if nothing is left."""
-        if tokens >= len(self.token_ids):
+        """Split it into the first `tokens` tokens, or all of them if they must be in one pass, and the rest. The rest
+        is None if nothing is left."""
+        if tokens >= len(self.token_ids) or self.shifts:
             return self, None
         if self.places is not None:
             first, second = self.places[:tokens], self.places[tokens:]
@@ -103,4 +106,5 @@ def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
         slots=slot,
         requests=tuple(requests),
         limit=highest - lowest,
+        shifts=tuple(shift for run in runs for shift in run.shifts),
     )

@@ -66,11 +66,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """What one request prefills in a step: pieces, each with the entry that it completes, and how many tokens."""
+    """What one request prefills in a step: pieces, each with the entry that it completes."""
 
     request: Request
     pieces: Sequence[tuple[Piece, Resident | None]]
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """How many: more than the scheduler chose if they must be in one pass."""
+        return sum(len(piece.run.token_ids) for piece, _ in self.pieces)
 
 
 @dataclass(eq=False)
@@ -241,7 +245,7 @@ class Loop:
 
     def _launch(self, work: Work[Request]) -> list[Results]:
         """Start what the scheduler chose. What can't be computed fails, alone where the runner allows that."""
-        parts = [_Part(request, self._cut(request, tokens), tokens) for request, tokens in work.pieces]
+        parts = [_Part(request, self._cut(request, tokens)) for request, tokens in work.pieces]
         rows = [(request, row) for request in work.rows if (row := self._tasks[request].row)]
         done: list[tuple[Sequence[_Part], Results]] = []
         try:
@@ -256,7 +260,7 @@ class Loop:
                 for request, row in rows:
                     self._try(request, (), [row], done)
         self.steps += 1
-        self.step_tokens += len(work.rows) + sum(tokens for _, tokens in work.pieces)
+        self.step_tokens += len(work.rows) + sum(part.tokens for part in parts)
         self.last_step_rows = len(work.rows)
         for request in work.rows:
             if request in self._tasks:
@@ -286,7 +290,7 @@ class Loop:
     def _cut(self, request: Request, tokens: int) -> "list[tuple[Piece, Resident | None]]":
         """The next tokens of a request's prefill, each piece with the entry that it completes."""
         task, pieces = self._tasks[request], []
-        while tokens:
+        while tokens > 0:
             run, entry = task.runs.popleft()
             piece, rest = run.cut(tokens)
             tokens -= len(piece.token_ids)
@@ -326,7 +330,9 @@ class Loop:
         )
         step_tokens = STEP_TOKENS[self.model.device.type]
         try:
-            task.repair = repaired(self.model, self.pool, composition, context, held.pages, held.scratch, step_tokens)
+            task.repair = repaired(
+                self.model, self.pool, composition, context, held.pages, held.scratch, held.overlay, step_tokens
+            )
         except Exception as error:
             self._fail(request, error)
             return

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from braidsdk.cache.pool import Pool
 from braidsdk.compose.composition import Composition
-from braidsdk.compose.repairs import Blended, Guided, Linked, first_tokens, ranked, repairable
+from braidsdk.compose.repairs import SHRINKING, Blended, Guided, Linked, first_tokens, ranked, repairable
 from braidsdk.engine.batch import Run, make_batch
-from braidsdk.kernels.paging import PagedSegment, slots_of
+from braidsdk.kernels.paging import PagedSegment, Shift, slots_of
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
 
@@ -51,6 +51,7 @@ def repaired(
     context: Sequence[PagedSegment],
     pages: Tensor,
     scratch: Tensor,
+    overlay: Tensor,
     step_tokens: int,
 ) -> Repaired | None:
     """Choose by the composition's rule; None if there is nothing to compute again.
@@ -61,21 +62,32 @@ def repaired(
         context: its segments at their places, all of them computed.
         pages: pages of its tail, which is computed there for rules that ask what it attends to.
         scratch: pages for all tokens of the context.
+        overlay: pages for what is chosen, and for shifts behind it.
         step_tokens: tokens that one pass computes at most.
     """
-    pool.kv[:, :, scratch] = 0  # hidden keys are multiplied by zero, so whatever lies there must be finite
+    pool.clear(overlay)
+    pool.blank(scratch)  # hidden keys are multiplied by zero, so whatever lies there must be finite
     chosen, choosing = _chosen(model, pool, composition, context, pages, scratch, step_tokens)
     if not chosen:
         return None
     positions = torch.tensor(chosen, dtype=torch.int64)
     unchosen = torch.ones(composition.tail_origin, dtype=torch.bool)
     unchosen[positions] = False
-    hiding = []
+    hiding: list[PagedSegment] = []
+    shifts: list[Shift] = []
     for segment, part in zip(context, unchosen.split([len(s.token_ids) for s in composition.segments]), strict=True):
-        hiding.append(segment if part.all() else replace(segment, hidden=~part))
+        if part.all():
+            hiding.append(segment)
+            continue
+        shift = None
+        if composition.repair and composition.repair.shift:
+            index = torch.tensor([len(chosen) + len(shifts)])
+            shift = int(slots_of(overlay, index, pool.page_size))
+            shifts.append(_shift(model, pool, segment, (~part).nonzero()[:, 0], scratch, shift))
+        hiding.append(replace(segment, hidden=~part, shift=shift))
     own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
     ids = composition.input_ids
-    run = Run(tuple(ids[at] for at in chosen), tuple(hiding), scratch, 0, 0, positions, unchosen)
+    run = Run(tuple(ids[at] for at in chosen), tuple(hiding), scratch, 0, 0, positions, unchosen, tuple(shifts))
     return Repaired(positions, tuple(hiding), run, own, choosing)
 
 
@@ -86,8 +98,6 @@ def settle(pool: Pool, repair: Repaired, overlay: Tensor) -> tuple[PagedSegment,
     that row, and every one after it, sees all of them.
     """
     size, count = pool.page_size, len(repair.positions)
-    if pool.zero_padding:
-        pool.kv[:, :, overlay] = 0
     places = repair.positions.to(pool.kv.device), torch.arange(count, device=pool.kv.device)
     (source, from_at), (target, to_at) = (
         (pages.to(pool.kv.device)[place // size], place % size)
@@ -96,6 +106,15 @@ def settle(pool: Pool, repair: Repaired, overlay: Tensor) -> tuple[PagedSegment,
     for memory in pool.kv:
         memory[:, target, :, to_at] = memory[:, source, :, from_at]
     return (*repair.context, PagedSegment(overlay, 0, count, 0))
+
+
+def _shift(model: Model, pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
+    """How these tokens of a segment move in the mean, into a slot."""
+    device, size = pool.kv.device, pool.page_size
+    cos, sin = model.rotary.at(torch.tensor([segment.origin], device=device), segment.origin + 1)
+    fresh, stored = slots_of(scratch, tokens + segment.origin, size), slots_of(segment.pages, tokens, size)
+    weight = len(tokens) / (len(tokens) + SHRINKING)
+    return Shift(fresh.to(device), stored.to(device), target, cos, sin, weight)
 
 
 def _chosen(

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from braidsdk.compose.composition import Composition
-from braidsdk.compose.repairs import most_tokens
+from braidsdk.compose.repairs import overlay_tokens
 from braidsdk.engine.scheduler import ENDED, Job
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey
@@ -127,8 +127,8 @@ class Request(Job):
 
     @property
     def overlay(self) -> int:
-        """The most tokens that it repairs."""
-        return most_tokens(self.composition) if self.composition.tail else 0
+        """The most tokens that it repairs, and a shift for each of its segments, if they have any."""
+        return overlay_tokens(self.composition) if self.composition.tail else 0
 
     def ring(self) -> Callable[[], None] | None:
         """Wake the reader; returns what `wake` does. For the engine's thread."""

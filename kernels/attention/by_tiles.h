@@ -16,6 +16,8 @@ typedef struct {
     _Alignas(64) float sums[BLOCKS][MAX_HEAD_DIM / 16][16][16];
     _Alignas(64) float highest[BLOCKS][16]; /* m: what scores are taken relative to, in powers of 2 */
     _Alignas(64) float total[BLOCKS][16];
+    _Alignas(64) float bias[BLOCKS][16];  /* what a segment's shift adds to scores, in powers of 2 */
+    _Alignas(64) float share[BLOCKS][16]; /* of the total, what the current segment has added */
     Sight sight;
     Ahead ahead;
 } Scratch;
@@ -165,6 +167,7 @@ static inline void move(Scratch *s, int block, int groups, __m512 peak, const in
     _mm512_store_ps(factors, factor);
     _mm512_store_ps(s->highest[block], after);
     _mm512_store_ps(s->total[block], _mm512_mul_ps(_mm512_load_ps(s->total[block]), factor));
+    _mm512_store_ps(s->share[block], _mm512_mul_ps(_mm512_load_ps(s->share[block]), factor));
     for (int i = 0; i < 16; i++) {
         __m512 by = _mm512_set1_ps(factors[i]);
         for (int part = 0; part < dim / 16; part++) {
@@ -185,13 +188,15 @@ static inline void weigh(Scratch *s, int slot, int block, int group, float scale
     const __m512 scaling = _mm512_set1_ps(scale), lowest = _mm512_set1_ps(-200.0f);
     const float (*scores)[16] = (const float (*)[16])s->scores[slot];
     for (;;) {
-        const __m512 highest = _mm512_load_ps(s->highest[block]);
+        const __m512 highest = _mm512_load_ps(s->highest[block]), bias = _mm512_load_ps(s->bias[block]);
         __m512 totals[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         __m512i v[16];
         for (int i = 0; i < 16; i++) {
             int key = i % 8 + i / 8 * 16;
-            __m512 low = _mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores[key]), scaling), highest);
-            __m512 high = _mm512_sub_ps(_mm512_mul_ps(_mm512_load_ps(scores[key + 8]), scaling), highest);
+            __m512 low = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(scores[key]), scaling), bias);
+            __m512 high = _mm512_add_ps(_mm512_mul_ps(_mm512_load_ps(scores[key + 8]), scaling), bias);
+            low = _mm512_sub_ps(low, highest);
+            high = _mm512_sub_ps(high, highest);
             if (hiding) { /* -inf has no power */
                 low = _mm512_max_ps(lowest, low);
                 high = _mm512_max_ps(lowest, high);
@@ -206,13 +211,14 @@ static inline void weigh(Scratch *s, int slot, int block, int group, float scale
         const __m512 total = _mm512_add_ps(totals[0], totals[1]);
         if (!_mm512_cmp_ps_mask(total, _mm512_set1_ps(MOST), _CMP_GT_OQ)) {
             _mm512_store_ps(s->total[block], _mm512_add_ps(_mm512_load_ps(s->total[block]), total));
+            _mm512_store_ps(s->share[block], _mm512_add_ps(_mm512_load_ps(s->share[block]), total));
             transpose_keys(v);
             for (int i = 0; i < 16; i++) _mm512_store_si512(s->weights[block][group][i], v[i]);
             return;
         }
         __m512 peak = _mm512_load_ps(scores[0]);
         for (int key = 1; key < 32; key++) peak = _mm512_max_ps(peak, _mm512_load_ps(scores[key]));
-        move(s, block, group, _mm512_mul_ps(peak, scaling), dim);
+        move(s, block, group, _mm512_add_ps(_mm512_mul_ps(peak, scaling), bias), dim);
     }
 }
 
@@ -263,6 +269,44 @@ static inline void give(const Scratch *s, int block, bf16 *out, int64_t column, 
     }
 }
 
+/* Begin a segment: what its shift adds to the scores. */
+static inline void begin(Scratch *s, const Arguments *a, const Segment *segment, int64_t head, int blocks, float scale,
+                         const int dim) {
+    for (int block = 0; block < blocks; block++) {
+        __m512 bias = _mm512_setzero_ps();
+        if (segment->shift >= 0) {
+            s->ahead = (Ahead){0};
+            score(s, block, 0, shift_keys(a, segment, head, dim), dim);
+            bias = _mm512_mul_ps(_mm512_load_ps(s->scores[0][segment->shift % 32]), _mm512_set1_ps(scale));
+        }
+        _mm512_store_ps(s->bias[block], bias);
+        _mm512_store_ps(s->share[block], _mm512_setzero_ps());
+    }
+}
+
+/* End a segment: O += the weights of its keys times what its shift adds to their values. */
+static inline void end(Scratch *s, const Arguments *a, const Segment *segment, int64_t head, int blocks,
+                       int64_t value_offset, const int dim) {
+    if (segment->shift < 0) return;
+    const bf16 *values = shift_keys(a, segment, head, dim) + segment->shift % 32 * dim + value_offset;
+    for (int part = 0; part < dim / 32; part++) {
+        _Alignas(64) float added[2][16]; /* in the order of the sums: `give` undoes it */
+        for (int i = 0; i < 32; i++) {
+            const uint32_t bits = (uint32_t)values[part * 32 + i] << 16;
+            float value;
+            __builtin_memcpy(&value, &bits, 4);
+            added[i / 4 % 2][i / 8 * 4 + i % 4] = value;
+        }
+        for (int block = 0; block < blocks; block++)
+            for (int i = 0; i < 16; i++)
+                for (int half = 0; half < 2; half++) {
+                    float *at = s->sums[block][2 * part + half][i];
+                    const __m512 by = _mm512_set1_ps(s->share[block][i]);
+                    _mm512_store_ps(at, _mm512_fmadd_ps(by, _mm512_load_ps(added[half]), _mm512_load_ps(at)));
+                }
+    }
+}
+
 static inline void attend_by_tiles(const Arguments *a, const Task *task, Scratch *s, const int dim) {
     const Plan *plan = a->plan;
     const Request *request = plan->requests + task->request;
@@ -288,6 +332,7 @@ static inline void attend_by_tiles(const Arguments *a, const Task *task, Scratch
         const int64_t stop = look(&s->sight, segment, positions, column, columns, group);
         if (stop <= segment->start) continue;
         rotate(s, blocks, plan->angles + segment->angles, request->rows, column, group, dim);
+        begin(s, a, segment, head, blocks, scale, dim);
         const int64_t size = page_size < KEYS ? page_size : KEYS;
         for (int64_t first = segment->start / 32 * 32; first < stop;) {
             const int64_t page = first / page_size, inside = first % page_size;
@@ -327,6 +372,7 @@ static inline void attend_by_tiles(const Arguments *a, const Task *task, Scratch
             }
             first = last;
         }
+        end(s, a, segment, head, blocks, value_offset, dim);
     }
     for (int block = 0; block < blocks; block++)
         give(s, block, a->out + offset, column + block * 16, columns, group, row_size, dim);

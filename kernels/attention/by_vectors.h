@@ -96,6 +96,8 @@ typedef struct {
     _Alignas(64) float sums[COLUMNS][MAX_HEAD_DIM];
     _Alignas(64) float highest[COLUMNS]; /* m: what scores are taken relative to, in powers of 2 */
     _Alignas(64) float total[COLUMNS];
+    _Alignas(64) float bias[COLUMNS];  /* what a segment's shift adds to scores, in powers of 2 */
+    _Alignas(64) float share[COLUMNS]; /* of the total, what the current segment has added */
     Sight sight;
     Ahead ahead;
 } Vectors;
@@ -209,6 +211,7 @@ static inline void move(Vectors *s, int column, int columns, vec peak, const int
     store(factors, factor);
     store(s->highest + column, after);
     store(s->total + column, load(s->total + column) * factor);
+    store(s->share + column, load(s->share + column) * factor);
     for (int c = 0; c < columns; c++)
         for (int i = 0; i < dim; i += LANES)
             store(s->sums[column + c] + i, load(s->sums[column + c] + i) * all(factors[c]));
@@ -219,11 +222,11 @@ static inline void move(Vectors *s, int column, int columns, vec peak, const int
 static inline void weigh(Vectors *s, int block, int count, int hiding, int64_t first, vec scale, const int dim) {
     const int column = block * LANES;
     const ivec limit = load_integers(s->sight.limits[block]);
-    const vec nothing = all(-__builtin_inff());
+    const vec nothing = all(-__builtin_inff()), bias = load(s->bias + column);
     vec peak = nothing, totals[2] = {all(0), all(0)};
     for (int key = 0; key < count; key++) {
         float *at = s->scores[key] + column;
-        vec scores = load(at) * scale;
+        vec scores = load(at) * scale + bias;
         if (hiding) scores = s->sight.seen[key] ? below_limit(limit, (int32_t)first + key, scores) : nothing;
         peak = larger(peak, scores);
         store(at, scores);
@@ -239,6 +242,7 @@ static inline void weigh(Vectors *s, int block, int count, int hiding, int64_t f
         put(s->weights[key / PER] + column, COLUMNS, weights[0], weights[1]);
     }
     store(s->total + column, load(s->total + column) + (totals[0] + totals[1]));
+    store(s->share + column, load(s->share + column) + (totals[0] + totals[1]));
 }
 
 /* Likewise for one of few columns. */
@@ -249,7 +253,7 @@ static inline void weigh_few(Vectors *s, int c, int count, int hiding, int64_t f
     for (int key = 0; hiding && key < count; key++)
         if (!s->sight.seen[key] || first + key >= limit) scores[key] = -__builtin_inff();
     for (int key = 0; key < count; key += LANES) {
-        vec scaled = load(scores + key) * scale;
+        vec scaled = load(scores + key) * scale + all(s->bias[c]);
         peaks = larger(peaks, scaled);
         store(scores + key, scaled);
     }
@@ -263,6 +267,7 @@ static inline void weigh_few(Vectors *s, int c, int count, int hiding, int64_t f
         store(each, power_of_two(larger(all(-200.0f), load(before) - load(after))));
         s->highest[c] = after[0];
         s->total[c] *= each[0];
+        s->share[c] *= each[0];
         for (int i = 0; i < round_up(dim, STEP); i += LANES)
             store(s->sums[c] + i, load(s->sums[c] + i) * all(each[0]));
     }
@@ -277,6 +282,7 @@ static inline void weigh_few(Vectors *s, int c, int count, int hiding, int64_t f
 #endif
     }
     s->total[c] += sum(total);
+    s->share[c] += sum(total);
 }
 
 /* Up to CHUNK dimensions of a step's values. What no row may see is zero: it may be anything, and 0 x NaN is NaN. */
@@ -373,6 +379,50 @@ static inline void mix_few(Vectors *s, int columns, const bf16 *values, int coun
         }
 }
 
+/* Begin a segment: what its shift adds to the scores. */
+static inline void begin(Vectors *s, const Arguments *a, const Segment *segment, int64_t head, int blocks, int few,
+                         vec scale, const int dim) {
+    const int64_t at = segment->shift % 32; /* pages are whole groups of 32 */
+    for (int c = 0; c < blocks * LANES; c += LANES) {
+        store(s->bias + c, all(0));
+        store(s->share + c, all(0));
+    }
+    if (segment->shift < 0) return;
+    const bf16 *keys = shift_keys(a, segment, head, dim);
+    s->ahead = (Ahead){0};
+    if (few) {
+        float factor[LANES];
+        store(factor, scale);
+        score_few(s, few, keys, 32, dim);
+        for (int c = 0; c < few; c++) s->bias[c] = s->few_scores[c][at] * factor[0];
+    } else {
+        score(s, blocks, keys, s->scores, dim);
+        for (int c = 0; c < blocks * LANES; c += LANES) store(s->bias + c, load(s->scores[at] + c) * scale);
+    }
+}
+
+/* End a segment: O += the weights of its keys times what its shift adds to their values. */
+static inline void end(Vectors *s, const Arguments *a, const Segment *segment, int64_t head, int columns, int few,
+                       const int dim) {
+    if (segment->shift < 0) return;
+    const bf16 *values = shift_keys(a, segment, head, dim) + segment->shift % 32 * dim
+                         + a->pool_pages * a->plan->kv_heads * a->plan->page_size * dim;
+    _Alignas(64) float added[MAX_HEAD_DIM + STEP] = {0}, places[STEP];
+    for (int i = 0; i < STEP; i++) places[i] = (float)i;
+    const Spread order = ordered(load(places), load(places + LANES));
+    store(places, order.first);
+    store(places + LANES, order.second);
+    for (int i = 0; i < dim; i++) {
+        const uint32_t bits = (uint32_t)values[i] << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, 4);
+        added[few ? i / STEP * STEP + (int)places[i % STEP] : i] = value;
+    }
+    for (int c = 0; c < columns; c++)
+        for (int i = 0; i < round_up(dim, few ? STEP : LANES); i += LANES)
+            store(s->sums[c] + i, load(s->sums[c] + i) + all(s->share[c]) * load(added + i));
+}
+
 static inline void attend_by_vectors(const Arguments *a, const Task *task, Vectors *s, const int dim) {
     const Plan *plan = a->plan;
     const Request *request = plan->requests + task->request;
@@ -399,6 +449,7 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
         const int64_t stop = look(&s->sight, segment, positions, column, column + columns, group);
         if (stop <= segment->start) continue;
         turn(s, blocks, few, plan->angles + segment->angles, request->rows, column, group, dim);
+        begin(s, a, segment, head, blocks, few, scale, dim);
         const int64_t size = page_size < KEYS ? page_size : KEYS;
         for (int64_t first = segment->start / 32 * 32; first < stop;) {
             const int64_t page = first / page_size, inside = first % page_size;
@@ -428,6 +479,7 @@ static inline void attend_by_vectors(const Arguments *a, const Task *task, Vecto
             }
             first = last;
         }
+        end(s, a, segment, head, columns, few, dim);
     }
     for (int c = 0; c < columns; c++) { /* rounded once; zero for a column that saw nothing */
         const int64_t at = column + c;

@@ -65,7 +65,8 @@ def plan_for_torch(
     """Plan a pass; arguments as in `op.plan_attention`."""
     plans = [plan for request in requests if (plan := plan_request(positions, request, rotary, limit, page_size))]
     flash = None
-    if positions.device.type == "cpu" and dtype in FLASH_DTYPES and not by_segment:
+    shifts = any(slot is not None for plan in plans for slot in plan.shifts)
+    if positions.device.type == "cpu" and dtype in FLASH_DTYPES and not by_segment and not shifts:
         flash = tuple(plan_flash(plan, dtype, page_size, group) for plan in plans)
     return TorchPlan(tuple(plans), by_segment, flash)
 
@@ -77,6 +78,7 @@ def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale:
     for plan in plans:
         tiles = kv.index_select(1, plan.pages).to(wide)
         keys, values = tiles.transpose(1, 2).flatten(2, 3)
+        keys, values = plan.shifted(keys, values, kv)
         per_row = queries.shape[1] * (keys.shape[1] + len(plan.spans) * keys.shape[2])
         step = max(1, BLOCK_ELEMENTS // per_row)
         for start in range(0, len(plan.hidden), step):

@@ -135,6 +135,8 @@ def plan_for_triton(
     by_segment: bool = False,
 ) -> TritonPlan:
     """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
+    if any(segment.shift is not None for request in requests for segment in request.segments):
+        raise ValueError("attention: backend='triton' takes segments without shifts; pass backend='torch'.")
     cos, sin = rotary.table(limit)
     device, rows = cos.device, len(positions)
     direct = rows >= MANY_ROWS and not by_segment

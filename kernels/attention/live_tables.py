@@ -165,8 +165,8 @@ class LiveTables:
         for segment in segments:
             if segment.stop <= segment.start:
                 continue
-            if segment.hidden is not None:
-                raise ValueError("expected segments without hidden keys; plan this pass by itself")
+            if segment.hidden is not None or segment.shift is not None:
+                raise ValueError("expected segments without hidden keys and shifts; plan this pass by itself")
             pages = page_ids(segment.pages)
             first, last = segment.start // self._page_size, -(-segment.stop // self._page_size)
             name = (pages[0], len(pages), first, last, 0)  # a page belongs to one entry

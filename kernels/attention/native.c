@@ -26,6 +26,7 @@ typedef struct {
     const int64_t *pages;
     const uint8_t *hidden; /* which of its tokens no row sees, or NULL */
     int64_t angles;        /* where its angles are */
+    int64_t shift;         /* slot whose key and value are added to each of its own, or -1 */
 } Segment;
 
 typedef struct {
@@ -95,6 +96,12 @@ static inline int see(Sight *s, const Segment *segment, int64_t first, int64_t s
         all &= s->seen[key];
     }
     return all;
+}
+
+/* Where the 32 keys are in memory among which a segment's shift is. */
+static inline const bf16 *shift_keys(const Arguments *a, const Segment *segment, int64_t head, const int dim) {
+    const int64_t size = a->plan->page_size, page = segment->shift / size, inside = segment->shift % size;
+    return a->kv + ((page * a->plan->kv_heads + head) * size + inside / 32 * 32) * dim;
 }
 
 /* Ask for some lines of the next step, a few at a time so that memory is read while this one is computed. */
@@ -177,6 +184,8 @@ int64_t attention_plan(const Plan *plan, const float *cosines, const float *sine
                 if (segment->pages[page] < 0) return -2;
                 highest = segment->pages[page] > highest ? segment->pages[page] : highest;
             }
+            const int64_t shift = segment->shift < 0 ? 0 : segment->shift / plan->page_size;
+            highest = shift > highest ? shift : highest;
             for (int64_t row = 0; row < request->rows; row++) {
                 /* A row before a segment's frame sees none of its keys, so any rotation will do. */
                 int64_t position = plan->positions[request->first_row + row] - segment->origin;

@@ -138,7 +138,7 @@ def plan_for_native(
             raise ValueError(f"attention: expected rows among {len(positions)} tokens, got {request.rows}.")
         planned += count
         tasks += kv_heads * -(-count * group // _COLUMNS)
-        first = len(segments) // 6
+        first = len(segments) // 7
         for segment in request.segments:
             if segment.stop <= segment.start:
                 continue
@@ -152,9 +152,10 @@ def plan_for_native(
             kept += [table, hidden]
             pages += needed - segment.start // page_size
             address = 0 if hidden is None else hidden.data_ptr()
-            segments.extend((segment.origin, segment.start, segment.stop, table.data_ptr(), address, angles))
+            shift = -1 if segment.shift is None else segment.shift
+            segments.extend((segment.origin, segment.start, segment.stop, table.data_ptr(), address, angles, shift))
             angles += head_dim * count
-        rows.extend((request.rows.start, count, first, len(segments) // 6 - first))
+        rows.extend((request.rows.start, count, first, len(segments) // 7 - first))
     angles_of_all, tasks_of_all = (
         torch.zeros(angles + _READ_PAST, dtype=torch.float32, device="cpu"),
         torch.empty(3 * tasks, dtype=torch.int64, device="cpu"),

@@ -61,6 +61,7 @@ class RequestPlan:
         cos, sin: rotation of each row's query in each segment's frame, [rows, segments, head_dim / 2].
         hidden: what a row must not see: keys after it, keys outside their segment's slice, padding;
             bool [rows, pages * page_size].
+        shifts: slot of each segment's shift, None where it has none.
     """
 
     rows: slice
@@ -71,6 +72,27 @@ class RequestPlan:
     cos: Tensor
     sin: Tensor
     hidden: Tensor
+    shifts: tuple[int | None, ...]
+
+    def shifted(self, keys: Tensor, values: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all segments with their shifts added.
+
+        Args:
+            keys, values: [heads, tokens, head_dim], the heads a multiple of the memory's KV heads.
+            kv: the layer's paged memory.
+        """
+        if not any(slot is not None for slot in self.shifts):
+            return keys, values
+        found = []
+        for each, memory in zip((keys, values), kv, strict=True):
+            parts = []
+            for slot, part in zip(self.shifts, each.split(list(self.spans), 1), strict=True):
+                if slot is not None:
+                    added = memory[slot // kv.shape[3], :, slot % kv.shape[3]].to(part.dtype)
+                    part = part + added.repeat_interleave(len(part) // len(added), 0)[:, None]
+                parts.append(part)
+            found.append(torch.cat(parts, 1))
+        return found[0], found[1]
 
 
 def plan_request(
@@ -107,4 +129,5 @@ def plan_request(
         cos,
         sin,
         hidden,
+        tuple(segment.shift for segment in segments),
     )

@@ -52,6 +52,7 @@ def cascade_attention_lse_reference(
         keys, values = (  # [q_heads, tokens, head_dim]
             each[plan.pages].to(wide).transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0) for each in kv
         )
+        keys, values = plan.shifted(keys, values, kv)
         parts = []
         for at, segment in enumerate(torch.split(keys, list(plan.spans), 1)):
             turned = rotate(queries[plan.rows], plan.cos[:, at], plan.sin[:, at]).to(wide)

@@ -125,8 +125,8 @@ class StaticPlan:
         for request in requests:
             shown, pages = [], 0
             for segment in request.segments:
-                if segment.hidden is not None:
-                    raise ValueError("expected segments without hidden keys; plan this pass by itself")
+                if segment.hidden is not None or segment.shift is not None:
+                    raise ValueError("expected segments without hidden keys and shifts; plan this pass by itself")
                 if segment.stop > segment.start:
                     ids, first, last = page_ids(segment.pages), segment.start // size, -(-segment.stop // size)
                     shown.append((segment, ids, first, last))

@@ -24,7 +24,7 @@ TEXTS = [
     "The capital of Aistonia is Flubarg.",
     "The capital of Falkirra is Jassik.",
 ]
-MIDDLE = ["linked(5)", "guided(0.2)", "blended(0.3)", "blended(0.3, layer=2)"]
+MIDDLE = ["linked(5)", "guided(0.2)", "blended(0.3)", "blended(0.3, layer=2)", "guided(0.2)+shift", "linked(3)+shift"]
 
 
 @pytest.fixture
@@ -106,8 +106,21 @@ class Simulation:
             k[:, rows], v[:, rows] = fresh_k, fresh_v
             turned_q, _ = self.turned(q, fresh_k, rows)
             _, turned_k = self.turned(k, k, torch.arange(len(self.ids)))
+            if mode.endswith("+shift"):
+                _, was = self.turned(kept[index][0], kept[index][0], torch.arange(self.context))
+                self.shift(turned_k, was, chosen)
+                self.shift(v, kept[index][1], chosen)
             hidden = self.rest(index, hidden, turned_q, turned_k, v, seen)
         return self.model.lm_head(self.model.model.norm(hidden[-1])), chosen
+
+    def shift(self, now: Tensor, was: Tensor, chosen: list[int]) -> None:
+        """Move the other tokens of each chunk as its chosen ones did in the mean: [heads, tokens, head_dim]."""
+        for start, size in zip(self.starts, self.sizes, strict=True):
+            of_chunk = [at for at in chosen if start <= at < start + size]
+            others = [at for at in range(start, start + size) if at not in of_chunk]
+            if of_chunk:
+                moved = (now[:, of_chunk] - was[:, of_chunk]).mean(1, keepdim=True)
+                now[:, others] += moved * len(of_chunk) / (len(of_chunk) + 16)
 
     def chosen(self, mode: str, kept: list[list[Tensor]], tail: Tensor) -> list[int]:
         may = range(self.starts[2], self.context)  # the first chunk behind the anchor has seen what precedes it
@@ -163,7 +176,7 @@ def test_equals_the_simulation(
     assert float((anchored - truth).abs().max()) > 1e-2 * float(truth.abs().max()), "the repair changes nothing"
 
 
-@pytest.mark.parametrize("mode", ["guided(1)", "linked(1000)", "blended(1)"])
+@pytest.mark.parametrize("mode", ["guided(1)", "linked(1000)", "blended(1)", "guided(1)+shift"])
 def test_all_tokens_make_it_exact(mode: str, braid: Braid) -> None:
     chunks = chunks_of(braid)
     exact, anchored, repaired = (
@@ -174,7 +187,7 @@ def test_all_tokens_make_it_exact(mode: str, braid: Braid) -> None:
     assert float((exact - anchored).abs().max()) > 1e-2 * largest
 
 
-@pytest.mark.parametrize("mode", ["guided(0)", "linked(0)", "blended(0)"])
+@pytest.mark.parametrize("mode", ["guided(0)", "linked(0)", "blended(0)", "guided(0)+shift"])
 def test_no_tokens_make_it_anchored_bit_for_bit(mode: str, braid: Braid) -> None:
     chunks = chunks_of(braid)
     anchored, repaired = (braid.compose(chunks, mode=each).next_token_logits(ASK) for each in ("anchored", mode))
@@ -301,6 +314,8 @@ def test_a_new_context_computes_its_entries_first(random_braid: Braid) -> None:
         ("blended(0.2)", Blended(0.2, 1)),
         ("blended(0.2, layer=2)", Blended(0.2, 2)),
         ("blended(0.2, 3)", Blended(0.2, 3)),
+        ("guided(0.15)+shift", Guided(0.15, shift=True)),
+        ("linked +shift", Linked(shift=True)),
     ],
 )
 def test_modes_are_read_from_text(text: str, rule: object) -> None:
@@ -325,6 +340,8 @@ def test_modes_are_read_from_text(text: str, rule: object) -> None:
         ("blended(layer=1)", InputError, "the form blended"),
         ("blended(0.2, layer=-1)", InputError, "layer of mode"),
         ("exact(1)", UnknownModeError, "Did you mean 'exact'?"),
+        ("anchored+shift", UnknownModeError, "Did you mean 'anchored'?"),
+        ("guided(shift=1)", InputError, "the form guided"),
         (7, UnknownModeError, "got 7"),
     ],
 )

@@ -79,7 +79,7 @@ class Case:
         }
         clean = self.kv.nan_to_num(0.0, 0.0, 0.0)  # they want what no row sees to be finite
         cut = [plan_flash(plan, torch.bfloat16, self.page, self.group) for plan in plans[torch.float32]]
-        theirs = flash_attention(queries, cut, clean, self.scale)
+        theirs = flash_attention(queries, cut, clean, self.scale)  # knows no shifts
         truth = cascade_attention_reference(queries.double(), plans[torch.float64], clean.double(), self.scale)
         return ours, theirs, truth
 
@@ -144,6 +144,41 @@ def test_slices_hidden_keys_and_empty_segments() -> None:
     made.ask([], [12])
     made.ask([PagedSegment(pages, 100, 120, 500)], [300])
     made.check()
+
+
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize("rows", [1, 2, 9, 33, 130])
+def test_shifted_segments(kv_heads: int, group: int, head_dim: int, rows: int) -> None:
+    made = Case(kv_heads, group, head_dim)
+    shifts = made.entry(50)  # slots among others, some of them NaN
+    segments, origin = [], 0
+    for place, tokens in enumerate((129, 40, 300, 7)):
+        hidden = torch.rand(tokens) < 0.3 if place % 2 else None
+        shift = None if place == 1 else int(shifts[0]) * made.page + 11 * place
+        segments.append(PagedSegment(made.entry(tokens), 0, tokens, origin, hidden, shift))
+        origin += tokens
+    segments.append(PagedSegment(made.entry(rows), 0, rows, origin))
+    made.ask(segments, list(range(origin, origin + rows)))
+    made.check()
+    plain = [PagedSegment(each.pages, each.start, each.stop, each.origin, each.hidden) for each in segments]
+    queries = made.queries()
+    shifted = made.plan().attend(queries, made.kv, made.scale)
+    made.requests = [Request(slice(0, rows), tuple(plain))]
+    unshifted = made.plan().attend(queries, made.kv, made.scale)
+    assert (shifted.double() - unshifted.double()).norm() > 0.1 * shifted.double().norm()
+
+
+@pytest.mark.parametrize("growth", [0.02, 0.1])
+def test_a_shift_beside_scores_that_grow(growth: float) -> None:
+    """What the weights are relative to moves within a shifted segment."""
+    made = Case(1, 2, 64)
+    pages, shift = made.entry(500), made.entry(1)
+    for token in range(500):
+        made.kv[0, pages[token // 128], :, token % 128] *= growth * token
+    made.ask([PagedSegment(pages, 0, 500, 0, shift=int(shift[0]) * 128)], [499] * 20)
+    made.ask([PagedSegment(pages, 0, 500, 0, shift=int(shift[0]) * 128)], [499])
+    ours, _, truth = made.results()
+    assert (ours.double() - truth).norm() <= 3 * TOLERANCE * truth.norm()
 
 
 def test_what_is_hidden_or_outside_a_slice_may_be_anything() -> None:
