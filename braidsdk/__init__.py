@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from braidsdk.answer import AsyncStream, Stream
     from braidsdk.braid import Braid
     from braidsdk.context import Context
+    from braidsdk.fidelity.report import FidelityReport
     from braidsdk.model_kernels import Kernels
     from braidsdk.types import (
         Answer,
+        Certificate,
         Chunk,
         EntryGroup,
         ExplainedChunk,
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
         Registered,
         RegistrationEstimate,
         Skipped,
+        Source,
         Stats,
         Timings,
+        TokenSources,
         Usage,
     )
 
@@ -45,19 +49,23 @@ __all__ = [
     "AsyncStream",
     "Braid",
     "BraidError",
+    "Certificate",
     "Chunk",
     "Context",
     "EntryGroup",
     "ExplainedChunk",
     "Explanation",
+    "FidelityReport",
     "Kernels",
     "Progress",
     "Registered",
     "RegistrationEstimate",
     "Skipped",
+    "Source",
     "Stats",
     "Stream",
     "Timings",
+    "TokenSources",
     "Usage",
     "errors",
 ]
@@ -66,11 +74,13 @@ _HOME = {
     "AsyncStream": "braidsdk.answer",
     "Braid": "braidsdk.braid",
     "Context": "braidsdk.context",
+    "FidelityReport": "braidsdk.fidelity.report",
     "Kernels": "braidsdk.model_kernels",
     "Stream": "braidsdk.answer",
     **dict.fromkeys(
         (
             "Answer",
+            "Certificate",
             "Chunk",
             "EntryGroup",
             "ExplainedChunk",
@@ -79,8 +89,10 @@ _HOME = {
             "Registered",
             "RegistrationEstimate",
             "Skipped",
+            "Source",
             "Stats",
             "Timings",
+            "TokenSources",
             "Usage",
         ),
         "braidsdk.types",

@@ -12,6 +12,7 @@ from threading import RLock
 from types import TracebackType
 from typing import ClassVar, Self
 
+from braidsdk.compose.attribution import sources
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import ROW_SLOTS
@@ -310,6 +311,9 @@ def _answer(engine: Engine, request: Request, text: AnswerText) -> Answer:
     outcome = request.outcome
     if outcome is None:
         raise BraidError("The request has no answer.")
+    documents, by_token = None, None
+    if outcome.shares is not None:
+        documents, by_token = sources(request.composition, outcome.shares, _pieces(engine, request))
     ids = text.ids()
     # A text that ends within a token has no ids of its own; its turn is then encoded from the text.
     if engine.layout.decode(ids) == text.text:
@@ -322,4 +326,14 @@ def _answer(engine: Engine, request: Request, text: AnswerText) -> Answer:
         finish_reason=outcome.finish_reason,
         usage=outcome.usage,
         timings=outcome.timings,
+        sources=documents,
+        token_sources=by_token,
+        fidelity=request.fidelity,
     )
+
+
+def _pieces(engine: Engine, request: Request) -> list[str]:
+    """What each token adds to the text."""
+    text = AnswerText(engine.layout, (), request.params.stop_ids if request.params else ())
+    pieces = [text.feed(token) for token in request.tokens]
+    return [*pieces[:-1], pieces[-1] + text.end()]

@@ -27,6 +27,9 @@ from braidsdk.engine.loop import HITS, MISSES
 from braidsdk.engine.sampling import SamplingOptions
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import EmptyTextError, InputError, did_you_mean, shown
+from braidsdk.fidelity.questions import Question
+from braidsdk.fidelity.report import FidelityReport
+from braidsdk.fidelity.run import run
 from braidsdk.ingest.check import check_anchor, check_texts
 from braidsdk.ingest.plan import check_disk, estimate, plan
 from braidsdk.ingest.register import compute_missing, store_chunks
@@ -366,16 +369,20 @@ class Braid:
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.ask` in one; takes and raises what they do."""
-        return self.compose(chunks, mode=mode, keep=keep).ask(question, history=history, timeout_s=timeout_s, **options)
+        return self.compose(chunks, mode=mode, keep=keep).ask(
+            question, history=history, timeout_s=timeout_s, sources=sources, **options
+        )
 
     def ask_many(
         self,
         requests: Sequence[tuple[Context, str]],
         *,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> list[Answer]:
         """Answer questions together, each over a context of its own: `[(context, question), ...]`.
@@ -387,6 +394,7 @@ class Braid:
         Args:
             requests: contexts that this Braid composed, and questions.
             timeout_s: see `Context.ask`; for each of them, from this call on.
+            sources: see `Context.ask`.
             **options: see `Context.ask`; for all of them.
 
         Returns:
@@ -402,7 +410,7 @@ class Braid:
                 raise InputError("ask_many takes pairs of a context and a question, [(context, 'What is ...?'), ...].")
             if not request[0].belongs_to(self._engine):
                 raise InputError("ask_many takes contexts of this Braid; one was composed by another.")
-        made = [context.request(question, None, timeout_s, options) for context, question in requests]
+        made = [context.request(question, None, timeout_s, options, sources=sources) for context, question in requests]
         return answer.ask_many(self._engine, made)
 
     def stream(
@@ -414,12 +422,81 @@ class Braid:
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """`compose` and `Context.stream` in one; takes and raises what they do."""
         return self.compose(chunks, mode=mode, keep=keep).stream(
-            question, history=history, timeout_s=timeout_s, **options
+            question, history=history, timeout_s=timeout_s, sources=sources, **options
         )
+
+    def fidelity(
+        self,
+        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        questions: Sequence[str | Mapping[str, Any] | Question],
+        modes: Sequence[str] | None = None,
+        references: Sequence[str | Sequence[str] | None] | None = None,
+        *,
+        sample: int | None = None,
+        seed: int = 0,
+        max_new_tokens: int = 64,
+        not_found: Sequence[str] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+        progress: bool = True,
+    ) -> FidelityReport:
+        """Measure how close modes come to full prefill, on your own chunks and questions.
+
+        Each question is answered greedily in full prefill (mode "exact") and in each mode, and the distributions of the
+        next token are compared along full prefill's answer. docs/quality.md says what each figure means. A certificate
+        for each mode goes to the store: from then on answers carry it as `answer.fidelity`.
+
+        Outcomes are kept in the store's folder, question by question: an interrupted run, also by Ctrl-C, goes on where
+        it stopped when it is run again, and a larger sample or one mode more measures only what is new.
+
+        Args:
+            chunks: what the questions are asked over, in this order; a system prompt stands first.
+            questions: texts; or mappings with "question", and perhaps "answers" (references), "chunks" (names or ids)
+                or "passages" (texts) that stand instead of the context among `chunks`. Passages are registered while
+                their question is measured, and their entries are not stored.
+            modes: what `compose` takes. Full prefill is always measured. None is the default mode.
+            references: for each question a text, several of which any is right, or None. They stand for "answers".
+            sample: ask so many of the questions, drawn by `seed`. None asks all.
+            seed: of the sample, and of the draws that the intervals are made of.
+            max_new_tokens: the most tokens of an answer.
+            not_found: phrases by which an answer says that it is not in the documents, in place of
+                `braidsdk.fidelity.scores.NOT_FOUND`.
+            on_progress: called with the questions done and those to be done, in this thread. What it raises ends it.
+            progress: show a progress bar on stderr, where stderr is a terminal.
+
+        Raises:
+            InputError: there are no questions, or an argument can't be used.
+            UnknownModeError: there is no such mode.
+            UnknownChunkError: a chunk is not in this namespace.
+            BraidError: what `ask` raises.
+        """
+        selected = self.chunks.resolve(chunks)
+        with steps_bar("measuring") if progress else nullcontext() as bar:
+
+            def report(done: int, total: int) -> None:
+                for listener in (bar, on_progress):
+                    if listener:
+                        listener(done, total)
+
+            return run(
+                self._engine,
+                self.chunks,
+                compose=self.compose,
+                register=partial(self.register_many, progress=False),
+                selected=selected,
+                questions=questions,
+                modes=modes,
+                references=references,
+                sample=sample,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                not_found=not_found,
+                on_progress=report,
+            )
 
     def warm_up(
         self,
@@ -480,11 +557,12 @@ class Braid:
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`compose` and `Context.aask` in one; takes and raises what they do. Composes in a thread too."""
         context = await self._engine.beside_the_loop(partial(self.compose, chunks, mode=mode, keep=keep))
-        return await context.aask(question, history=history, timeout_s=timeout_s, **options)
+        return await context.aask(question, history=history, timeout_s=timeout_s, sources=sources, **options)
 
     def astream(
         self,
@@ -495,12 +573,15 @@ class Braid:
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """`compose` and `Context.astream` in one; takes what they do, and raises it with the first piece."""
         return AsyncStream(
             self._engine,
-            lambda: self.compose(chunks, mode=mode, keep=keep).request(question, history, timeout_s, options),
+            lambda: self.compose(chunks, mode=mode, keep=keep).request(
+                question, history, timeout_s, options, sources=sources
+            ),
         )
 
     def close(self) -> None:

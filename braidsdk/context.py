@@ -71,6 +71,7 @@ class Context:
         *,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Answer a question over this context; greedily, unless a temperature is given.
@@ -81,6 +82,9 @@ class Context:
                 assistant. The chunks stand before its first question. What is resident of it is not computed again:
                 as a rule all of it, when it is what this Braid answered last.
             timeout_s: seconds after which the call fails, and the work for it stops; None is never.
+            sources: whether to say where the answer came from, in `answer.sources` and `answer.token_sources`: which
+                documents its tokens paid attention to. When the answer is complete, its tokens go once more through
+                most of the model, together. An answer is the same with and without.
             **options: max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, seed, stop, stop_ids; see
                 `braidsdk.engine.sampling.SamplingOptions`.
 
@@ -95,7 +99,7 @@ class Context:
             NumericsError: the model gave NaN or infinite logits.
             StoreError: what was computed can't be written.
         """
-        return answer.ask(self._engine, self.request(question, history, timeout_s, options))
+        return answer.ask(self._engine, self.request(question, history, timeout_s, options, sources=sources))
 
     def stream(
         self,
@@ -103,6 +107,7 @@ class Context:
         *,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Stream:
         """Answer a question piece by piece; takes and raises what `ask` does.
@@ -110,7 +115,7 @@ class Context:
         Nothing is computed before the first piece is asked for. `stream.answer` holds the whole answer once it has
         ended; closing it early stops generation.
         """
-        return Stream(self._engine, self.request(question, history, timeout_s, options))
+        return Stream(self._engine, self.request(question, history, timeout_s, options, sources=sources))
 
     async def aask(
         self,
@@ -118,11 +123,14 @@ class Context:
         *,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """`ask` for an event loop, which is never blocked. A cancelled task cancels its request: generation stops after
         the step that runs, and what it holds is freed."""
-        return await answer.aask(self._engine, lambda: self.request(question, history, timeout_s, options))
+        return await answer.aask(
+            self._engine, lambda: self.request(question, history, timeout_s, options, sources=sources)
+        )
 
     def astream(
         self,
@@ -130,6 +138,7 @@ class Context:
         *,
         history: History | None = None,
         timeout_s: float | None = None,
+        sources: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> AsyncStream:
         """`stream` for an event loop: `async for piece in context.astream(...)`.
@@ -137,21 +146,51 @@ class Context:
         The loop is never blocked. What `ask` raises comes with the first piece. `contextlib.aclosing` or `async with`
         stops generation when the block is left.
         """
-        return AsyncStream(self._engine, lambda: self.request(question, history, timeout_s, options))
+        return AsyncStream(self._engine, lambda: self.request(question, history, timeout_s, options, sources=sources))
 
     def next_token_logits(self, question: str, *, history: History | None = None) -> Tensor:
         """Logits of the answer's first token, [vocab_size], float32 on the CPU (float64 for a float64 model).
 
         Raises what `ask` does.
         """
+        return self._logits(question, history, ())[0]
+
+    def answer_logits(self, question: str, token_ids: Sequence[int], *, history: History | None = None) -> Tensor:
+        """Logits of each token of a given answer, [tokens, vocab_size], float32 on the CPU (float64 for a float64
+        model). Row i follows the question and the answer's first i tokens. All are computed in one pass.
+
+        Args:
+            question: see `ask`.
+            token_ids: the answer's ids, at least one, such as `answer.token_ids`.
+            history: see `ask`.
+
+        Raises:
+            InputError: `token_ids` can't be used; and all that `ask` raises.
+        """
+        rows = self._engine.config.vocab_size
+        if not token_ids or any(type(each) is not int or not 0 <= each < rows for each in token_ids):
+            raise InputError(
+                f"token_ids must be at least one id from 0 to {rows - 1}; got {shown(token_ids)}. Pass an answer's "
+                "token_ids."
+            )
+        return self._logits(question, history, tuple(token_ids[:-1]))
+
+    def _logits(self, question: str, history: History | None, forced: tuple[int, ...]) -> Tensor:
+        """Logits after the question and after each forced token, [1 + forced tokens, vocab_size]."""
         composition, keys = self._prompt(question, history)
+        check_window(
+            composition.tokens + len(forced),
+            self._engine.config.window,
+            "The context with this question and answer",
+            "Compose fewer chunks, or shorten the answer.",
+        )
 
         def taken(_: Sequence[Resident], logits: Tensor | None) -> Tensor:
             if logits is None:
                 raise RuntimeError("the model gave no logits although they were asked for")
             return logits.cpu().clone()
 
-        logits = cast("Tensor", self._run(composition, keys, taken))
+        logits = cast("Tensor", self._run(composition, keys, taken, forced))
         return logits.clone()  # a plain tensor, free to be changed: the model's own is an inference tensor
 
     def prepare(self) -> int:
@@ -247,13 +286,21 @@ class Context:
         return self._engine is engine
 
     def request(
-        self, question: str, history: History | None, timeout_s: float | None, options: SamplingOptions
+        self,
+        question: str,
+        history: History | None,
+        timeout_s: float | None,
+        options: SamplingOptions,
+        *,
+        sources: bool = False,
     ) -> Request:
         """What `ask` submits; raises what it does of its arguments."""
         submitted = perf_counter()
         composition, keys = self._prompt(question, history)
         params = resolve(options, self._engine.config, composition.tokens)
         timeout = _timeout(timeout_s)
+        if not isinstance(sources, bool):
+            raise InputError(f"sources must be True or False; got {shown(sources)}.")
         self._engine.check_chunks(composition)
         return Request(
             priority=Priority.QUESTION,
@@ -262,10 +309,14 @@ class Context:
             composition=composition,
             keys=keys,
             params=params,
+            sources=sources,
+            fidelity=self._engine.certificates.find(composition.mode, composition.chunks),
             text=AnswerText(self._engine.layout, params.stop, params.stop_ids) if params.stop else None,
         )
 
-    def _request(self, composition: Composition, keys: Sequence[EntryKey], then: Then) -> Request:
+    def _request(
+        self, composition: Composition, keys: Sequence[EntryKey], then: Then, forced: tuple[int, ...] = ()
+    ) -> Request:
         """Something to do with the resident entries of a composition."""
         self._engine.check_open()
         self._engine.check_chunks(composition)
@@ -276,10 +327,13 @@ class Context:
             composition=composition,
             keys=tuple(keys),
             then=then,
+            forced=forced,
         )
 
-    def _run(self, composition: Composition, keys: Sequence[EntryKey], then: Then) -> object:
-        return self._engine.run(self._request(composition, keys, then))
+    def _run(
+        self, composition: Composition, keys: Sequence[EntryKey], then: Then, forced: tuple[int, ...] = ()
+    ) -> object:
+        return self._engine.run(self._request(composition, keys, then, forced))
 
     def _prompt(self, question: str, history: History | None) -> tuple[Composition, tuple[EntryKey, ...]]:
         """This composition with a conversation's past and a question, and the keys of its segments."""

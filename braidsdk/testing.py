@@ -102,11 +102,24 @@ class FakeModel:
             logits[place, self._next(context, tail[: len(tail) - (request.rows.stop - 1 - row)])] = 1e4
         return logits
 
+    @torch.inference_mode()
+    def attention_shares(self, batch: Batch, kv: Tensor, layers: range) -> Tensor:  # noqa: ARG002 - it has no weights
+        """Every token that a row sees has the same weight. See `models.base.Model.attention_shares`."""
+        most = max(len(request.segments) for request in batch.requests)
+        seen = torch.zeros(len(batch.token_ids), most)
+        for request in batch.requests:
+            for place, segment in enumerate(request.segments):
+                last = batch.positions[request.rows] - segment.origin + 1
+                seen[request.rows, place] = (last.clamp(max=segment.stop) - segment.start).clamp(min=0).float()
+        return seen / seen.sum(-1, keepdim=True)
+
     def _next(self, context: Sequence[list[int]], tail: list[int]) -> int:
         """The id after a tail, which holds the question and the answer so far."""
         opening = len(tail) - tail[::-1].index(_USER) if _USER in tail else 0
         closing = tail.index(_CLOSE, opening)
         question, generated = _text(tail[opening:closing]), tail[closing + 2 :]
+        if not context:  # a full prefill, where texts and question are one piece
+            question = question.rpartition("\n")[2]
         documents = tuple(text for ids in context if _CLOSE not in ids and (text := _text(ids)))
         if not generated:
             self._given[question, documents] = self._look_up(question, documents)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
-from braidsdk.errors import BraidError
+from braidsdk.errors import BraidError, InputError
+from braidsdk.plots import heat_map
 
 LEVEL_SYSTEM, LEVEL_CONTEXT, LEVEL_QUERY = 0, 1, 2
 """The levels of an entry: a system prompt, a context document, or a turn of a conversation, which is never a registered
@@ -217,6 +218,81 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A document that an answer could come from.
+
+    Attributes:
+        chunk: the document.
+        share: its part of the attention that the answer's tokens gave to all documents, from 0 to 1.
+    """
+
+    chunk: Chunk
+    share: float
+
+
+@dataclass(frozen=True)
+class TokenSources:
+    """Where one token of an answer comes from.
+
+    Attributes:
+        text: what it added to the answer's text; "" for a control token, and for a part of a character.
+        shares: the part of its attention to all documents that each of them got, in the order of `Answer.sources`.
+    """
+
+    text: str
+    shares: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What `Braid.fidelity` measured of one mode. It holds for one model, and for compositions like those measured.
+
+    All figures compare the mode with full prefill of the same tokens, over the questions that were asked.
+
+    Attributes:
+        mode: the composition rule, with its parameters.
+        weights, tokenizer: fingerprints of the model and of its tokenizer.
+        dtype: what it was computed in.
+        namespace: the namespace whose chunks were composed.
+        fewest_chunks, most_chunks: how many context chunks a composition had.
+        questions: how many were asked.
+        kl: mean KL divergence of the next-token distributions from full prefill's, in nats.
+        kl_p95: 95 % of the questions had at most this one.
+        top1: share of tokens at which both have the same likeliest token.
+        contains, full_contains: share of answers that contain the reference, in this mode and in full prefill; None
+            without references.
+        budget: what a call computes of the context, as a share of what full prefill computes.
+    """
+
+    mode: str
+    weights: str
+    tokenizer: str
+    dtype: str
+    namespace: str
+    fewest_chunks: int
+    most_chunks: int
+    questions: int
+    kl: float
+    kl_p95: float
+    top1: float
+    contains: float | None
+    full_contains: float | None
+    budget: float
+
+    def fits(self, chunks: int) -> bool:
+        """Whether compositions of so many context chunks were measured."""
+        return self.fewest_chunks <= chunks <= self.most_chunks
+
+    def __str__(self) -> str:
+        chunks = " to ".join(map(str, dict.fromkeys((self.fewest_chunks, self.most_chunks))))
+        held = "" if self.contains is None else f", {self.contains:.0%} contain the reference"
+        return (
+            f"{self.mode}: KL {self.kl:.2g} to full prefill, {self.top1:.1%} have the same likeliest token{held} "
+            f"({_counted(self.questions, 'question')} over {chunks} chunks)"
+        )
+
+
+@dataclass(frozen=True)
 class Answer:
     """The answer to one question.
 
@@ -227,6 +303,12 @@ class Answer:
         finish_reason: "stop" if the model, a stop string or a stop id ended it, "length" if it ran out of tokens.
         usage: where the prompt's tokens came from.
         timings: how long it took.
+        sources: with `sources=True` the documents, the one first that got most attention; else None. Their shares add
+            up to 1. Documents are the composed chunks but for the system prompt that stands first; one that stands
+            twice counts once, with both shares. What system prompt, control tokens, history, question and answer got is
+            not counted, so a token that hardly looked at the documents weighs little.
+        token_sources: with `sources=True` the same of each token, one for each of `token_ids`; else None.
+        fidelity: what `Braid.fidelity` measured of this mode, for this model and as many chunks; None if it did not.
     """
 
     text: str
@@ -235,9 +317,36 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     usage: Usage
     timings: Timings
+    sources: tuple[Source, ...] | None = None
+    token_sources: tuple[TokenSources, ...] | None = None
+    fidelity: Certificate | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    def plot_sources(self, ax: Any = None) -> Any:
+        """Draw a heat map with matplotlib: a column for each token of the answer, a row for each document, the one
+        first that got most attention. The extra `viz` installs what it needs.
+
+        Args:
+            ax: matplotlib's axes to draw on; None makes a figure.
+
+        Returns:
+            These axes. `answer.plot_sources().figure.savefig("sources.png")` writes an image.
+
+        Raises:
+            BraidError: matplotlib is not installed.
+            InputError: the answer has no sources.
+        """
+        if not self.sources or self.token_sources is None:
+            got = "none" if self.sources is None else "no document"
+            raise InputError(
+                f"plot_sources must be given an answer with sources; got {got}. Compose documents, and ask with "
+                "sources=True."
+            )
+        rows = [f"{source.chunk.label}  {source.share:.0%}" for source in self.sources]
+        shares = list(zip(*(token.shares for token in self.token_sources), strict=True))
+        return heat_map(ax, [token.text for token in self.token_sources], rows, shares)
 
 
 @dataclass(frozen=True)

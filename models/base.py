@@ -233,6 +233,23 @@ class Model(Protocol):
         """
         ...
 
+    def attention_shares(self, batch: Batch, kv: Tensor, layers: range) -> Tensor:
+        """How the attention of tokens is spread over the segments that they see. Appends nothing.
+
+        The softmax weights of a segment's keys, summed over these, and their mean over the heads of these layers. It is
+        made of each segment's log-sum-exp, so no weight of a single key is ever there.
+
+        Args:
+            batch: tokens whose keys and values are in the memory already. Its slots are not read.
+            kv: as in `forward`; only read.
+            layers: indices of the layers to look at, at least one. The layers after them are not computed.
+
+        Returns:
+            Shares that add up to 1 in each row, [tokens, segments], float32 (float64 for a float64 model); segments as
+            many as the request with most of them has, 0.0 where a request has fewer.
+        """
+        ...
+
     def compute(
         self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
     ) -> Tensor | None:

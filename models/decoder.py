@@ -8,7 +8,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from braidsdk.kernels.attention import cascade_attention, plan_attention
+from braidsdk.kernels.attention import Plan, cascade_attention, cascade_attention_lse, plan_attention
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.weights import largest_weights
 from braidsdk.kernels.backends import Backend, Backends, Geometry
@@ -250,10 +250,32 @@ class Decoder:
             if each is not self._layers[layer]:
                 hidden = self._finish_layer(each, hidden, queries, step, memory)
 
+    @torch.inference_mode()
+    def attention_shares(self, batch: Batch, kv: Tensor, layers: range) -> Tensor:
+        """How the attention of tokens is spread over segments; see `models.base.Model.attention_shares`."""
+        step, by_segment = self.plan(batch, kv.shape[4]), self._plan(batch, kv.shape[4], by_segment=True)
+        nowhere, scale = torch.full_like(batch.slots, -1), self.config.head_dim**-0.5
+        hidden, shares = self._embedding[batch.token_ids], []
+        for index in range(layers.stop):
+            layer, memory = self._layers[index], kv[index]
+            queries = self._qkv(layer, hidden, nowhere, step, memory)
+            if index in layers:
+                _, lse = cascade_attention_lse(queries, by_segment, memory, scale)
+                shares.append(torch.softmax(lse, -1).mean(1))
+            if index < layers[-1]:
+                hidden = self._finish_layer(layer, hidden, queries, step, memory)
+        return torch.stack(shares).mean(0)
+
     def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
-        plan = plan_attention(
+        return Step(cos, sin, self._plan(batch, page_size), batch.shifts)
+
+    def _plan(self, batch: Batch, page_size: int, *, by_segment: bool = False) -> Plan:
+        """The plan of the attention; `by_segment` for the log-sum-exp of each segment, which the C kernels don't
+        give."""
+        backend = self.backends.attention
+        return plan_attention(
             batch.positions,
             batch.requests,
             self.rotary,
@@ -262,9 +284,9 @@ class Decoder:
             group=self.config.q_heads // self.config.kv_heads,
             kv_heads=self.config.kv_heads,
             dtype=self.dtype,
-            backend=self.backends.attention,
+            backend="torch" if by_segment and backend == "native" else backend,
+            by_segment=by_segment,
         )
-        return Step(cos, sin, plan, batch.shifts)
 
     def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute the queries of new tokens, and write their keys and values to the memory."""

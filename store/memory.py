@@ -1,4 +1,4 @@
-"""What processes remember in the index for later ones: counts, measured rates and names of models.
+"""What processes remember in the index for later ones: counts, measured rates, names of models, certificates.
 
 Each function takes the open index and runs inside the caller's transaction. No right answer depends on these values,
 and a rebuilt index starts without them.
@@ -18,6 +18,12 @@ def recall(db: Database, keys: Iterable[str]) -> dict[str, str]:
         rows = db.table("memory").rows_where(f"key in ({placeholders(part)})", [*part])
         found.update((row["key"], row["value"]) for row in rows)
     return found
+
+
+def recall_all(db: Database, start: str) -> dict[str, str]:
+    """Return the values of all keys that begin with `start`, in the order of the keys."""
+    rows = db.table("memory").rows_where("substr(key, 1, ?) = ?", [len(start), start], order_by="key")
+    return {row["key"]: row["value"] for row in rows}
 
 
 def remember(db: Database, values: Mapping[str, str]) -> None:

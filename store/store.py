@@ -418,10 +418,20 @@ class ChunkStore:
 
     # what processes remember for later ones
 
+    def version(self) -> tuple[int, int]:
+        """Return a value that changes when anything may have been written, by this process or another. This takes
+        microseconds."""
+        return self._index.version()
+
     def recall(self, keys: Iterable[str]) -> dict[str, str]:
         """Return what was remembered under these keys. Unknown keys are left out."""
         with self._index.read() as db:
             return memory.recall(db, keys)
+
+    def recall_all(self, start: str) -> dict[str, str]:
+        """Return everything that was remembered under keys that begin with `start`, in the order of the keys."""
+        with self._index.read() as db:
+            return memory.recall_all(db, start)
 
     def remember(self, values: Mapping[str, str], *, add: Mapping[str, int] | None = None) -> None:
         """Keep values for later processes, and add to counts. Moving the index aside forgets them."""

@@ -147,7 +147,7 @@ def tail_logits() -> Callable[[Braid, Composition], torch.Tensor]:
             decodes=False,
             composition=composition,
             keys=engine.keys(composition),
-            then=lambda _, logits: logits.clone(),
+            then=lambda _, logits: logits[0].clone(),
         )
         return engine.run(request)  # type: ignore[return-value]
 

@@ -44,6 +44,7 @@ def run(name: str, store: Path) -> str:
 EXPECTED = {
     "quickstart.py": ["Flubarg.", "Plonk.", "0 to compute"],
     "reload.py": ["Troick. ("],
+    "sources.py": ["Plonk.", "% belmora", "'Pl"],
     "transformers_generate.py": ["braidsdk: Flubarg.", "greedy: Flubarg.", "beam search: Flubarg."],
 }
 OTHERS = {"chat.py", "folder.py", "retriever.py", "server.py"}

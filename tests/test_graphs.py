@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ INTERPRETED = Backends(attention="triton")
 
 
 ANGLES = (torch.zeros(1, 1), torch.zeros(1, 1))
+
+T = TypeVar("T")
 
 
 class NowPending:
@@ -84,7 +87,7 @@ def contexts(braid: Braid) -> list[Context]:
     return [braid.compose([rules, *some]) for some in (docs, docs[1:], docs[:1])]
 
 
-def eagerly(braid: Braid, ask: Callable[[], list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+def eagerly(braid: Braid, ask: Callable[[], list[T]]) -> list[T]:
     """What `ask` gives without graphs, by torch's operations."""
     loop, model = braid._engine._loop, braid._engine.model
     kept = loop.runner
@@ -99,6 +102,21 @@ def eagerly(braid: Braid, ask: Callable[[], list[tuple[int, ...]]]) -> list[tupl
         braid._engine.call(lambda: switch(kept, INTERPRETED))
 
 
+def test_sources_are_those_of_single_passes(braid: Braid, contexts: list[Context]) -> None:
+    """Triton's log-sum-exp of each segment, after an answer whose last step was launched ahead."""
+    asked = [(contexts[0], "Well?"), (contexts[1], "Well"), (contexts[0], "Why?")]
+    shares: list[list[float]] = []
+
+    def ask() -> list[tuple[int, ...]]:
+        answers = braid.ask_many(asked, max_new_tokens=4, sources=True)
+        shares.append([share for answer in answers for token in answer.token_sources or () for share in token.shares])
+        return [answer.token_ids for answer in answers]
+
+    assert ask() == eagerly(braid, ask)
+    assert len(shares[0]) == (3 + 2 + 3) * 4
+    assert shares[0] == pytest.approx(shares[1], abs=1e-5)  # float32, summed in another order
+
+
 def test_answers_are_those_of_single_passes(braid: Braid, contexts: list[Context]) -> None:
     def ask() -> list[tuple[int, ...]]:
         return [
@@ -110,6 +128,16 @@ def test_answers_are_those_of_single_passes(braid: Braid, contexts: list[Context
     answers = ask()
     assert answers == eagerly(braid, ask)
     assert answers[1] != contexts[1].ask("Well", max_new_tokens=4).token_ids, "the penalty matters"
+
+
+def test_logits_along_an_answer_are_those_of_single_passes(braid: Braid, contexts: list[Context]) -> None:
+    def given() -> list[torch.Tensor]:
+        with contexts[0].stream("Well?", max_new_tokens=40) as pieces:  # a row decodes beside them
+            next(pieces)
+            return [contexts[0].answer_logits("Well?", (3, 900, 17)), contexts[1].next_token_logits("Well")]
+
+    for one, other in zip(given(), eagerly(braid, given), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # float32 sums in another order
 
 
 WAYS = [

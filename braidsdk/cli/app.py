@@ -18,6 +18,7 @@ from braidsdk.cli.chat import chat
 from braidsdk.cli.command import command
 from braidsdk.cli.doctor import doctor
 from braidsdk.cli.exits import MEANINGS
+from braidsdk.cli.fidelity import fidelity
 from braidsdk.cli.options import TINY, DeviceOption, ModelOption, StoreOption
 from braidsdk.cli.output import Output
 from braidsdk.cli.stats import stats
@@ -63,5 +64,5 @@ def demo(out: Output, store: StoreOption = None, device: DeviceOption = "auto", 
         raise typer.Exit(1)
 
 
-for each in (demo, add, chunks.ls, chunks.show, chunks.rm, ask, chat, stats, doctor):
-    app.command()(command(each, computes=each in (demo, add, ask, chat)))
+for each in (demo, add, chunks.ls, chunks.show, chunks.rm, ask, chat, fidelity, stats, doctor):
+    app.command()(command(each, computes=each in (demo, add, ask, chat, fidelity)))

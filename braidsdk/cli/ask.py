@@ -8,13 +8,18 @@ import typer
 
 from braidsdk.cli import options as opt
 from braidsdk.cli.opening import open_braid
-from braidsdk.cli.output import Output
+from braidsdk.cli.output import Output, as_json, one_line, prints_unicode
 from braidsdk.cli.select import reading_order, select
 from braidsdk.cli.sources import STDIN
 
 if TYPE_CHECKING:
-    from braidsdk import Answer, Context
+    from collections.abc import Sequence
+
+    from braidsdk import Answer, Context, Source
     from braidsdk.engine.sampling import SamplingOptions
+
+_BAR = 24
+"""Columns that a share of 100 % takes."""
 
 
 def ask(
@@ -27,6 +32,9 @@ def ask(
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Show what comes from the cache, before the answer and after it."),
+    ] = False,
+    sources: Annotated[
+        bool, typer.Option("--sources", help="Show which chunks the answer paid attention to, after it.")
     ] = False,
     max_new_tokens: opt.MaxNewTokensOption = None,
     temperature: opt.TemperatureOption = None,
@@ -45,8 +53,9 @@ def ask(
 ) -> None:
     """Answer a question over registered chunks.
 
-    --json prints the answer with its token ids, counts and times. --stream --json prints JSON lines: one for each
-    piece, then one with the whole answer.
+    --json prints the answer with its token ids, counts and times, and with --sources the share of each chunk in the
+    whole answer and in each token. --stream --json prints JSON lines: one for each piece, then one with the whole
+    answer.
     """
     if question == STDIN:
         question = sys.stdin.read()
@@ -68,18 +77,34 @@ def ask(
         explanation = context.explain() if explain else None
         if explanation and not out.json:
             out.say(str(explanation))
-        answer = _stream(out, context, question, sampling) if stream else context.ask(question, **sampling)
-    document = {**asdict(answer), **({"explanation": asdict(explanation)} if explanation else {})}
+        if stream:
+            answer = _stream(out, context, question, sources, sampling)
+        else:
+            answer = context.ask(question, sources=sources, **sampling)
+    document = {**as_json(answer), **({"explanation": asdict(explanation)} if explanation else {})}
     if out.json:
         (out.json_line if stream else out.document)({"answer": document} if stream else document)
     elif not stream:
         out.text(answer.text)
     if explanation and not out.json:
         out.say(explanation.beside(answer))
+    if answer.sources is not None and not out.json:
+        out.say(_bars(answer.sources))
 
 
-def _stream(out: Output, context: "Context", question: str, sampling: "SamplingOptions") -> "Answer":
-    with context.stream(question, **sampling) as pieces:
+def _bars(sources: "Sequence[Source]") -> str:
+    """A line for each document: its share as a bar and in percent, and its name."""
+    if not sources:
+        return "  no documents"
+    block = "█" if prints_unicode(sys.stderr) else "#"
+    return "\n".join(
+        f"  {block * round(_BAR * source.share):<{_BAR}} {source.share:>6.1%}  {one_line(source.chunk.label)}"
+        for source in sources
+    )
+
+
+def _stream(out: Output, context: "Context", question: str, sources: bool, sampling: "SamplingOptions") -> "Answer":
+    with context.stream(question, sources=sources, **sampling) as pieces:
         for piece in pieces:
             if out.json:
                 out.json_line({"piece": piece})

@@ -4,10 +4,12 @@ import glob
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from braidsdk.cache.certificates import stored
 from braidsdk.cli.opening import model_names, open_store
 from braidsdk.cli.options import NamespaceOption, StoreOption
 from braidsdk.cli.output import Output, ask_yes_no, counted, one_line
@@ -55,13 +57,21 @@ def ls(
 
 def show(
     out: Output,
-    names: Annotated[list[str], typer.Argument(help=_WORDS)],
+    names: Annotated[list[str] | None, typer.Argument(help=_WORDS)] = None,
     text: Annotated[bool, typer.Option("--text", help="Print only the text.")] = False,
     store: StoreOption = None,
     namespace: NamespaceOption = "default",
 ) -> None:
-    """Show chunks: text, names, metadata, and the models that have KV entries of them."""
+    """Show chunks: text, names, metadata, and the models that have KV entries of them.
+
+    Without a name it shows the namespace's certificates: what `braid fidelity` measured. Columns: mode, context chunks,
+    questions, mean KL to full prefill in nats, share of tokens with the same likeliest one, share of answers that
+    contain the reference, budget, model, dtype.
+    """
     with open_store(store) as opened:
+        if not names:
+            _show_certificates(out, opened, namespace)
+            return
         rows = select(StoredChunks(opened, namespace), names)
         entries = [_entries(opened, row) for row in rows]
     if out.json:
@@ -110,6 +120,33 @@ def _confirm(rows: Sequence[ChunkRow]) -> None:
     more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
     if not ask_yes_no(f"Delete {some}{more}, and every KV entry that depends on them?"):
         raise typer.Exit(1)
+
+
+def _show_certificates(out: Output, store: ChunkStore, namespace: str) -> None:
+    found = stored(store, namespace)
+    models = model_names(store, {each.weights for each in found})
+    if out.json:
+        out.document([{"model": models[each.weights], **asdict(each)} for each in found])
+        return
+    rows = [
+        (
+            each.mode,
+            "-".join(map(str, dict.fromkeys((each.fewest_chunks, each.most_chunks)))),
+            f"{each.questions:,}",
+            f"{each.kl:.3f}",
+            f"{each.top1:.1%}",
+            "-" if each.contains is None else f"{each.contains:.1%}",
+            f"{each.budget:.1%}",
+            models[each.weights],
+            each.dtype,
+        )
+        for each in found
+    ]
+    head = ("mode", "chunks", "questions", "KL", "likeliest", "contains", "budget", "model", "dtype")
+    if rows:
+        out.table(head, rows)
+    else:
+        out.note(f"No certificates in namespace {namespace!r}. `braid fidelity` makes them; `braid ls` lists chunks.")
 
 
 def _described(row: ChunkRow) -> dict[str, Any]:

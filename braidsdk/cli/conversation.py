@@ -3,13 +3,12 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from fnmatch import fnmatchcase
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from braidsdk.cli.exits import report
-from braidsdk.cli.output import Output, counted, one_line
+from braidsdk.cli.output import Output, as_json, counted, one_line
 from braidsdk.cli.select import select
 from braidsdk.errors import BraidError, InputError, UnknownChunkError, did_you_mean
 from braidsdk.types import LEVEL_SYSTEM, milliseconds
@@ -98,7 +97,7 @@ class Conversation:
             answer = None if stopped() else stream.answer
         self._history += [{"role": "user", "content": question}, {"role": "assistant", "content": shown}]
         if out.json:
-            out.json_line({"question": question, **(asdict(answer) if answer else {"text": shown, "stopped": True})})
+            out.json_line({"question": question, **(as_json(answer) if answer else {"text": shown, "stopped": True})})
         else:
             out.piece("\n")
         out.note(_counts(answer) if answer else "  [stopped]")

@@ -7,12 +7,16 @@ On a terminal, tables fit its width. Otherwise each row is a line with tabs betw
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from braidsdk import Answer
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,11 @@ class Output:
 
     def document(self, value: object) -> None:
         """Print one JSON document."""
-        self.text(json.dumps(value, indent=2, ensure_ascii=not _prints_unicode()))
+        self.text(json.dumps(value, indent=2, ensure_ascii=not prints_unicode(sys.stdout)))
 
     def json_line(self, value: object) -> None:
         """Print one document of a series at once, on its own line."""
-        self.text(json.dumps(value, ensure_ascii=not _prints_unicode()))
+        self.text(json.dumps(value, ensure_ascii=not prints_unicode(sys.stdout)))
         sys.stdout.flush()
 
     def text(self, text: str, end: str = "\n") -> None:
@@ -89,6 +93,18 @@ class Output:
         return not self.quiet and sys.stderr.isatty()
 
 
+def as_json(answer: "Answer") -> dict[str, object]:
+    """An answer as JSON. Its sources are there if they were asked for, each with its chunk's id and name."""
+    document = asdict(replace(answer, sources=None))
+    if answer.sources is None:
+        del document["sources"], document["token_sources"]
+    else:
+        document["sources"] = [
+            {"id": source.chunk.id, "name": source.chunk.name, "share": source.share} for source in answer.sources
+        ]
+    return document
+
+
 def one_line(text: str) -> str:
     """Text without line ends, tabs and control characters, which is safe in a row and on a terminal."""
     return " ".join("".join(char if char.isprintable() else " " for char in text).split())
@@ -111,5 +127,6 @@ def _stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-def _prints_unicode() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+def prints_unicode(stream: TextIO) -> bool:
+    """Whether a stream's encoding has all characters."""
+    return (stream.encoding or "").lower().replace("-", "").startswith("utf")

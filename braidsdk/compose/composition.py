@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from braidsdk.prompt.lru import LRU, nbytes_of
 from braidsdk.store.keys import EntryKey, ModelIdentity
-from braidsdk.types import LEVEL_QUERY, LEVEL_SYSTEM, Chunk
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_QUERY, LEVEL_SYSTEM, Chunk
 
 if TYPE_CHECKING:
     from braidsdk.compose.repairs import Repair
@@ -83,6 +83,11 @@ class Composition:
     def tokens(self) -> int:
         """How many token ids the prompt has."""
         return self.tail_origin + len(self.tail)
+
+    @property
+    def chunks(self) -> int:
+        """How many context chunks it has."""
+        return sum(segment.level == LEVEL_CONTEXT for segment in self.segments)
 
     def with_tail(self, token_ids: Sequence[int]) -> "Composition":
         return replace(self, tail=tuple(token_ids))

@@ -59,23 +59,23 @@ class Run:
         return torch.arange(self.start, self.start + len(self.token_ids))
 
 
-def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[bool] = ()) -> Tensor | None:
+def forward(model: Model, pool: Pool, runs: Sequence[Run], wanted: Sequence[int] = ()) -> Tensor | None:
     """One pass of the model over runs. A run may see an earlier one.
 
     Args:
         model: the model.
         pool: takes the keys and values.
         runs: at least one.
-        wanted: for each run, whether the logits after its last token are wanted. If left out, none are.
+        wanted: for each run, after how many of its last tokens logits are wanted. If left out, after none.
 
     Returns:
-        Logits [wanted runs, vocab_size]; None if none are wanted.
+        Logits [wanted tokens, vocab_size], run after run; None if none are wanted.
     """
-    rows, stop = [], 0
-    for run, logits in zip(runs, wanted, strict=False):
+    rows: list[int] = []
+    stop = 0
+    for run, count in zip(runs, wanted, strict=False):
         stop += len(run.token_ids)
-        if logits:
-            rows.append(stop - 1)
+        rows += range(stop - count, stop)
     return model.forward(make_batch(runs, pool), pool.kv, torch.tensor(rows, device=model.device) if rows else None)
 
 

@@ -13,6 +13,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
+from braidsdk.cache.certificates import Certificates
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.compose.composition import Composition
@@ -65,6 +66,7 @@ class Engine:
     Attributes:
         turns: the ids of past answers, for conversations that go on.
         rates: how fast this model was on this device.
+        certificates: what was measured of this model's modes.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Engine:
         )
         prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
+        self.certificates = Certificates(store, self.identity, namespace)
         self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
         self._on_graphs = runs_on_graphs(model)
         self._process = os.getpid()

@@ -110,21 +110,24 @@ class GraphRunner:
 
     def _prefill(self, pieces: Sequence[Piece], pending: _Pending) -> None:
         """A pass without a graph."""
-        wanted = [piece.row is not None or piece.logits for piece in pieces]
+        wanted = [piece.rows for piece in pieces]
         logits = forward(self._model, self._pool, [piece.run for piece in pieces], wanted)
-        enders = [piece for piece, ends in zip(pieces, wanted, strict=True) if ends]
-        for at, piece in enumerate(enders):
+        stop = 0
+        for piece in pieces:
+            if not piece.rows:
+                continue
             if logits is None:
                 raise RuntimeError("the model gave no logits although rows were asked for")
+            start, stop = stop, stop + piece.rows
             if piece.logits:
-                pending.logits.append(logits[at])
+                pending.logits.append(logits[start:stop])
             if piece.row:
                 choices = None
                 if not piece.row.sampler.greedy:
-                    choices = Choices.greedy(torch.zeros_like(logits[at : at + 1], dtype=torch.bool))
+                    choices = Choices.greedy(torch.zeros_like(logits[stop - 1 : stop], dtype=torch.bool))
                     piece.row.sampler.describe(choices, 0)
                 chosen = torch.empty(2, 1, dtype=torch.int64, device=logits.device)
-                choose_into(logits[at : at + 1], choices, chosen)
+                choose_into(logits[stop - 1 : stop], choices, chosen)
                 self._begin([piece], chosen, pending)
 
     def _compute(self, pieces: Sequence[Piece]) -> Tensor:

@@ -6,6 +6,7 @@
         launch a step                   # runner: a token for each row, and pieces of prefill
         wake the readers                # of many tokens; of few at once
         take the step before            # tokens to their readers; rows, slots and pages free
+        look at a complete answer       # where it came from, if its caller asked
 
 Nothing but this thread touches model and pool; I/O threads read and write the store, and only bytes of pages that were
 taken for them.
@@ -18,7 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
@@ -28,10 +29,11 @@ from torch import Tensor
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
+from braidsdk.engine.attribution import Attribution
 from braidsdk.engine.batch import Run
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.graphs import runs_on_graphs
-from braidsdk.engine.repair import Repaired, repaired, settle
+from braidsdk.engine.repair import Repaired, apart, repaired, settle
 from braidsdk.engine.request import Outcome, Request
 from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
 from braidsdk.engine.sampling import Sampler
@@ -89,6 +91,7 @@ class _Task:
         repair: what it computes again.
         launched: tokens that were chosen or are on their way.
         answered: whether its answer is complete; it may still wait for a write.
+        logits: those that `then` wants, as far as they are computed.
     """
 
     runs: deque[tuple[Run, Resident | None]]
@@ -97,6 +100,7 @@ class _Task:
     repair: Repaired | None = None
     launched: int = 0
     answered: bool = False
+    logits: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,7 @@ class Loop:
         self._tasks: dict[Request, _Task] = {}
         self._rows: dict[Row, Request] = {}
         self._flight: list[Results] | None = None
+        self._attributions: dict[Request, Attribution] = {}
         self._rung: dict[Request, None] = {}
         self.thread = threading.Thread(target=self._main, name="braid-engine", daemon=True)
 
@@ -231,9 +236,10 @@ class Loop:
             self._wake_readers()
         if before:
             self._take(before)
+        attributed = self._attribute()
         if len(self._rung) <= FEW_READERS:
             self._wake_readers()
-        return bool(admitted or work or before)
+        return bool(admitted or work or before or attributed)
 
     def _admit(self, now: float) -> bool:
         """Admit what fits; whether anything did."""
@@ -296,21 +302,21 @@ class Loop:
             tokens -= len(piece.token_ids)
             if rest:
                 task.runs.appendleft((rest, entry))
-            is_tail = not rest and entry is None and piece.places is None
-            pieces.append(
-                (
-                    Piece(piece, row=task.row if is_tail else None, logits=is_tail and request.then is not None),
-                    None if rest else entry,
-                )
-            )
+            of_tail, later, logits = entry is None and piece.places is None, len(rest.token_ids) if rest else 0, 0
+            if of_tail and request.then is not None:
+                logits = min(len(piece.token_ids), max(0, 1 + len(request.forced) - later))
+            row = task.row if of_tail and not rest else None
+            pieces.append((Piece(piece, row, logits), None if rest else entry))
         return pieces
 
     def _advance(self, part: "_Part", logits: Iterator[Tensor]) -> None:
         """A part of a step was launched: what comes after it may count on it."""
-        request, given = part.request, None
+        request = part.request
         for piece, entry in part.pieces:
             if piece.logits:
                 given = next(logits)
+                if task := self._tasks.get(request):
+                    task.logits.append(given)
             if entry and request in self._tasks:
                 self.residency.computed(entry)
                 request.clock.entries = perf_counter()
@@ -318,7 +324,7 @@ class Loop:
             if self._tasks[request].chooses:
                 self._repair(request)
             else:
-                self._prefilled(request, given)
+                self._prefilled(request)
 
     def _repair(self, request: Request) -> None:
         """All entries of a ready request are there, or will be before anything that is launched from now on: choose
@@ -349,13 +355,13 @@ class Loop:
         """Lay out a request's tail, which sees these segments, and its row."""
         composition, pages = request.composition, self.residency[request].pages
         origin = composition.tail_origin
-        task.runs.append((Run(composition.tail, context, pages, 0, origin), None))
+        task.runs.append((Run((*composition.tail, *request.forced), context, pages, 0, origin), None))
         if request.params and request.slot is not None:
             said = composition.input_ids if request.params.repetition_penalty != 1.0 else ()
             sampler = Sampler(request.params, said)
             task.row = Row(request.slot, sampler, context, pages, origin, request.reserved)
 
-    def _prefilled(self, request: Request, logits: Tensor | None) -> None:
+    def _prefilled(self, request: Request) -> None:
         """All that a request needs computed is there, or will be before anything that is launched from now on."""
         task, clock = self._tasks[request], request.clock
         clock.computed = perf_counter()
@@ -374,6 +380,7 @@ class Loop:
             return
         if request.then:
             try:
+                logits = torch.cat(task.logits) if task.logits else None
                 request.value = request.then(self.residency[request].entries, logits)
             except Exception as error:
                 self._fail(request, error)
@@ -418,14 +425,39 @@ class Loop:
             call()
 
     def _answered(self, request: Request, row: Row) -> None:
-        """An answer is complete: keep it as a turn, and end the request unless it waits for a write."""
+        """An answer is complete: end its request, after a look at what it attended to if that is wanted."""
         del self._rows[row]
+        if request.sources:
+            composition, repair = request.composition, self._tasks[request].repair
+            context, owners = apart(repair, composition, row.context) if repair else (row.context, ())
+            seen = (composition.tail[-1], *request.tokens[:-1])
+            run = Run(seen, context, row.pages, len(composition.tail) - 1, row.origin)
+            self._attributions[request] = Attribution(self.model, self.pool, run, owners)
+        else:
+            self._keep(request)
+
+    def _attribute(self) -> bool:
+        """Compute a piece of the attention of a complete answer; whether there was one."""
+        for request, attribution in self._attributions.items():
+            try:
+                shares = attribution.advance()
+            except Exception as error:
+                self._fail(request, error)
+                return True
+            if shares is not None:
+                del self._attributions[request]
+                self._keep(request, shares)
+            return True
+        return False
+
+    def _keep(self, request: Request, shares: Sequence[Sequence[float]] | None = None) -> None:
+        """Keep a complete answer as a turn, and end its request unless it waits for a write."""
         tokens, stopped = request.tokens, request.text and request.text.stopped
         kept = len(tokens) - 1  # the last one's keys and values were not needed
         if request.text and stopped:
             kept = min(kept, len(request.text.ids()))
         ended = bool(stopped) or bool(request.params and tokens[-1] in request.params.stop_ids)
-        request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length")
+        request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length", shares)
         if not request.repaired_tokens:  # else it has seen more than what a turn's key says
             turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
             self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
@@ -444,6 +476,7 @@ class Loop:
 
     def _end_request(self, request: Request, state: State) -> None:
         task = self._tasks.pop(request, None)
+        self._attributions.pop(request, None)
         if task and task.row:
             self._rows.pop(task.row, None)
         try:
@@ -512,7 +545,7 @@ class Loop:
         if not runs and task.chooses:
             self._repair(request)
         elif not runs:
-            self._prefilled(request, None)
+            self._prefilled(request)
 
     def on_written(self, request: Request) -> None:
         self._finish(request)

@@ -108,6 +108,22 @@ def settle(pool: Pool, repair: Repaired, overlay: Tensor) -> tuple[PagedSegment,
     return (*repair.context, PagedSegment(overlay, 0, count, 0))
 
 
+def apart(
+    repair: Repaired, composition: Composition, context: Sequence[PagedSegment]
+) -> tuple[tuple[PagedSegment, ...], tuple[int, ...]]:
+    """What later rows see, as `settle` gives it, with the overlay cut by the segments that its tokens are of; and which
+    these are."""
+    *entries, overlay = context
+    parts, owners = [], []
+    for index, segment in enumerate(composition.segments):
+        ends = torch.tensor([segment.origin, segment.origin + len(segment.token_ids)])
+        start, stop = torch.searchsorted(repair.positions, ends).tolist()
+        if stop > start:
+            parts.append(replace(overlay, start=start, stop=stop))
+            owners.append(index)
+    return (*entries, *parts), tuple(owners)
+
+
 def _shift(model: Model, pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
     """How these tokens of a segment move in the mean, into a slot."""
     device, size = pool.kv.device, pool.page_size

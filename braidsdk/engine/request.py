@@ -14,7 +14,7 @@ from braidsdk.compose.repairs import overlay_tokens
 from braidsdk.engine.scheduler import ENDED, Job
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey
-from braidsdk.types import Timings, Usage
+from braidsdk.types import Certificate, Timings, Usage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,17 +23,24 @@ if TYPE_CHECKING:
     from braidsdk.engine.sampling import SamplingParams
 
 Then = Callable[[Sequence["Resident"], "Tensor | None"], object]
-"""What the engine's thread does with a request's resident entries, one per segment, and with the logits after its tail:
-[vocab_size], or None without a tail."""
+"""What the engine's thread does with a request's resident entries, one per segment, and with the logits after its tail
+and after each forced token: [1 + forced tokens, vocab_size], or None without a tail."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The results of a finished question, besides its text."""
+    """The results of a finished question, besides its text.
+
+    Attributes:
+        usage, timings, finish_reason: as in `Answer`.
+        shares: if the sources were asked for, the share of attention that each token of the answer gave to each
+            segment, and at last to question and answer themselves.
+    """
 
     usage: Usage
     timings: Timings
     finish_reason: Literal["stop", "length"]
+    shares: Sequence[Sequence[float]] | None = None
 
 
 @dataclass
@@ -70,9 +77,12 @@ class Request(Job):
         keys: the keys of its segments' entries.
         params: how tokens are chosen; None generates none.
         then: what to do after its prefill, instead of generating tokens.
+        forced: tokens of a given answer, which are computed behind the tail for `then`.
         computes: digests of entries that the store is known to lack. They are written even if they are resident.
         counted: whether its entries count as hits and misses.
+        fidelity: what was measured of its mode.
         streamed: whether its reader is woken for each token, or only at the end.
+        sources: whether the answer's attention to each segment is wanted.
         text: follows the answer's text, if stop strings can end it.
         wake: the engine's thread calls it when there is something to read; it must not block. What it returns is called
             after all requests of the same step were woken, once if several return the same.
@@ -90,9 +100,12 @@ class Request(Job):
     keys: tuple[EntryKey, ...] = ()
     params: "SamplingParams | None" = None
     then: Then | None = None
+    forced: tuple[int, ...] = ()
     computes: frozenset[str] = frozenset()
     counted: bool = True
+    fidelity: Certificate | None = None
     streamed: bool = False
+    sources: bool = False
     text: AnswerText | None = None
     wake: Callable[[], Callable[[], None] | None] | None = None
     tokens: list[int] = field(default_factory=list)
@@ -118,7 +131,7 @@ class Request(Job):
     @property
     def reserved(self) -> int:
         """The most tokens that its tail and its answer can have."""
-        return len(self.composition.tail) + (self.params.max_new_tokens if self.params else 0)
+        return len(self.composition.tail) + len(self.forced) + (self.params.max_new_tokens if self.params else 0)
 
     @property
     def scratch(self) -> int:

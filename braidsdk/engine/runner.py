@@ -54,12 +54,17 @@ class Piece:
     Attributes:
         run: the tokens to compute.
         row: if they end a tail, the row that gets its first token then.
-        logits: whether the logits after them are wanted.
+        logits: after how many of the last tokens logits are wanted.
     """
 
     run: Run
     row: Row | None = None
-    logits: bool = False
+    logits: int = 0
+
+    @property
+    def rows(self) -> int:
+        """After how many of its last tokens logits are computed."""
+        return self.logits or int(self.row is not None)
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Results(Protocol):
 
     @property
     def logits(self) -> Sequence[Tensor]:
-        """Logits [vocab_size] for each piece that wanted them, in order."""
+        """Logits [wanted tokens, vocab_size] for each piece that wanted them, in order."""
         ...
 
 
@@ -117,12 +122,14 @@ class EagerRunner:
 
     def launch(self, pieces: Sequence[Piece], rows: Sequence[Row]) -> Done:
         runs = [*(row.run((row.last,)) for row in rows), *(piece.run for piece in pieces)]
-        wanted = [True] * len(rows) + [piece.row is not None or piece.logits for piece in pieces]
+        wanted = [1] * len(rows) + [piece.rows for piece in pieces]
         logits = forward(self._model, self._pool, runs, wanted)
         if logits is None:
             return Done([], [])
-        enders = [piece for piece in pieces if piece.row is not None or piece.logits]
-        choosing = [*rows, *(piece.row for piece in enders)]
+        enders = [piece for piece in pieces if piece.rows]
+        choosing: list[Row | None] = [*rows]
+        for piece in enders:
+            choosing += [*[None] * (piece.rows - 1), piece.row]
         chosen = choose(logits, choosing)
         for row in rows:
             row.done += 1
@@ -131,7 +138,7 @@ class EagerRunner:
                 piece.row.done = piece.run.start + len(piece.run.token_ids)
         for each in chosen:
             each.row.last = each.token
-        given = logits[len(rows) :]
+        given = logits[len(rows) :].split([piece.rows for piece in enders])
         return Done(chosen, [one for one, piece in zip(given, enders, strict=True) if piece.logits])
 
 

@@ -40,8 +40,13 @@ def norm_qkv_torch(
 
 def _append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """`paging.append`, without the rows whose slot is negative, and without a host synchronisation on CUDA."""
-    if not slots.numel() or (slots.device.type == "cpu" and bool((slots >= 0).all())):
+    if slots.device.type == "cpu":  # only these slots are touched: other threads write to other pages
+        real = slots >= 0
+        if not bool(real.all()):
+            slots, keys, values = slots[real], keys[real], values[real]
         append(kv, slots, keys, values)
+        return
+    if not slots.numel():
         return
     # A padding row repeats what the first real row writes. With no real row, all write back what slot 0 holds.
     real = slots >= 0

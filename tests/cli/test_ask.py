@@ -53,6 +53,31 @@ def test_a_stream_is_the_same_answer(added: Cli) -> None:
     assert last["answer"]["explanation"]["mode"] == "anchored"
 
 
+def test_sources_are_bars_under_the_answer(added: Cli) -> None:
+    asked = added("ask", CAPITAL, "--sources", "-q")
+    assert asked.stdout == "Flubarg.\n"
+    first, second = asked.stderr.splitlines()
+    assert (first.split()[-1], second.split()[-1]) == ("aistonia.txt", "belmora.txt")
+    percents = [float(line.split()[-2].rstrip("%")) for line in (first, second)]
+    assert percents[0] > percents[1]
+    assert sum(percents) == pytest.approx(100, abs=0.2)
+    bars = [line.count("█") for line in (first, second)]
+    assert bars == pytest.approx([24 * percent / 100 for percent in percents], abs=1)
+    assert added("ask", CAPITAL, "--sources", "--stream").stdout == "Flubarg.\n"
+
+
+def test_sources_in_json(added: Cli) -> None:
+    asked = added("ask", CAPITAL, "--sources", "--json").json
+    assert [source["name"] for source in asked["sources"]] == ["aistonia.txt", "belmora.txt"]
+    assert added("show", asked["sources"][0]["id"], "--json").json[0]["name"] == "aistonia.txt"
+    assert sum(source["share"] for source in asked["sources"]) == pytest.approx(1)
+    assert "".join(token["text"] for token in asked["token_sources"]) == asked["text"]
+    assert {len(token["shares"]) for token in asked["token_sources"]} == {2}
+    assert "sources" not in added("ask", CAPITAL, "--json").json
+    *_, last = added("ask", CAPITAL, "--sources", "--stream", "--json").stdout.splitlines()
+    assert json.loads(last)["answer"]["sources"] == asked["sources"]
+
+
 def test_sampling_options_reach_the_model(added: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert added("ask", CAPITAL, "-n", "1", "--json").json["finish_reason"] == "length"
     assert added("ask", CAPITAL, "--stop", "barg").stdout == "Flu\n"

@@ -376,3 +376,17 @@ def test_a_failing_choice_fails_its_request_alone(
             random_braid.compose(chunks, mode="guided(0.2)").ask(ASK)
     pool_of(random_braid)
     assert random_braid.compose(chunks, mode="guided(0.2)").ask(ASK, max_new_tokens=2).token_ids
+
+
+@pytest.mark.parametrize("mode", ["guided(1)", "guided(0.4)", "guided(0.4)+shift"])
+def test_sources_count_what_was_repaired_for_its_chunk(mode: str, random_braid: Braid) -> None:
+    chunks = chunks_of(random_braid)
+    shares = {}
+    for each in ("exact", mode):
+        answer = random_braid.compose(chunks, mode=each).ask(ASK, max_new_tokens=6, stop_ids=[], sources=True)
+        assert answer.sources is not None
+        shares[each] = {source.chunk.id: source.share for source in answer.sources}
+        assert sum(shares[each].values()) == pytest.approx(1)
+        assert len(shares[each]) == len(TEXTS)
+    if mode == "guided(1)":
+        assert shares[mode] == pytest.approx(shares["exact"], abs=1e-4)

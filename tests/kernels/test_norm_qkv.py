@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from braidsdk.kernels.norm_qkv import NormQKVWeights, launch, norm_qkv
+from braidsdk.kernels.norm_qkv import NormQKVWeights, eager, launch, norm_qkv
 from braidsdk.kernels.products import launch as products_launch
 
 EPS = 1e-6
@@ -170,6 +170,19 @@ def test_padding_rows_append_nothing(rows, backend, device, seed) -> None:
         _, kv = case.run(backend)
         assert case.written(kv).isfinite().all()
         assert kv.isnan().sum() == kv.numel() - case.written(kv).numel()
+
+
+def test_on_a_cpu_padding_rows_do_not_even_write_back(monkeypatch) -> None:
+    """Other threads may be writing to the page of slot 0."""
+    written = []
+    monkeypatch.setattr(eager, "append", lambda kv, slots, *_: written.extend(slots.tolist()))
+    case = make(5, SMALL, torch.float32, torch.device("cpu"))
+    case.slots.fill_(-1)
+    case.run("torch")
+    assert not written
+    case.slots[3] = 7
+    case.run("torch")
+    assert written == [7]
 
 
 @pytest.mark.parametrize("rows", [1, 17, 65])
