@@ -21,6 +21,8 @@ from braidsdk.errors import BraidError
 if TYPE_CHECKING:
     from braidsdk.answer import AsyncStream, Stream
     from braidsdk.braid import Braid
+    from braidsdk.compose.auto import Auto
+    from braidsdk.compose.repairs import Blended, Guided, Linked
     from braidsdk.context import Context
     from braidsdk.fidelity.report import FidelityReport
     from braidsdk.model_kernels import Kernels
@@ -47,6 +49,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Answer",
     "AsyncStream",
+    "Auto",
+    "Blended",
     "Braid",
     "BraidError",
     "Certificate",
@@ -56,7 +60,9 @@ __all__ = [
     "ExplainedChunk",
     "Explanation",
     "FidelityReport",
+    "Guided",
     "Kernels",
+    "Linked",
     "Progress",
     "Registered",
     "RegistrationEstimate",
@@ -72,10 +78,14 @@ __all__ = [
 
 _HOME = {
     "AsyncStream": "braidsdk.answer",
+    "Auto": "braidsdk.compose.auto",
+    "Blended": "braidsdk.compose.repairs",
     "Braid": "braidsdk.braid",
     "Context": "braidsdk.context",
     "FidelityReport": "braidsdk.fidelity.report",
+    "Guided": "braidsdk.compose.repairs",
     "Kernels": "braidsdk.model_kernels",
+    "Linked": "braidsdk.compose.repairs",
     "Stream": "braidsdk.answer",
     **dict.fromkeys(
         (

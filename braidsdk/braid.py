@@ -17,7 +17,9 @@ from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.pool import Pool, default_capacity_bytes
 from braidsdk.chunks import Chunks
+from braidsdk.compose.auto import Auto
 from braidsdk.compose.modes import compose
+from braidsdk.compose.repairs import Repair
 from braidsdk.context import Context, History
 from braidsdk.engine import verbose
 from braidsdk.engine.engine import MAX_QUEUE, Engine
@@ -335,17 +337,20 @@ class Braid:
         self,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
         *,
-        mode: str | None = None,
+        mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
     ) -> Context:
         """Put chunks one after another, in any order. Runs no model: what is missing is computed by the first question.
 
         Args:
             chunks: chunks, names or ids; or objects as a retriever gives them, whose texts are registered as context.
-            mode: "anchored" (default): each chunk as computed after the level-0 chunk that stands first. "isolated":
-                each chunk as computed alone. "exact": each chunk as computed after all that precede it here, equal to a
-                full prefill. "guided(0.15)+shift", "linked(16)", "blended(0.2)": as "anchored", with some tokens
-                computed again for each request; see `braidsdk.compose.repairs`.
+            mode: "anchored": each chunk as computed after the level-0 chunk that stands first. "isolated": each chunk
+                as computed alone. "exact": each chunk as computed after all that precede it here, equal to a full
+                prefill. "guided(0.15)+shift", "linked(16)", "blended(0.2)": as "anchored", with some tokens computed
+                again for each request; see `braidsdk.compose.repairs`. "auto(min_agreement=0.98)": the cheapest mode
+                that `fidelity` measured to agree so often with full prefill, for this model, namespace and number of
+                chunks; "anchored" if nothing was measured. None is "auto". Objects such as `Guided(0.15)` are taken
+                too.
             keep: whether computed entries go to the store; None keeps all but the chains of "exact".
 
         Raises:
@@ -355,7 +360,14 @@ class Braid:
                 on CUDA graphs.
             WindowExceededError: together they exceed the model's window.
         """
-        composition = compose(self.chunks.resolve(chunks), layout=self._engine.layout, mode=mode, keep=keep)
+        composition = compose(
+            self.chunks.resolve(chunks),
+            layout=self._engine.layout,
+            mode=Auto.name if mode is None else mode,
+            keep=keep,
+            certificates=self._engine.certificates.all(),
+            calibrated=self._engine.certificates.layers(),
+        )
         window = self._engine.config.window
         check_window(composition.tokens, window, "This composition", "Compose fewer or shorter chunks.")
         return Context(self._engine, composition)
@@ -365,7 +377,7 @@ class Braid:
         question: str,
         *,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
-        mode: str | None = None,
+        mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
@@ -418,7 +430,7 @@ class Braid:
         question: str,
         *,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
-        mode: str | None = None,
+        mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
@@ -434,13 +446,14 @@ class Braid:
         self,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
         questions: Sequence[str | Mapping[str, Any] | Question],
-        modes: Sequence[str] | None = None,
+        modes: Sequence[str | Repair] | None = None,
         references: Sequence[str | Sequence[str] | None] | None = None,
         *,
         sample: int | None = None,
         seed: int = 0,
         max_new_tokens: int = 64,
         not_found: Sequence[str] | None = None,
+        calibrate: bool = False,
         on_progress: Callable[[int, int], None] | None = None,
         progress: bool = True,
     ) -> FidelityReport:
@@ -458,13 +471,17 @@ class Braid:
             questions: texts; or mappings with "question", and perhaps "answers" (references), "chunks" (names or ids)
                 or "passages" (texts) that stand instead of the context among `chunks`. Passages are registered while
                 their question is measured, and their entries are not stored.
-            modes: what `compose` takes. Full prefill is always measured. None is the default mode.
+            modes: what `compose` takes, but "auto", which chooses among them. Full prefill is always measured. None is
+                "anchored".
             references: for each question a text, several of which any is right, or None. They stand for "answers".
             sample: ask so many of the questions, drawn by `seed`. None asks all.
             seed: of the sample, and of the draws that the intervals are made of.
             max_new_tokens: the most tokens of an answer.
             not_found: phrases by which an answer says that it is not in the documents, in place of
                 `braidsdk.fidelity.scores.NOT_FOUND`.
+            calibrate: first find the layers whose attention `guided` looks at in this model, and keep them for it. It
+                takes 30 questions at most, of those that the sample leaves where there are so many, and repairs each
+                of them once for every layer of the model.
             on_progress: called with the questions done and those to be done, in this thread. What it raises ends it.
             progress: show a progress bar on stderr, where stderr is a terminal.
 
@@ -495,6 +512,7 @@ class Braid:
                 seed=seed,
                 max_new_tokens=max_new_tokens,
                 not_found=not_found,
+                calibrate=calibrate,
                 on_progress=report,
             )
 
@@ -553,7 +571,7 @@ class Braid:
         question: str,
         *,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
-        mode: str | None = None,
+        mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,
@@ -569,7 +587,7 @@ class Braid:
         question: str,
         *,
         chunks: Sequence[Chunk | str | PageDocument | TextNode],
-        mode: str | None = None,
+        mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
         timeout_s: float | None = None,

@@ -223,6 +223,8 @@ def test_the_public_names_are_these() -> None:
     assert sorted(braidsdk.__all__) == [
         "Answer",
         "AsyncStream",
+        "Auto",
+        "Blended",
         "Braid",
         "BraidError",
         "Certificate",
@@ -232,7 +234,9 @@ def test_the_public_names_are_these() -> None:
         "ExplainedChunk",
         "Explanation",
         "FidelityReport",
+        "Guided",
         "Kernels",
+        "Linked",
         "Progress",
         "Registered",
         "RegistrationEstimate",

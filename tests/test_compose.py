@@ -39,7 +39,7 @@ def chunk(text: str, level: int = 1) -> Chunk:
 RULES, A, B, C = chunk("rules", 0), chunk("a"), chunk("bb"), chunk("ccc")
 
 
-def after(*chunks: Chunk, mode: str | None = None) -> list[tuple[int, ...]]:
+def after(*chunks: Chunk, mode: str = "anchored") -> list[tuple[int, ...]]:
     return [segment.after for segment in compose(chunks, layout=LAYOUT, mode=mode).segments]
 
 

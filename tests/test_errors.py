@@ -240,7 +240,7 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
         errors.UnknownChunkError,
         r"Deleted meanwhile: .* \[\.\.\.\] .*Register it again, or compose without",
     ),
-    (unknown_mode, errors.UnknownModeError, "mode must be one of exact, isolated, anchored, "),
+    (unknown_mode, errors.UnknownModeError, "mode must be one of auto, exact, isolated, anchored, "),
     (no_checkpoint, errors.ModelNotFoundError, r"No checkpoint at .* \[\.\.\.\] .* or one of braid-tiny"),
     (no_hub, errors.HubError, "HF_ENDPOINT"),
     (unsupported, errors.UnsupportedModelError, "must be one of llama, mistral, qwen2, qwen3; got 'gpt2'. Choose"),

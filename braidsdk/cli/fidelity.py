@@ -41,6 +41,9 @@ def fidelity(
             show_default="a short list",
         ),
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="First find the layers whose attention guided looks at in this model.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw quality against cost: .png, .svg or .pdf.")
     ] = None,
@@ -82,6 +85,7 @@ def fidelity(
             seed=seed,
             max_new_tokens=max_new_tokens,
             not_found=not_found,
+            calibrate=calibrate,
             progress=out.shows_progress,
         )
     if out.json:

@@ -74,8 +74,8 @@ ModeOption = Annotated[
     typer.Option(
         "--mode",
         envvar="BRAID_MODE",
-        help="exact, isolated, anchored, or a repair such as guided(0.15)+shift.",
-        show_default="anchored",
+        help="auto, exact, isolated, anchored, or a repair such as guided(0.15)+shift.",
+        show_default="auto: what braid fidelity measured, else anchored",
     ),
 ]
 ThinkingOption = Annotated[

@@ -17,12 +17,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, get_args
 
+from braidsdk.compose.auto import Auto, choose, parse_auto
 from braidsdk.compose.composition import Composition, Segment
-from braidsdk.compose.repairs import RULES, Repair, most_tokens, parse_repair
+from braidsdk.compose.repairs import RULES, Guided, Repair, most_tokens, parse_repair
 from braidsdk.errors import UnknownModeError, did_you_mean, shown
-from braidsdk.types import LEVEL_SYSTEM, Chunk, Mode
-
-DEFAULT_MODE: Mode = "anchored"
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Certificate, Chunk, Mode
 
 
 class Layout(Protocol):
@@ -33,28 +32,38 @@ class Layout(Protocol):
     def plain_ids(self, text: str) -> tuple[int, ...]: ...
 
 
-def parse_mode(mode: str | None) -> tuple[Mode, Repair | None]:
-    """What a mode means: how chunks are computed, and which of their tokens are then computed again. None means the
-    default.
+def parse_mode(mode: "str | Repair | Auto") -> tuple[Mode, Repair | None] | Auto:
+    """What a mode means: how chunks are computed, and which of their tokens are then computed again; or `Auto`, which
+    certificates decide.
 
     Raises:
         UnknownModeError: there is no such mode.
         InputError: an argument of the mode is missing, unknown or out of range.
     """
-    if mode is None:
-        return DEFAULT_MODE, None
+    if isinstance(mode, Repair | Auto):
+        parse_mode(str(mode))  # its arguments are checked
+        return mode if isinstance(mode, Auto) else ("anchored", mode)
     for known in get_args(Mode):
         if mode == known:
             return known, None
-    if isinstance(mode, str) and (repair := parse_repair(mode)):
-        return "anchored", repair
-    names = [*get_args(Mode), *map(str, (rule() for rule in RULES.values()))]
-    near = did_you_mean(str(mode).partition("(")[0], [*get_args(Mode), *RULES])
+    if isinstance(mode, str):
+        if repair := parse_repair(mode):
+            return "anchored", repair
+        if auto := parse_auto(mode):
+            return auto
+    names = [Auto.name, *get_args(Mode), *map(str, (rule() for rule in RULES.values()))]
+    near = did_you_mean(str(mode).partition("(")[0], [Auto.name, *get_args(Mode), *RULES])
     raise UnknownModeError(f"mode must be one of {', '.join(names)}; got {shown(mode)}.{near}")
 
 
 def compose(
-    chunks: Sequence[Chunk], *, layout: Layout, mode: str | None = None, keep: bool | None = None
+    chunks: Sequence[Chunk],
+    *,
+    layout: Layout,
+    mode: "str | Repair | Auto" = "anchored",
+    keep: bool | None = None,
+    certificates: Sequence[Certificate] = (),
+    calibrated: tuple[int, ...] = (),
 ) -> Composition:
     """Place `chunks` one after another.
 
@@ -63,15 +72,25 @@ def compose(
         layout: the open model's prompt layout.
         mode: "exact" computes each chunk after all chunks before it, "anchored" after the anchor only, "isolated" on
             its own. "linked(k)", "guided(ratio)" and "blended(ratio, layer=1)" take what "anchored" has, and compute
-            some of its tokens again for each request; see `repairs`. None means "anchored".
+            some of its tokens again for each request; see `repairs`. "auto" is one of these; see `auto`.
         keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`,
             which only the same order of chunks can use again.
+        certificates: what `auto` chooses by.
+        calibrated: layers that `guided` looks at if the mode names none; empty for all.
 
     Raises:
         UnknownModeError: there is no such mode.
         InputError: an argument of the mode is missing, unknown or out of range.
     """
-    rule, repair = parse_mode(mode)
+    notes: tuple[str, ...] = ()
+    parsed = parse_mode(mode)
+    if isinstance(parsed, Auto):
+        chosen, why = choose(parsed, certificates, sum(chunk.level == LEVEL_CONTEXT for chunk in chunks))
+        notes, parsed = (why,), parse_mode(chosen)
+        assert not isinstance(parsed, Auto)
+    rule, repair = parsed
+    if isinstance(repair, Guided) and calibrated and not repair.layers:
+        repair = replace(repair, layers=calibrated)
     anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     pieces: list[tuple[Chunk | None, tuple[int, ...]]]
     pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
@@ -92,7 +111,8 @@ def compose(
         keep_it = keep if keep is not None else (rule != "exact" or index == 0)
         segments.append(Segment(chunk, token_ids, origin, after, keep_it))
         origin += len(token_ids)
-    composition = Composition(str(repair or rule), tuple(segments), _notes(rule, chunks, anchor), repair=repair)
+    notes += _notes(rule, chunks, anchor)
+    composition = Composition(str(repair or rule), tuple(segments), notes, repair=repair)
     if tokens := most_tokens(composition):
         note = f"up to {tokens:,} of {origin:,} tokens are computed again for each question"
         composition = replace(composition, notes=(*composition.notes, note))

@@ -46,15 +46,19 @@ class Guided:
 
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
+        layers: indices of the layers whose attention counts. Empty for all layers, or for those that
+            `Braid.fidelity(calibrate=True)` found for the model.
         shift: see `SHIFT`.
     """
 
     ratio: float = 0.15
+    layers: tuple[int, ...] = ()
     shift: bool = False
     name: ClassVar[str] = "guided"
 
     def __str__(self) -> str:
-        return f"{self.name}({self.ratio:g}){SHIFT * self.shift}"
+        layers = f", layers={'/'.join(map(str, self.layers))}" if self.layers else ""
+        return f"{self.name}({self.ratio:g}{layers}){SHIFT * self.shift}"
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,29 @@ def parse_repair(mode: str) -> Repair | None:
     if found is None or rule is None:
         return None
     names = [field.name for field in fields(rule) if field.name != "shift"]
-    given: dict[str, float] = {}
+    given: dict[str, float | tuple[int, ...]] = {}
     for place, argument in enumerate(found[2].split(",") if found[2] is not None else ()):
         name, equals, value = (part.strip() for part in argument.rpartition("="))
         name = name if equals else names[place] if place < len(names) else ""
         if name not in names or name in given:
             raise InputError(f"mode {rule.name!r} must have {_form(rule)}; got {shown(mode)}.")
-        given[name] = _number(rule, name, value, mode)
+        given[name] = _layers(rule, value, mode) if name == "layers" else _number(rule, name, value, mode)
     if found[2] is not None and names[0] not in given:
         raise InputError(f"mode {rule.name!r} must have {_form(rule)}; got {shown(mode)}.")
-    return rule(**given, shift=shift)  # type: ignore[arg-type]  # whole numbers where the field is one
+    return rule(**given, shift=shift)  # type: ignore[arg-type]  # each field has the type that it asks for
+
+
+def _layers(rule: type[Repair], value: str, mode: str) -> tuple[int, ...]:
+    try:
+        layers = tuple(sorted({int(each) for each in value.split("/")}))
+    except ValueError:
+        layers = (-1,)
+    if layers[0] < 0:
+        raise InputError(
+            f"layers of mode {rule.name!r} must be indices with slashes between them, such as 19/20/22; got "
+            f"{shown(mode)}."
+        )
+    return layers
 
 
 def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
@@ -126,7 +143,7 @@ def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
 def _form(rule: type[Repair]) -> str:
     return {
         "linked": "the form linked(k), with a whole number of tokens",
-        "guided": "the form guided(ratio), with a ratio from 0 to 1",
+        "guided": "the form guided(ratio) or guided(ratio, layers=19/20/22), with a ratio from 0 to 1",
         "blended": "the form blended(ratio) or blended(ratio, layer=1), with a ratio from 0 to 1",
     }[rule.name]
 
@@ -137,11 +154,16 @@ def check_layers(repair: Repair | None, layers: int) -> None:
     Raises:
         InputError: it has not.
     """
-    if isinstance(repair, Blended) and repair.layer >= layers:
-        raise InputError(
-            f"layer of mode {str(repair)!r} must be below {layers}, the number of the model's layers; got "
-            f"{repair.layer}. Take an early layer, such as 1."
-        )
+    match repair:
+        case Blended(layer=layer) if layer >= layers:
+            what, hint = "layer", "Take an early layer, such as 1."
+        case Guided(layers=several) if several and (layer := max(several)) >= layers:
+            what, hint = "layers", "Leave them out, or calibrate them."
+        case _:
+            return
+    raise InputError(
+        f"{what} of mode {str(repair)!r} must be below {layers}, the number of the model's layers; got {layer}. {hint}"
+    )
 
 
 def repairable(composition: Composition) -> list[int]:

@@ -148,12 +148,12 @@ def _chosen(
     match rule:
         case Linked(k):
             return first_tokens(composition, k), 0
-        case Guided():
+        case Guided(layers=several):
             run = Run(composition.tail, tuple(context), pages, 0, composition.tail_origin)
-            layers = range(model.config.layers)
+            layers = several or range(model.config.layers)
             found = model.attended(make_batch([run], pool), pool.kv, layers)
             scores = [found[place].tolist() for place in places]
-            return ranked(composition, scores), len(composition.tail) * len(layers)
+            return ranked(composition, scores), len(composition.tail) * (max(layers) + 1)
         case Blended(layer=layer):
             run = _all_tokens(composition, context, scratch)
             for piece in _pieces(run, step_tokens):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from braidsdk.chunks import Chunks
 from braidsdk.compose.composition import Composition
+from braidsdk.compose.repairs import Repair
 from braidsdk.context import Context
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
@@ -34,7 +35,7 @@ REFERENCE: Mode = "exact"
 class Compose(Protocol):
     """`Braid.compose`."""
 
-    def __call__(self, chunks: Sequence[Chunk | str], *, mode: str | None, keep: bool | None = None) -> Context: ...
+    def __call__(self, chunks: Sequence[Chunk | str], *, mode: str | Repair, keep: bool | None = None) -> Context: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ def drawn(questions: Sequence[Question], sample: int | None, seed: int) -> list[
     return sorted(places[:sample])
 
 
+def held_out(questions: Sequence[Question], count: int, seed: int) -> list[int]:
+    """Places of so many questions at most, ascending: those that `drawn` draws last."""
+    places = list(range(len(questions)))
+    random.Random(seed).shuffle(places)
+    return sorted(places[-count:])
+
+
 def find_cases(
     engine: Engine, chunks: Chunks, selected: Sequence[Chunk], questions: Sequence[Question], places: Sequence[int]
 ) -> list[Case]:
@@ -125,7 +133,6 @@ class Bench:
         *,
         compose: Compose,
         register: Callable[[Sequence[str]], object],
-        modes: Sequence[str],
         max_new_tokens: int,
     ) -> None:
         """Prepare.
@@ -134,16 +141,22 @@ class Bench:
             engine, chunks: those of a Braid.
             compose: its `compose`.
             register: registers texts as context chunks, and computes nothing.
-            modes: names of modes, without full prefill's.
             max_new_tokens: the most tokens of an answer.
         """
         self._engine, self._chunks, self._compose, self._register = engine, chunks, compose, register
-        self._modes, self._most = modes, max_new_tokens
+        self._most = max_new_tokens
         self._outcomes = Outcomes(engine.store.path / "outcomes.jsonl")
         self._is_warm = False
 
-    def measure(self, cases: Sequence[Case], on_progress: Callable[[int, int], None]) -> Iterator[Measured]:
-        """Measure what is not known yet, question by question.
+    def measure(
+        self, cases: Sequence[Case], modes: Sequence[str], on_progress: Callable[[int, int], None]
+    ) -> Iterator[Measured]:
+        """Measure full prefill and other modes, question by question, as far as they are not known yet.
+
+        Args:
+            cases: what is asked.
+            modes: names of modes, without full prefill's.
+            on_progress: called with the cases done and those to be done.
 
         Raises:
             BraidError: what `Context.ask` raises.
@@ -151,13 +164,41 @@ class Bench:
         for done, case in enumerate(cases):
             on_progress(done, len(cases))
             try:
-                yield Measured(case, self._of(case))
+                yield Measured(case, self._of(case, modes))
             except WindowExceededError as error:
                 raise WindowExceededError(f"{error} It was question {case.number + 1}.") from error
         on_progress(len(cases), len(cases))
 
-    def _of(self, case: Case) -> dict[str, Outcome]:
-        keys = {mode: self._key(case, mode) for mode in (REFERENCE, *self._modes)}
+    def divergences(
+        self, cases: Sequence[Case], modes: Sequence[str], on_progress: Callable[[int, int], None]
+    ) -> dict[str, list[float]]:
+        """KL divergence of some modes from full prefill, case by case, in nats: the mean over the tokens of full
+        prefill's answer. No mode answers itself, so this is cheaper than `measure`. It is kept in the same way.
+
+        Raises:
+            BraidError: what `Context.ask` raises.
+        """
+        found: dict[str, list[float]] = {mode: [] for mode in modes}
+        for done, case in enumerate(cases):
+            on_progress(done, len(cases))
+            keys = {mode: self._key(case, mode, "KL alone") for mode in modes}
+            if missing := [mode for mode, key in keys.items() if not self._outcomes.find(key)]:
+                with self._registered(case) as keep:
+                    exact = self._compose(case.chunk_ids, mode=REFERENCE, keep=keep)
+                    ids = exact.ask(case.question.question, max_new_tokens=self._most).token_ids
+                    truth = exact.answer_logits(case.question.question, ids)
+                    for mode in missing:
+                        context = self._compose(case.chunk_ids, mode=mode, keep=keep)
+                        kl, top1 = compared(truth, context.answer_logits(case.question.question, ids))
+                        self._outcomes.keep(keys[mode], Outcome(mode, "", (), kl, top1, 0, 0.0, 0.0, len(ids)))
+            for mode, key in keys.items():
+                if outcome := self._outcomes.find(key):
+                    found[mode].append(outcome.kl)
+        on_progress(len(cases), len(cases))
+        return found
+
+    def _of(self, case: Case, modes: Sequence[str]) -> dict[str, Outcome]:
+        keys = {mode: self._key(case, mode) for mode in (REFERENCE, *modes)}
         known = {mode: found for mode, key in keys.items() if (found := self._outcomes.find(key))}
         if len(known) < len(keys):
             with self._registered(case) as keep:
@@ -235,7 +276,7 @@ class Bench:
             if gone := store.known_chunks(namespace, new):
                 self._chunks.delete_many(gone)
 
-    def _key(self, case: Case, mode: str) -> str:
+    def _key(self, case: Case, mode: str, *more: str) -> str:
         engine = self._engine
         return key_of(
             asdict(engine.identity),
@@ -245,6 +286,7 @@ class Bench:
             case.chunk_ids,
             engine.layout.question_ids(case.question.question),
             self._most,
+            *more,
         )
 
 

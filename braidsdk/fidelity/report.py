@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from braidsdk.compose.auto import Auto, choose
 from braidsdk.errors import BraidError
 from braidsdk.fidelity import scores
 from braidsdk.fidelity.bootstrap import (
@@ -72,6 +73,7 @@ class Setting:
         seed: of the sample and the intervals.
         baseline: the mode that others are compared with; None if it was not measured.
         not_found: what an answer holds that says that it is not in the documents.
+        names: the modes as they were given, and how they are called with the layers that they look at.
     """
 
     model: str
@@ -84,6 +86,7 @@ class Setting:
     seed: int
     baseline: str | None
     not_found: tuple[str, ...]
+    names: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,9 @@ class FidelityReport:
     measured: tuple[Measured, ...]
 
     def __getitem__(self, mode: str) -> ModeFidelity:
-        """What was measured of the mode of this name."""
-        return next(each for each in self.modes if each.mode == mode)
+        """What was measured of a mode, by the name that it was given or that it has in the table."""
+        name = self.setting.names.get(mode, mode)
+        return next(each for each in self.modes if each.mode == name)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types, with each question's outcomes."""
@@ -195,8 +199,9 @@ class FidelityReport:
             lines += [
                 "",
                 f"Full prefill itself does not give the reference to {self.full_prefill_fails:.0%} of "
-                f"{self.with_references:,} questions.",
+                f"{self.with_references:,} question{'s' * (self.with_references != 1)}.",
             ]
+        lines += ["", f"For {chunks} chunks {choose(Auto(), self.certificates(), self.most_chunks)[1]}."]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:

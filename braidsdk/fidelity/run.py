@@ -4,14 +4,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from braidsdk.chunks import Chunks
+from braidsdk.compose.auto import Auto
+from braidsdk.compose.modes import parse_mode
+from braidsdk.compose.repairs import Repair
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.sampling import resolve
 from braidsdk.errors import InputError, shown
-from braidsdk.fidelity.measure import REFERENCE, Bench, Compose, drawn, find_cases
+from braidsdk.fidelity.calibrate import QUESTIONS, best_layers
+from braidsdk.fidelity.measure import REFERENCE, Bench, Compose, drawn, find_cases, held_out
 from braidsdk.fidelity.questions import Question, parse_questions, references_of
 from braidsdk.fidelity.report import FidelityReport, Setting, make_report
 from braidsdk.fidelity.scores import NOT_FOUND
-from braidsdk.types import Chunk
+from braidsdk.types import Chunk, Mode
+
+BASELINE: Mode = "anchored"
+"""The mode that others are compared with."""
 
 MOST_SEED = 2**32
 
@@ -24,12 +31,13 @@ def run(
     register: Callable[[Sequence[str]], object],
     selected: Sequence[Chunk],
     questions: Sequence[object],
-    modes: Sequence[str | None] | None,
+    modes: Sequence[str | Repair] | None,
     references: Sequence[str | Sequence[str] | None] | None,
     sample: int | None,
     seed: int,
     max_new_tokens: int,
     not_found: Sequence[str] | None,
+    calibrate: bool,
     on_progress: Callable[[int, int], None],
 ) -> FidelityReport:
     """See `Braid.fidelity`, which this is."""
@@ -42,15 +50,25 @@ def run(
         raise InputError(f"not_found must be a list of phrases; got {shown(not_found)}.")
     if isinstance(modes, str) or (modes is not None and not modes):
         raise InputError(f"modes must be a list with at least one mode; got {shown(modes)}.")
-    names = dict.fromkeys(compose([], mode=each).mode for each in modes or [None])
-    names.pop(REFERENCE, None)
-    baseline = compose([], mode=None).mode
+    if any(isinstance(parse_mode(each), Auto) for each in modes or ()):
+        raise InputError("modes must be those that auto may choose; got auto itself. Name them.")
+    for each in modes or ():
+        compose([], mode=each)  # a bad one is refused before anything is measured
     cases = find_cases(engine, chunks, selected, asked, drawn(asked, sample, seed))
-    bench = Bench(engine, chunks, compose=compose, register=register, modes=list(names), max_new_tokens=max_new_tokens)
+    bench = Bench(engine, chunks, compose=compose, register=register, max_new_tokens=max_new_tokens)
+    before = 0
+    if calibrate:
+        own = find_cases(engine, chunks, selected, asked, held_out(asked, QUESTIONS, seed))
+        before = len(own)
+        layers = best_layers(
+            bench, own, engine.config.layers, lambda done, total: on_progress(done, total + len(cases))
+        )
+        engine.certificates.keep_layers(layers)
+    names = {str(each): compose([], mode=each).mode for each in modes or [BASELINE]}
     identity = engine.identity
-    named = f"model:{identity.weights}"
+    key = f"model:{identity.weights}"
     setting = Setting(
-        model=engine.store.recall([named]).get(named, identity.weights[:12]),
+        model=engine.store.recall([key]).get(key, identity.weights[:12]),
         weights=identity.weights,
         tokenizer=identity.tokenizer,
         dtype=identity.dtype,
@@ -58,10 +76,13 @@ def run(
         namespace=engine.namespace,
         given=len(asked),
         seed=seed,
-        baseline=baseline if baseline in names else None,
+        baseline=BASELINE if BASELINE in names.values() else None,
         not_found=phrases,
+        names=names,
     )
-    report = make_report(setting, list(bench.measure(cases, on_progress)))
+    own_modes = [mode for mode in dict.fromkeys(names.values()) if mode != REFERENCE]
+    measured = bench.measure(cases, own_modes, lambda done, total: on_progress(before + done, before + total))
+    report = make_report(setting, list(measured))
     engine.certificates.keep(report.certificates())
     return report
 

@@ -332,7 +332,7 @@ def test_modes_are_read_from_text(text: str, rule: object) -> None:
         ("guided(nan)", InputError, "ratio"),
         ("guided(-0.1)", InputError, "ratio"),
         ("guided()", InputError, "ratio"),
-        ("guided(0.2, 3)", InputError, "the form guided"),
+        ("guided(0.2, 3, 4)", InputError, "the form guided"),
         ("guided(0.2", UnknownModeError, "mode must be one of"),
         ("linked(1.5)", InputError, "k of mode 'linked' must be a whole number"),
         ("linked(-1)", InputError, "k of mode"),

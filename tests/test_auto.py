@@ -1,0 +1,231 @@
+"""The mode "auto", which is the default, and the layers that `guided` looks at."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braidsdk import Auto, Braid, Certificate, Chunk, Guided, Linked
+from braidsdk.compose.auto import choose, parse_auto
+from braidsdk.errors import InputError, UnknownModeError
+from braidsdk.fidelity import calibrate
+from braidsdk.fidelity.measure import Bench, Case
+
+RULES = "You answer questions from the documents."
+TEXTS = [f"The capital of {land} is {city}." for land, city in (("Aistonia", "Flubarg"), ("Belmora", "Plonk"))]
+ASKED = [f"What is the capital of {land}?" for land in ("Aistonia", "Belmora")]
+
+
+@pytest.fixture
+def other(random_checkpoint: Path, tmp_path: Path) -> Callable[..., Braid]:
+    """Opens a Braid on the random checkpoint, over one store."""
+
+    def opened(**settings: Any) -> Braid:
+        return Braid(random_checkpoint, store=tmp_path / "store", device="cpu", **{"dtype": "float32", **settings})
+
+    return opened
+
+
+def registered(braid: Braid) -> list[Chunk]:
+    rules = braid.register_system(RULES)
+    return [rules, *braid.register_many(TEXTS, anchor=rules, progress=False)]
+
+
+def certificate(mode: str, top1: float, budget: float, chunks: Sequence[int] = (1, 9)) -> Certificate:
+    first, last = chunks
+    return Certificate(mode, "w", "t", "float32", "default", first, last, 50, 0.1, 0.2, top1, None, None, budget)
+
+
+MEASURED = [
+    certificate("exact", 1.0, 1.0),
+    certificate("anchored", 0.9, 0.0),
+    certificate("guided(0.15)", 0.97, 0.16),
+    certificate("linked(16)", 0.95, 0.05),
+    certificate("guided(0.3)", 0.99, 0.31),
+]
+
+
+@pytest.mark.parametrize(
+    ("agreement", "mode"),
+    [(0.5, "anchored"), (0.9, "anchored"), (0.93, "linked(16)"), (0.96, "guided(0.15)"), (0.98, "guided(0.3)")],
+)
+def test_the_cheapest_mode_that_agrees_enough_is_taken(agreement: float, mode: str) -> None:
+    taken, why = choose(Auto(agreement), MEASURED, 4)
+    assert taken == mode
+    assert why.startswith(f"auto({agreement:g}) takes {mode}: KL")
+
+
+def test_without_a_measured_mode_that_agrees_it_is_full_prefill() -> None:
+    assert choose(Auto(0.995), MEASURED, 4)[0] == "exact"
+    taken, why = choose(Auto(0.995), MEASURED[1:], 4)
+    assert taken == "exact"
+    assert "no measured mode agrees so often; the best is guided(0.3)" in why
+
+
+def test_certificates_of_other_numbers_of_chunks_do_not_count() -> None:
+    for chunks, mode in ((1, "linked(16)"), (9, "linked(16)"), (10, "anchored"), (0, "anchored")):
+        assert choose(Auto(0.93), MEASURED, chunks)[0] == mode
+    assert (
+        "is uncalibrated: fidelity has not measured this model with 10 context chunks"
+        in choose(Auto(), MEASURED, 10)[1]
+    )
+
+
+def test_the_newest_certificate_of_a_mode_counts() -> None:
+    worse = certificate("linked(16)", 0.91, 0.05, (2, 6))
+    assert choose(Auto(0.93), [worse, *MEASURED], 4)[0] == "guided(0.15)"
+    assert choose(Auto(0.93), [*MEASURED, worse], 4)[0] == "linked(16)"
+    assert choose(Auto(0.93), [worse, *MEASURED], 7)[0] == "linked(16)"
+
+
+@pytest.mark.parametrize("text", ["auto(0.9)", " auto( min_agreement = 0.9 ) ", "auto(9e-1)"])
+def test_auto_is_read_from_text(text: str) -> None:
+    assert parse_auto(text) == Auto(0.9)
+
+
+def test_modes_that_are_no_auto() -> None:
+    assert parse_auto("auto") == Auto(0.98)
+    assert parse_auto(str(Auto(0.5))) == Auto(0.5)
+    assert parse_auto("autos") is None
+    assert parse_auto("anchored") is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "error", "said"),
+    [
+        ("auto(1.5)", InputError, "min_agreement of mode 'auto' must be a number from 0 to 1"),
+        ("auto(nan)", InputError, "min_agreement"),
+        ("auto()", InputError, "min_agreement"),
+        ("auto(x=1)", InputError, "the form auto"),
+        ("auto(0.5, 2)", InputError, "the form auto"),
+        ("aouto", UnknownModeError, "Did you mean 'auto'?"),
+        (Auto(2.0), InputError, "min_agreement"),
+        (Guided(2.0), InputError, "ratio of mode 'guided'"),
+        (Guided(0.5, (9,)), InputError, "layers of mode 'guided(0.5, layers=9)' must be below 3"),
+    ],
+)
+def test_what_can_not_be_used(random_braid: Braid, mode: object, error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said.replace("(", r"\(").replace(")", r"\)").replace("?", r"\?")):
+        random_braid.compose(registered(random_braid), mode=mode)  # type: ignore[arg-type]
+
+
+def test_modes_are_objects_too(random_braid: Braid) -> None:
+    chunks = registered(random_braid)
+    for mode in (Guided(0.5, shift=True), Linked(3), Guided(0.2, (0, 2))):
+        one, other = (random_braid.compose(chunks, mode=each) for each in (mode, str(mode)))
+        assert one.mode == other.mode == str(mode)
+        assert one.ask("Well?", max_new_tokens=4).token_ids == other.ask("Well?", max_new_tokens=4).token_ids
+
+
+def test_the_default_is_auto_and_says_that_nothing_was_measured(random_braid: Braid) -> None:
+    context = random_braid.compose(registered(random_braid))
+    assert context.mode == "anchored"
+    (note,) = context.explain().notes
+    assert note.startswith("auto(0.98) is uncalibrated")
+    assert random_braid.compose(registered(random_braid), mode="anchored").explain().notes == ()
+
+
+@pytest.mark.filterwarnings("ignore:Weights in int8")
+def test_what_was_measured_decides(other: Callable[..., Braid]) -> None:
+    with other() as braid:
+        chunks = registered(braid)
+        report = braid.fidelity(chunks, ASKED, ["anchored", "guided(1)"], max_new_tokens=4)
+        assert report["anchored"].top1.value < 0.98 <= report["guided(1)"].top1.value
+        assert "For 2 chunks auto(0.98) takes exact: KL 0 to full prefill, 100.0% have" in str(report)
+        assert braid.compose(chunks).mode == "exact", "guided(1) computes all tokens, and chooses besides"
+        assert braid.compose(chunks, mode="auto(0)").mode == "anchored"
+        assert braid.compose(chunks[:2]).mode == "anchored", "one chunk was not measured"
+        assert braid.ask("Well?", chunks=chunks, max_new_tokens=1).fidelity.mode == "exact"
+    with other(weights="int8") as braid:
+        assert braid.compose(registered(braid)).mode == "anchored", "another model"
+    with other() as braid:
+        assert braid.compose(registered(braid)).mode == "exact", "a later process"
+    with other(namespace="else") as braid:
+        assert braid.compose(registered(braid)).mode == "anchored", "another corpus"
+
+
+def test_auto_is_no_mode_to_measure(random_braid: Braid) -> None:
+    with pytest.raises(InputError, match="got auto itself"):
+        random_braid.fidelity(registered(random_braid), ASKED, ["anchored", "auto"])
+
+
+# the layers that guided looks at
+
+
+def test_the_layers_with_the_lowest_kl_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    kl = {0: [5.0, 1.0], 1: [2.0, 2.0], 2: [1.0, 9.0], 3: [0.0, 5.0], 4: [2.0, 0.5]}
+
+    def measured(_: Bench, cases: Sequence[Case], modes: Sequence[str], on_progress: object) -> dict[str, list[float]]:
+        assert modes == [f"guided(0.15, layers={layer})" for layer in kl]
+        return dict(zip(modes, kl.values(), strict=True))
+
+    monkeypatch.setattr(Bench, "divergences", measured)
+    bench = Bench.__new__(Bench)
+    assert calibrate.best_layers(bench, [], 5, lambda *_: None) == (1, 3, 4)
+
+
+@pytest.mark.filterwarnings("ignore:Weights in int8")
+def test_calibrated_layers_are_the_model_s(other: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "TAKEN", 2)
+    seen: list[tuple[int, int]] = []
+    with other() as braid:
+        chunks = registered(braid)
+        assert braid.compose(chunks, mode="guided(0.2)").mode == "guided(0.2)"
+        plain = braid.fidelity(chunks, ASKED, ["guided(0.2)"], max_new_tokens=4)
+        report = braid.fidelity(
+            chunks, ASKED, ["guided(0.2)"], max_new_tokens=4, calibrate=True, on_progress=lambda *now: seen.append(now)
+        )
+        assert seen == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
+        layers = braid.compose(chunks, mode=Guided(0.2)).mode
+        kept = layers.removeprefix("guided(0.2, layers=").removesuffix(")").split("/")
+        alone = braid.fidelity(chunks, ASKED, [f"guided(0.15, layers={layer})" for layer in range(3)], max_new_tokens=4)
+        worst = max(range(3), key=lambda layer: alone[f"guided(0.15, layers={layer})"].kl.value)
+        assert sorted(kept) == [str(layer) for layer in range(3) if layer != worst]
+        assert report["guided(0.2)"] is report[layers]
+        assert plain["guided(0.2)"].mode == "guided(0.2)"
+        assert braid.compose(chunks, mode="guided(0.2, layers=0)").mode == "guided(0.2, layers=0)"
+        assert braid.ask("Well?", chunks=chunks, mode="guided(0.2)", max_new_tokens=1).fidelity.mode == layers
+    with other(namespace="else") as braid:
+        assert braid.compose(registered(braid), mode="guided(0.2)").mode == layers
+    with other(weights="int8") as braid:
+        assert braid.compose(registered(braid), mode="guided(0.2)").mode == "guided(0.2)"
+
+
+def test_calibration_goes_on_where_it_stopped(other: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch) -> None:
+    with other() as braid:
+        chunks = registered(braid)
+
+        def stop(done: int, _: int) -> None:
+            if done == 1:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            braid.fidelity(chunks, ASKED, ["guided(0.2)"], calibrate=True, max_new_tokens=4, on_progress=stop)
+        assert braid.compose(chunks, mode="guided(0.2)").mode == "guided(0.2)", "nothing is kept of half a calibration"
+        composed: list[str] = []
+        compose = type(braid).compose
+
+        def watched(self: Braid, given: Any, *, mode: Any = None, keep: bool | None = None) -> Any:
+            composed.append(f"{mode}")
+            return compose(self, given, mode=mode, keep=keep)
+
+        monkeypatch.setattr(type(braid), "compose", watched)
+        braid.fidelity(chunks, ASKED, ["guided(0.2)"], calibrate=True, max_new_tokens=4)
+    assert composed.count("guided(0.15, layers=1)") == 1, "the first question is known"
+
+
+def test_layers_are_looked_at_alone(random_braid: Braid) -> None:
+    chunks = registered(random_braid)
+    answers = [
+        random_braid.compose(chunks, mode=mode).next_token_logits(ASKED[0])
+        for mode in ("guided(0.3)", "guided(0.3, layers=0/1/2)", "guided(0.3, layers=0)", "guided(0.3, layers=2)")
+    ]
+    assert float((answers[0] - answers[1]).abs().max()) < 1e-4  # rounding; logits reach about 2
+    assert float((answers[2] - answers[3]).abs().max()) > 1e-2
+    budgets = [
+        random_braid.ask(ASKED[0], chunks=chunks, mode=mode, max_new_tokens=1).usage.budget
+        for mode in ("guided(0, layers=0)", "guided(0, layers=2)", "guided(0)")
+    ]
+    assert budgets[1] == pytest.approx(3 * budgets[0])
+    assert budgets[1] == budgets[2]
