@@ -94,6 +94,8 @@ def test_full_prefill_agrees_with_itself(tiny: Braid) -> None:
     assert anchored.budget.value == 0.0, "everything is cached"
     assert anchored.kl.value > 0.0
     assert full.recovered.value == 1.0
+    assert full.worse.value == 0.0
+    assert anchored.worse is None
     assert full.against["kl"].value == pytest.approx(-anchored.kl.value)
     assert not anchored.against
     assert (report.fewest_chunks, report.most_chunks, report.questions) == (2, 2, 2)
@@ -454,7 +456,16 @@ def test_a_report_is_a_table_and_json(tiny: Braid) -> None:
     lines = text.splitlines()
     assert lines[0].startswith("braid-tiny, float32 on cpu: 2 questions over 2 chunks")
     assert lines[2].split() == ["exact", "anchored", "isolated"]
-    for label in ("KL, nats", "same likeliest token", "contains the reference", "budget", "KL of anchored recovered"):
+    more = [each.outcomes["isolated"].kl > each.outcomes["anchored"].kl for each in report.measured]
+    assert report["isolated"].worse.value == sum(more) / 2
+    for label in (
+        "more KL than anchored",
+        "KL, nats",
+        "same likeliest token",
+        "contains the reference",
+        "budget",
+        "KL of anchored recovered",
+    ):
         assert any(line.startswith(label) for line in lines), label
     assert "to 0% of 1 question." in lines[-3]
     assert not any(line.endswith(" ") for line in lines)

@@ -41,6 +41,7 @@ class ModeFidelity:
         first_token_ms: median time to the first token. Caches are in memory; full prefill has none.
         faster: median of how many times sooner the first token comes than in full prefill.
         recovered: the share of the baseline's mean KL that this mode wins back; None without a baseline.
+        worse: share of questions with a greater KL than the baseline's; None without a baseline.
         against: differences of means from the baseline's, by name of the figure. Empty without a baseline.
     """
 
@@ -57,6 +58,7 @@ class ModeFidelity:
     first_token_ms: Estimate
     faster: Estimate
     recovered: Estimate | None
+    worse: Estimate | None
     against: Mapping[str, Estimate]
 
 
@@ -175,6 +177,7 @@ class FidelityReport:
         if compared:
             base = self.setting.baseline
             rows.append([f"KL of {base} recovered", *(_cell(each.recovered, _percent) for each in self.modes)])
+            rows.append([f"more KL than {base}", *(_cell(each.worse, _percent) for each in self.modes)])
             for label, name, form in _FIGURES:
                 if any(name in each.against for each in compared):
                     cells = [_cell(each.against.get(name), partial(form, sign="+")) for each in self.modes]
@@ -293,13 +296,15 @@ class _Values:
         def judged(name: str) -> Estimate | None:
             return of(name) if self.of[name] else None
 
-        against, recovered = {}, None
+        against, recovered, worse = {}, None, None
         if base and base is not self:
             against = {
                 name: estimate(mean_difference, self.of[name], base.of[name], seed=seed)
                 for name in ("kl", "top1", "prefix", "exact_match", "f1", "contains", "new_not_found")
                 if self.of[name]
             }
+            more = [float(own > other) for own, other in zip(self.of["kl"], base.of["kl"], strict=True)]
+            worse = estimate(mean, more, seed=seed)
             if any(base.of["kl"]):
                 recovered = estimate(share_recovered, self.of["kl"], base.of["kl"], seed=seed)
         return ModeFidelity(
@@ -316,6 +321,7 @@ class _Values:
             first_token_ms=of("first_token_ms", median),
             faster=of("faster", median),
             recovered=recovered,
+            worse=worse,
             against=against,
         )
 
