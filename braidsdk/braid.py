@@ -351,7 +351,9 @@ class Braid:
                 that `fidelity` measured to agree so often with full prefill, for this model, namespace and number of
                 chunks; "anchored" if nothing was measured. None is "auto". Objects such as `Guided(0.15)` are taken
                 too.
-            keep: whether computed entries go to the store; None keeps all but the chains of "exact".
+            keep: whether computed entries go to the store; None keeps all but the chains of "exact". With True, what a
+                mode computes again is kept as well, for the same tokens of the same chunks in the same order; else it
+                is thrown away with its request.
 
         Raises:
             UnknownChunkError: a chunk is not in this namespace.

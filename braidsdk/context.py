@@ -13,7 +13,7 @@ from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.export import to_dynamic_cache
 from braidsdk.cache.pool import Resident
 from braidsdk.compose.composition import Composition
-from braidsdk.compose.repairs import check_layers
+from braidsdk.compose.repairs import Linked, check_layers, first_tokens, overlay_key
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request, Then
 from braidsdk.engine.sampling import SamplingOptions, resolve
@@ -194,7 +194,8 @@ class Context:
         return logits.clone()  # a plain tensor, free to be changed: the model's own is an inference tensor
 
     def prepare(self) -> int:
-        """Compute now what the first question would have to, and store what the mode keeps.
+        """Compute now what the first question would have to, and store what the mode keeps. What a mode computes again
+        is the first question's, unless it is kept and the same for all ("linked").
 
         Returns:
             Number of tokens computed.
@@ -205,7 +206,7 @@ class Context:
         """
         request = self._request(self._composition, self._keys, lambda *_: None)
         self._engine.run(request)
-        return request.computed_tokens
+        return request.computed_tokens + request.repaired_tokens
 
     def to_transformers_cache(self, config: "PretrainedConfig | None" = None) -> "DynamicCache":
         """A fresh cache of this context for `generate` of transformers, computing what is missing of it.
@@ -279,7 +280,17 @@ class Context:
                     expected_ms=None if seconds is None else seconds * 1e3,
                 )
             )
-        return Explanation(self._composition.mode, tuple(rows), self._composition.notes)
+        return Explanation(self._composition.mode, tuple(rows), (*self._composition.notes, *self._overlay_notes()))
+
+    def _overlay_notes(self) -> list[str]:
+        """Where an overlay is that every question takes."""
+        composition = self._composition
+        if not composition.keeps_overlay or not isinstance(composition.repair, Linked):
+            return []
+        positions = first_tokens(composition, composition.repair.k)
+        keys = [overlay_key(composition, self._keys, positions)] if positions else []
+        places = ["memory" if isinstance(found, Resident) else "store" for found in self._engine.locate(keys) if found]
+        return [f"what every question takes of these {len(positions):,} tokens is in {place}" for place in places]
 
     def belongs_to(self, engine: Engine) -> bool:
         """Whether this engine composed it."""

@@ -11,9 +11,9 @@ from typing import Any, Literal, Protocol
 from braidsdk.errors import BraidError, InputError
 from braidsdk.plots import heat_map
 
-LEVEL_SYSTEM, LEVEL_CONTEXT, LEVEL_QUERY = 0, 1, 2
-"""The levels of an entry: a system prompt, a context document, or a turn of a conversation, which is never a registered
-chunk."""
+LEVEL_SYSTEM, LEVEL_CONTEXT, LEVEL_QUERY, LEVEL_OVERLAY = 0, 1, 2, 3
+"""The levels of an entry: a system prompt, a context document, a turn of a conversation, or an overlay: what a mode has
+computed again of a composition. The last two are never registered chunks."""
 
 Mode = Literal["exact", "isolated", "anchored"]
 
@@ -476,7 +476,7 @@ class EntryGroup:
     Attributes:
         model: the name that the model was last opened by, or the start of its weights' fingerprint.
         dtype: the dtype that they were computed in.
-        level: 0 for system prompts, 1 for context.
+        level: 0 for system prompts, 1 for context, 3 for what modes computed again and kept.
         entries: how many entries there are.
         bytes: size of their KV on disk, including padding.
     """

@@ -54,16 +54,19 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class EntryKey:
-    """Names one KV entry: a chunk that one model computed after given chunks.
+    """Names one KV entry: a chunk that one model computed after given chunks; or an overlay, which is what a mode has
+    computed again of a composition.
 
     Attributes:
         model: the model that computes it.
         namespace: namespace of the chunk.
-        chunk_id: the chunk, or None for the bare prompt header, which belongs to no chunk.
-        level: level of the chunk.
+        chunk_id: the chunk, or None for the bare prompt header and for an overlay, which belong to no chunk.
+        level: level of the chunk, or `LEVEL_OVERLAY`.
         token_ids: the chunk's token ids under this model, at least one, each in [0, 2**31).
-        after: ids of the chunks that it was computed after, in order. None stands for the bare prompt header.
-        after_sha256: `sha256_of_tokens` of all token ids that it was computed after.
+        after: ids of the chunks that it was computed after, in order. None stands for the bare prompt header. Those of
+            an overlay are all chunks of its composition.
+        after_sha256: `sha256_of_tokens` of all token ids that it was computed after; for an overlay, the SHA-256 of all
+            that its values follow from.
 
     Raises:
         InputError: there are no token ids, or one is out of range.

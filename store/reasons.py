@@ -13,17 +13,18 @@ from sqlite_utils import Database
 
 from braidsdk.store.chunks import parts, placeholders
 from braidsdk.store.keys import EntryKey, differences
+from braidsdk.types import LEVEL_OVERLAY
 
 CANDIDATES = 64
 """The most stored entries of one chunk that are compared, the newest first. A chunk may be part of many chains."""
 
-_NEWEST = """
+_NEWEST = f"""
     select found_by, namespace, digest, record from (
-        select {column} as found_by, json_extract(record, '$.namespace') as namespace, digest, record,
+        select {{column}} as found_by, json_extract(record, '$.namespace') as namespace, digest, record,
             row_number() over (
-                partition by {column}, json_extract(record, '$.namespace') order by rowid desc
+                partition by {{column}}, json_extract(record, '$.namespace') order by rowid desc
             ) as nth
-        from entries where {where}
+        from entries where level <> {LEVEL_OVERLAY} and {{where}}
     ) where nth <= ?
 """
 

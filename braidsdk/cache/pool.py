@@ -2,7 +2,7 @@
 
 Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim]. It takes its capacity at once. On a GPU, growing
 would copy it, and move what CUDA graphs read. On a CPU the system gives memory only to pages that are written to. When
-no page is free, the least recently used entry without a pin is evicted.
+no page is free, the least recently used entry without a pin is evicted, overlays before all others.
 
 Padding is zero if attention needs that. Only the engine's thread changes a pool.
 
@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Self
 
 import psutil
@@ -25,7 +25,7 @@ from braidsdk.errors import PoolFullError
 from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
 from braidsdk.store.keys import EntryKey
-from braidsdk.types import LEVEL_QUERY
+from braidsdk.types import LEVEL_OVERLAY, LEVEL_QUERY
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ class Pool:
         self._free = list(range(self.capacity_pages - 1, -1, -1))
         self._entries: OrderedDict[str, Resident] = OrderedDict()
         self._turns: OrderedDict[str, Resident] = OrderedDict()
+        self._overlays: OrderedDict[str, Resident] = OrderedDict()
         self._pins: Counter[Resident] = Counter()
         self._evictable = 0  # pages of entries without a pin
 
@@ -190,7 +191,7 @@ class Pool:
                 "with a larger pool_bytes."
             )
         while len(self._free) < wanted:
-            self._evict(self._entries)
+            self._evict(chain(self._overlays.values(), self._entries.values()))
         return torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64)
 
     def clear(self, pages: Tensor) -> None:
@@ -224,12 +225,14 @@ class Pool:
         if entry.key.level == LEVEL_QUERY:
             self._turns[digest] = entry
             if len(self._turns) > KEPT_TURNS:
-                self._evict(self._turns)
+                self._evict(self._turns.values())
+        elif entry.key.level == LEVEL_OVERLAY:
+            self._overlays[digest] = entry
         return entry
 
     def pin(self, entry: Resident) -> None:
         """Keep an entry until it is unpinned as often as it was pinned. It is now the most recently used one."""
-        for entries in (self._entries, self._turns):
+        for entries in (self._entries, self._turns, self._overlays):
             if entry.key.digest in entries:
                 entries.move_to_end(entry.key.digest)
         if entry not in self._pins and entry.state is not State.DROPPED:
@@ -253,6 +256,7 @@ class Pool:
         entry.state = State.DROPPED
         del self._entries[entry.key.digest]
         self._turns.pop(entry.key.digest, None)
+        self._overlays.pop(entry.key.digest, None)
         if entry not in self._pins:
             self._evictable -= len(entry.pages)
             self.give_back(entry.pages)
@@ -286,9 +290,9 @@ class Pool:
         if any(entry.state is State.LOADING and entry not in self._pins for entry in self._entries.values()):
             raise RuntimeError("pool: an entry is loading and has no pin")
 
-    def _evict(self, entries: OrderedDict[str, Resident]) -> None:
-        """Drop the least recently used of these entries that has no pin, if there is one."""
-        entry = next((each for each in entries.values() if each not in self._pins), None)
+    def _evict(self, entries: Iterable[Resident]) -> None:
+        """Drop the first of these entries that has no pin, if there is one."""
+        entry = next((each for each in entries if each not in self._pins), None)
         if entry:
             _log.debug("evicted an entry of %d tokens", entry.tokens)
             self.drop(entry)

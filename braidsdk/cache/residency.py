@@ -23,7 +23,7 @@ from torch import Tensor
 
 from braidsdk.cache.pool import Pool, Resident, State
 from braidsdk.cache.rates import Rates
-from braidsdk.errors import ClosedError, StoreError
+from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
 from braidsdk.models.base import Model
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
 
@@ -82,7 +82,8 @@ class Owner(Protocol[N_contra]):
         ...
 
     def on_ready(self, request: N_contra) -> None:
-        """Every entry that a request needs is there, or the request computes it itself."""
+        """Every entry that a request needs is there, or the request computes it itself. Said again after
+        `keep_overlay`."""
         ...
 
     def on_written(self, request: N_contra) -> None:
@@ -103,6 +104,7 @@ class Held(Generic[N]):
         pages: pages of its tail, int64 [pages], on the CPU.
         scratch, overlay: pages of `Need.scratch` and `Need.overlay`.
         absent: its entries that were not resident when it was admitted.
+        kept: its overlay if it is an entry too, pinned.
         ready: whether the engine was told that it is ready.
         writes: writes that it waits for.
     """
@@ -112,8 +114,19 @@ class Held(Generic[N]):
     scratch: Tensor
     overlay: Tensor
     absent: tuple[Resident, ...]
+    kept: Resident | None = None
     ready: bool = False
     writes: "set[_Write[N]]" = field(default_factory=set)
+
+    @property
+    def pinned(self) -> list[Resident]:
+        """All entries that it holds, each once."""
+        return list(dict.fromkeys((*self.entries, self.kept) if self.kept else self.entries))
+
+    @property
+    def overlay_pages(self) -> Tensor:
+        """Where its overlay lies."""
+        return self.kept.pages if self.kept else self.overlay
 
 
 @dataclass(eq=False)
@@ -138,12 +151,14 @@ class _Write(Generic[N]):
         waiting: requests that wait for the write.
         computed_tokens: tokens that were computed for them; they count for the rate.
         started: when computing them began, in seconds of `time.perf_counter`.
+        needed: whether those who wait fail if the store can't take the entries.
     """
 
     entries: list[Resident]
     waiting: list[N]
     computed_tokens: int
     started: float
+    needed: bool
 
 
 class Residency(Generic[N]):
@@ -226,7 +241,7 @@ class Residency(Generic[N]):
         for pages in (held.pages, held.scratch, held.overlay):
             self.pool.give_back(pages)
         heirs = []
-        for entry in dict.fromkeys(held.entries):
+        for entry in held.pinned:
             making = self._making.get(entry)
             if making and request in making.holders:
                 making.holders.remove(request)
@@ -249,20 +264,31 @@ class Residency(Generic[N]):
                 entry.stored = False  # the store was asked, and lacks it
         to_read = [entry for entry in held.absent if entry.key.digest not in request.computes]
         if to_read:
-            for entry in to_read:
-                self._making[entry].reading = True
-                self.pool.pin(entry)  # until the job has ended, because its thread writes to these pages
-            try:
-                self._readers.submit(self._read, to_read)
-            except RuntimeError as error:
-                for entry in to_read:
-                    self._owner.post(partial(self._not_loaded, entry, _exiting(error)))
+            self._begin_read(to_read)
+        self._check_ready(request)
+
+    def keep_overlay(self, request: N, key: EntryKey) -> None:
+        """Make a ready request's overlay an entry: that of memory or store if it is there, else one that the first
+        request that wants it computes. The owner hears again when the request is ready, perhaps before this returns."""
+        held = self._held[request]
+        held.ready = False
+        if not any(entry.state is State.DROPPED for entry in held.entries):  # else a chunk was deleted meanwhile
+            entry = self.pool.find(key.digest)
+            if entry is None:
+                pages = self.pool.pages_for(len(key.token_ids))
+                entry = self.pool.add(Resident(key, held.overlay[:pages]))
+                held.overlay = held.overlay[pages:]
+                self._making[entry] = _Making([], reading=False)
+                self._begin_read([entry])
+            self.pool.pin(entry)
+            if entry in self._making:
+                self._making[entry].holders.append(request)
+            held.kept = entry
         self._check_ready(request)
 
     def to_compute(self, request: N) -> list[Resident]:
-        """The entries that a ready request computes, in the order of its segments."""
-        entries = dict.fromkeys(self._held[request].entries)
-        return [entry for entry in entries if entry in self._making]
+        """The entries that a ready request computes, in the order of its segments, its overlay last."""
+        return [entry for entry in self._held[request].pinned if entry in self._making]
 
     def computed(self, entry: Resident) -> None:
         """All keys and values of an entry are there, or will be there before anything that is launched from now on."""
@@ -273,15 +299,18 @@ class Residency(Generic[N]):
             self._check_ready(holder)
 
     def count(self, request: N) -> None:
-        """Count a ready request's entries as hits and misses."""
-        missing = len(self.to_compute(request))
+        """Count a ready request's entries as hits and misses; once it has a kept overlay, that one alone."""
+        held = self._held[request]
+        entries = {held.kept} if held.kept else set(held.entries)
+        missing = len(entries & self._making.keys())
         self.misses += missing
-        self.hits += len(set(self._held[request].entries)) - missing
+        self.hits += len(entries) - missing
 
     # after computing
 
     def write(self, request: N, computed_tokens: int, started: float) -> bool:
-        """Begin to write the entries that a request keeps and the store lacks.
+        """Begin to write the entries that a request keeps and the store lacks. Its overlay goes last and apart: if the
+        store can't take it, nothing else is lost.
 
         Args:
             request: a request whose entries are all computed.
@@ -293,22 +322,12 @@ class Residency(Generic[N]):
         """
         held = self._held[request]
         kept = dict.fromkeys(entry for entry, keep in zip(held.entries, request.keeps, strict=True) if keep)
-        held.writes = {self._writing[entry] for entry in kept if entry in self._writing}
-        new = [entry for entry in kept if not entry.stored]
-        if new:
-            write = _Write[N](new, [], computed_tokens, started)
-            held.writes.add(write)
-            copies = []
-            for entry in new:
-                entry.stored = True
-                self._writing[entry] = write
-                self.pool.pin(entry)  # until its bytes are copied
-                copies.append((entry.key, self._copy_out(entry)))
-            try:
-                self._writers.submit(self._publish, write, copies)
-            except RuntimeError as error:
-                self._owner.post(partial(self._copied, write))
-                self._owner.post(partial(self._published, write, _exiting(error)))
+        overlay = [held.kept] if held.kept else []
+        held.writes = {self._writing[entry] for entry in (*kept, *overlay) if entry in self._writing}
+        for entries, tokens, needed in ((kept, computed_tokens, True), (overlay, 0, False)):
+            if new := [entry for entry in entries if not entry.stored]:
+                held.writes.add(write := _Write[N](new, [], tokens, started, needed))
+                self._begin_write(write)
         for write in held.writes:
             write.waiting.append(request)
         return bool(held.writes)
@@ -358,7 +377,7 @@ class Residency(Generic[N]):
 
     def _check_ready(self, request: N) -> None:
         held = self._held[request]
-        making = [found for entry in held.entries if (found := self._making.get(entry))]
+        making = [found for entry in held.pinned if (found := self._making.get(entry))]
         if not held.ready and not any(each.reading or each.holders[0] is not request for each in making):
             held.ready = True
             self._owner.on_ready(request)
@@ -370,6 +389,29 @@ class Residency(Generic[N]):
         del self._making[entry]
         self.pool.drop(entry)
         return []
+
+    def _begin_read(self, entries: list[Resident]) -> None:
+        for entry in entries:
+            self._making[entry].reading = True
+            self.pool.pin(entry)  # until the job has ended, because its thread writes to these pages
+        try:
+            self._readers.submit(self._read, entries)
+        except RuntimeError as error:
+            for entry in entries:
+                self._owner.post(partial(self._not_loaded, entry, _exiting(error)))
+
+    def _begin_write(self, write: _Write[N]) -> None:
+        copies = []
+        for entry in write.entries:
+            entry.stored = True
+            self._writing[entry] = write
+            self.pool.pin(entry)  # until its bytes are copied
+            copies.append((entry.key, self._copy_out(entry)))
+        try:
+            self._writers.submit(self._publish, write, copies)
+        except RuntimeError as error:
+            self._owner.post(partial(self._copied, write))
+            self._owner.post(partial(self._published, write, _exiting(error)))
 
     # I/O jobs, and what they post
 
@@ -450,6 +492,9 @@ class Residency(Generic[N]):
         for entry in write.entries:
             del self._writing[entry]
             entry.stored = error is None
+        if not write.needed and isinstance(error, StoreError | UnknownChunkError):
+            _log.warning("an overlay was not stored: %s", type(error).__name__)
+            error = None
         for request in list(write.waiting):
             if error is not None:
                 self._owner.on_failed(request, error)

@@ -61,6 +61,7 @@ class Composition:
         notes: what the rule did that its name does not say.
         tail: token ids after the last segment; every request computes them again.
         repair: which tokens of the segments are computed again for a request, None for none.
+        keeps_overlay: whether what is computed again goes to the store, and is taken from there.
     """
 
     mode: str
@@ -68,6 +69,7 @@ class Composition:
     notes: tuple[str, ...] = ()
     tail: tuple[int, ...] = ()
     repair: "Repair | None" = None
+    keeps_overlay: bool = False
 
     @cached_property
     def tail_origin(self) -> int:

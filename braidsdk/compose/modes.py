@@ -73,8 +73,8 @@ def compose(
         mode: "exact" computes each chunk after all chunks before it, "anchored" after the anchor only, "isolated" on
             its own. "linked(k)", "guided(ratio)" and "blended(ratio, layer=1)" take what "anchored" has, and compute
             some of its tokens again for each request; see `repairs`. "auto" is one of these; see `auto`.
-        keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`,
-            which only the same order of chunks can use again.
+        keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`, which only
+            the same order of chunks can use again, and what repairs compute, which needs the same tokens besides.
         certificates: what `auto` chooses by.
         calibrated: layers that `guided` looks at if the mode names none; empty for all.
 
@@ -112,9 +112,11 @@ def compose(
         segments.append(Segment(chunk, token_ids, origin, after, keep_it))
         origin += len(token_ids)
     notes += _notes(rule, chunks, anchor)
-    composition = Composition(str(repair or rule), tuple(segments), notes, repair=repair)
+    keeps = bool(repair and keep)
+    composition = Composition(str(repair or rule), tuple(segments), notes, repair=repair, keeps_overlay=keeps)
     if tokens := most_tokens(composition):
         note = f"up to {tokens:,} of {origin:,} tokens are computed again for each question"
+        note += ", or taken from an earlier one if they are the same" if keeps else ""
         composition = replace(composition, notes=(*composition.notes, note))
     return composition
 

@@ -4,6 +4,7 @@ A rule is data. `linked` follows from the composition alone; the others rank tok
 the engine asks it.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from typing import ClassVar
 
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import InputError, shown
+from braidsdk.store.keys import EntryKey, canonical_json
+from braidsdk.types import LEVEL_OVERLAY
 
 SHIFT = "+shift"
 """Behind a rule: the tokens of a chunk that are not chosen move as the chosen ones do in the mean, in their keys and in
@@ -217,3 +220,30 @@ def ranked(composition: Composition, scores: Sequence[Sequence[float]]) -> list[
         for offset, score in enumerate(values)
     ]
     return sorted(position for _, position in sorted(tokens)[: most_tokens(composition)])
+
+
+def overlay_key(composition: Composition, keys: Sequence[EntryKey], positions: Sequence[int]) -> EntryKey:
+    """The key of what the composition's rule computes again. It follows from the entries and the positions alone: past
+    turns and the question stand behind all of them, so nothing of it has seen these.
+
+    Args:
+        composition: it has a rule.
+        keys: of its segments' entries.
+        positions: absolute positions of the chosen tokens, ascending, at least one.
+    """
+    segments = [segment for segment in composition.segments if not segment.is_turn]
+    entries = [(key.record_json, key.token_sha256) for key in keys[: len(segments)]]
+    seen = canonical_json([composition.mode, list(positions), entries])
+    chosen, ids = list(positions), composition.input_ids
+    if composition.repair and composition.repair.shift:  # in the place of each shift, its segment's first token
+        spans = [range(segment.origin, segment.origin + len(segment.token_ids)) for segment in segments]
+        chosen += [span.start for span in spans if not set(span).isdisjoint(positions)]
+    return EntryKey(
+        keys[0].model,
+        keys[0].namespace,
+        None,
+        LEVEL_OVERLAY,
+        tuple(ids[at] for at in chosen),
+        tuple(segment.chunk.id if segment.chunk else None for segment in segments),
+        hashlib.sha256(seen.encode()).hexdigest(),
+    )

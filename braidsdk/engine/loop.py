@@ -29,11 +29,12 @@ from torch import Tensor
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
+from braidsdk.compose.repairs import overlay_key
 from braidsdk.engine.attribution import Attribution
 from braidsdk.engine.batch import Run
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.graphs import runs_on_graphs
-from braidsdk.engine.repair import Repaired, apart, repaired, settle
+from braidsdk.engine.repair import Chosen, Repaired, apart, choose, put_back, repaired, settle
 from braidsdk.engine.request import Outcome, Request
 from braidsdk.engine.runner import EagerRunner, Piece, Results, Row, Runner
 from braidsdk.engine.sampling import Sampler
@@ -88,7 +89,8 @@ class _Task:
             repaired.
         row: its tail and answer, if it generates tokens.
         chooses: whether it has still to choose, once its entries are there, what of them it computes again.
-        repair: what it computes again.
+        chosen: what it chose.
+        repair: what it computes again, or takes from an earlier request.
         launched: tokens that were chosen or are on their way.
         answered: whether its answer is complete; it may still wait for a write.
         logits: those that `then` wants, as far as they are computed.
@@ -97,6 +99,7 @@ class _Task:
     runs: deque[tuple[Run, Resident | None]]
     row: Row | None = None
     chooses: bool = False
+    chosen: Chosen | None = None
     repair: Repaired | None = None
     launched: int = 0
     answered: bool = False
@@ -328,28 +331,57 @@ class Loop:
 
     def _repair(self, request: Request) -> None:
         """All entries of a ready request are there, or will be before anything that is launched from now on: choose
-        what of them is computed again, and lay it out with the tail. Choosing takes a pass at once."""
+        what of them is computed again. Choosing takes a pass at once. If it is kept, it may be there already."""
         task, held, composition = self._tasks[request], self.residency[request], request.composition
         task.chooses = False
-        context: tuple[PagedSegment, ...] = tuple(
-            entry.at(s.origin) for s, entry in zip(composition.segments, held.entries, strict=True)
-        )
         step_tokens = STEP_TOKENS[self.model.device.type]
         try:
-            task.repair = repaired(
-                self.model, self.pool, composition, context, held.pages, held.scratch, held.overlay, step_tokens
+            task.chosen = choose(
+                self.model, self.pool, composition, self._context(request), held.pages, held.scratch, step_tokens
             )
         except Exception as error:
             self._fail(request, error)
             return
-        if repair := task.repair:
+        if task.chosen.positions and composition.keeps_overlay:
+            self.residency.keep_overlay(request, overlay_key(composition, request.keys, task.chosen.positions))
+        else:
+            self._lay_chosen(request, task.chosen)
+
+    def _lay_chosen(self, request: Request, chosen: Chosen) -> None:
+        """Lay out what a request computes again, or takes from where it was kept, and its tail."""
+        task, held, composition = self._tasks[request], self.residency[request], request.composition
+        context = self._context(request)
+        if chosen.positions:
+            there = held.kept and not self.residency.to_compute(request)
+            try:
+                repair = task.repair = repaired(
+                    self.model, self.pool, composition, context, chosen.positions, held.scratch, held.overlay_pages
+                )
+                if there:
+                    put_back(self.pool, repair)
+                else:
+                    self.pool.clear(repair.overlay)
+            except Exception as error:
+                self._fail(request, error)
+                return
+            if held.kept and request.counted:
+                self.residency.count(request)
+            if not there:
+                task.runs.append((repair.run, None))
+                request.repaired_tokens = len(chosen.positions)
             context = (*repair.context, repair.scratch)
-            task.runs.append((repair.run, None))
             chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
-            request.repaired_tokens = len(repair.positions)
-            request.budget = (request.repaired_tokens + repair.choosing / self.model.config.layers) / chunks
-        self._lay_tail(request, task, context)
+            request.budget = (request.repaired_tokens + chosen.work / self.model.config.layers) / chunks
+        if composition.tail:
+            self._lay_tail(request, task, context)
         self.scheduler.more(request, sum(len(run.token_ids) for run, _ in task.runs))
+        if not task.runs:
+            self._prefilled(request)
+
+    def _context(self, request: Request) -> tuple[PagedSegment, ...]:
+        """A request's entries at their places."""
+        segments, entries = request.composition.segments, self.residency[request].entries
+        return tuple(entry.at(segment.origin) for segment, entry in zip(segments, entries, strict=True))
 
     def _lay_tail(self, request: Request, task: _Task, context: tuple[PagedSegment, ...]) -> None:
         """Lay out a request's tail, which sees these segments, and its row."""
@@ -363,11 +395,15 @@ class Loop:
 
     def _prefilled(self, request: Request) -> None:
         """All that a request needs computed is there, or will be before anything that is launched from now on."""
-        task, clock = self._tasks[request], request.clock
+        task, clock, kept = self._tasks[request], request.clock, self.residency[request].kept
         clock.computed = perf_counter()
         self.scheduler.running(request)
+        if request.repaired_tokens and task.repair and (task.row or kept):
+            settle(self.pool, task.repair)
+            if kept:
+                self.residency.computed(kept)
         if task.repair and task.row:
-            task.row.context = settle(self.pool, task.repair, self.residency[request].overlay)
+            task.row.context = task.repair.settled
         self.residency.leave_scratch(request)
         if request.computed_tokens:
             _log.info("computed %d tokens of missing entries in %.1f ms", request.computed_tokens, clock.compute_ms)
@@ -458,7 +494,7 @@ class Loop:
             kept = min(kept, len(request.text.ids()))
         ended = bool(stopped) or bool(request.params and tokens[-1] in request.params.stop_ids)
         request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length", shares)
-        if not request.repaired_tokens:  # else it has seen more than what a turn's key says
+        if not self._tasks[request].repair:  # else it has seen more than what a turn's key says
             turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
             self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
         self._tasks[request].answered = True
@@ -519,7 +555,10 @@ class Loop:
     # the residency's Owner
 
     def on_ready(self, request: Request) -> None:
-        """Lay out a request's prefill."""
+        """Lay out a request's prefill; after that, what is kept of what it chose to compute again."""
+        if (known := self._tasks.get(request)) and known.chosen:
+            self._lay_chosen(request, known.chosen)
+            return
         held, segments = self.residency[request], request.composition.segments
         missing = set(self.residency.to_compute(request))
         if request.counted:
@@ -539,8 +578,7 @@ class Loop:
         request.clock.ready = perf_counter()
         task = self._tasks[request] = _Task(runs, chooses=bool(request.overlay))
         if request.composition.tail and not task.chooses:
-            context = [entry.at(s.origin) for s, entry in zip(segments, held.entries, strict=True)]
-            self._lay_tail(request, task, tuple(context))
+            self._lay_tail(request, task, self._context(request))
         self.scheduler.ready(request, sum(len(run.token_ids) for run, _ in runs))
         if not runs and task.chooses:
             self._repair(request)

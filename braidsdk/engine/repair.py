@@ -6,6 +6,8 @@ what was chosen is hidden in them. After the first token only what was chosen is
 behind the other. Every row that comes later sees all of it, and keys stay rotated by their positions, so that no frame
 but the prompt's is needed.
 
+An overlay that is kept is put back onto scratch pages, so that the first token reads the same memory as without.
+
 For the engine's thread, which is in inference mode.
 """
 
@@ -26,6 +28,19 @@ from braidsdk.models.base import Model
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Which tokens a rule chooses.
+
+    Attributes:
+        positions: their absolute positions, ascending.
+        work: what choosing them took, in tokens times layers.
+    """
+
+    positions: list[int]
+    work: int
+
+
+@dataclass(frozen=True)
 class Repaired:
     """What a request computes again.
 
@@ -34,27 +49,35 @@ class Repaired:
         context: the segments of the entries, with these tokens hidden.
         run: computes them.
         scratch: what `run` fills, as a segment.
-        choosing: work that choosing them took, in tokens times layers.
+        overlay: pages of what is kept of it.
     """
 
     positions: Tensor
     context: tuple[PagedSegment, ...]
     run: Run
     scratch: PagedSegment
-    choosing: int
+    overlay: Tensor
+
+    @property
+    def settled(self) -> tuple[PagedSegment, ...]:
+        """What later rows see of the context.
+
+        The segment of these tokens begins at position 0 and has fewer tokens than precede the first row that sees it,
+        so that row, and every one after it, sees all of them.
+        """
+        return (*self.context, PagedSegment(self.overlay, 0, len(self.positions), 0))
 
 
-def repaired(
+def choose(
     model: Model,
     pool: Pool,
     composition: Composition,
     context: Sequence[PagedSegment],
     pages: Tensor,
     scratch: Tensor,
-    overlay: Tensor,
     step_tokens: int,
-) -> Repaired | None:
-    """Choose by the composition's rule; None if there is nothing to compute again.
+) -> Chosen:
+    """Choose by the composition's rule.
 
     Args:
         model, pool: what computes.
@@ -62,14 +85,28 @@ def repaired(
         context: its segments at their places, all of them computed.
         pages: pages of its tail, which is computed there for rules that ask what it attends to.
         scratch: pages for all tokens of the context.
-        overlay: pages for what is chosen, and for shifts behind it.
         step_tokens: tokens that one pass computes at most.
     """
-    pool.clear(overlay)
     pool.blank(scratch)  # hidden keys are multiplied by zero, so whatever lies there must be finite
-    chosen, choosing = _chosen(model, pool, composition, context, pages, scratch, step_tokens)
-    if not chosen:
-        return None
+    return Chosen(*_chosen(model, pool, composition, context, pages, scratch, step_tokens))
+
+
+def repaired(
+    model: Model,
+    pool: Pool,
+    composition: Composition,
+    context: Sequence[PagedSegment],
+    chosen: Sequence[int],
+    scratch: Tensor,
+    overlay: Tensor,
+) -> Repaired:
+    """Lay out what computes the chosen tokens again.
+
+    Args:
+        model, pool, composition, context, scratch: see `choose`.
+        chosen: positions that it chose, at least one.
+        overlay: pages for what is chosen, and for shifts behind it.
+    """
     positions = torch.tensor(chosen, dtype=torch.int64)
     unchosen = torch.ones(composition.tail_origin, dtype=torch.bool)
     unchosen[positions] = False
@@ -88,30 +125,34 @@ def repaired(
     own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
     ids = composition.input_ids
     run = Run(tuple(ids[at] for at in chosen), tuple(hiding), scratch, 0, 0, positions, unchosen, tuple(shifts))
-    return Repaired(positions, tuple(hiding), run, own, choosing)
+    return Repaired(positions, tuple(hiding), run, own, overlay)
 
 
-def settle(pool: Pool, repair: Repaired, overlay: Tensor) -> tuple[PagedSegment, ...]:
-    """Keep what was computed again on the overlay's pages, without what is between: what later rows see of the context.
+def settle(pool: Pool, repair: Repaired) -> None:
+    """Keep what was computed again on the overlay's pages, without what is between."""
+    _copy(pool, (repair.scratch.pages, repair.positions), (repair.overlay, torch.arange(len(repair.positions))))
 
-    The segment of these tokens begins at position 0 and has fewer tokens than precede the first row that sees it, so
-    that row, and every one after it, sees all of them.
-    """
-    size, count = pool.page_size, len(repair.positions)
-    places = repair.positions.to(pool.kv.device), torch.arange(count, device=pool.kv.device)
-    (source, from_at), (target, to_at) = (
-        (pages.to(pool.kv.device)[place // size], place % size)
-        for pages, place in zip((repair.scratch.pages, overlay), places, strict=True)
+
+def put_back(pool: Pool, repair: Repaired) -> None:
+    """Copy an overlay to where it was computed: the opposite of `settle`."""
+    _copy(pool, (repair.overlay, torch.arange(len(repair.positions))), (repair.scratch.pages, repair.positions))
+
+
+def _copy(pool: Pool, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
+    """Copy keys and values of tokens, given by pages and their indices there."""
+    size = pool.page_size
+    (from_page, from_at), (to_page, to_at) = (
+        (pages[places // size].to(pool.kv.device), (places % size).to(pool.kv.device))
+        for pages, places in (source, target)
     )
     for memory in pool.kv:
-        memory[:, target, :, to_at] = memory[:, source, :, from_at]
-    return (*repair.context, PagedSegment(overlay, 0, count, 0))
+        memory[:, to_page, :, to_at] = memory[:, from_page, :, from_at]
 
 
 def apart(
     repair: Repaired, composition: Composition, context: Sequence[PagedSegment]
 ) -> tuple[tuple[PagedSegment, ...], tuple[int, ...]]:
-    """What later rows see, as `settle` gives it, with the overlay cut by the segments that its tokens are of; and which
+    """What later rows see, as `settled` has it, with the overlay cut by the segments that its tokens are of; and which
     these are."""
     *entries, overlay = context
     parts, owners = [], []

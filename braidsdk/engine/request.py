@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
 from braidsdk.compose.composition import Composition
-from braidsdk.compose.repairs import overlay_tokens
+from braidsdk.compose.repairs import Linked, overlay_tokens
 from braidsdk.engine.scheduler import ENDED, Job
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey
@@ -140,8 +140,11 @@ class Request(Job):
 
     @property
     def overlay(self) -> int:
-        """The most tokens that it repairs, and a shift for each of its segments, if they have any."""
-        return overlay_tokens(self.composition) if self.composition.tail else 0
+        """The most tokens that it repairs, and a shift for each of its segments, if they have any. Without a question
+        it repairs what is the same for all, if that is kept."""
+        composition = self.composition
+        repairs = composition.tail or (composition.keeps_overlay and isinstance(composition.repair, Linked))
+        return overlay_tokens(composition) if repairs else 0
 
     def ring(self) -> Callable[[], None] | None:
         """Wake the reader; returns what `wake` does. For the engine's thread."""

@@ -247,7 +247,8 @@ class Scheduler(Generic[J]):
         """
         budget, joins = (self._piece_tokens, self._joins) if decoding else (self._step_tokens, self._slots)
         pieces = []
-        for job in sorted((j for j in self._admitted if j.state is State.READY), key=lambda j: self._rank(j, now)):
+        ready = [job for job in self._admitted if job.state is State.READY and job.to_prefill]
+        for job in sorted(ready, key=lambda job: self._rank(job, now)):
             if not budget:
                 break
             tokens = min(job.to_prefill, budget)

@@ -22,21 +22,24 @@ from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
 from braidsdk.errors import StoreError
 from braidsdk.store import Entry, EntryKey, ModelIdentity, Place, sha256_of_tokens
-from braidsdk.types import LEVEL_CONTEXT, LEVEL_QUERY
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_OVERLAY, LEVEL_QUERY
 
 MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 2, "{}")
 PAGE = 4
 PAGE_BYTES = 2 * 2 * PAGE * 2 * 4
 
 
-def key(chunk: str, tokens: int, after: tuple[str, ...] = (), level: int = LEVEL_CONTEXT) -> EntryKey:
+def key(chunk: str | None, tokens: int, after: tuple[str, ...] = (), level: int = LEVEL_CONTEXT) -> EntryKey:
     return EntryKey(MODEL, "default", chunk, level, tuple(range(tokens)), after, sha256_of_tokens(()))
 
 
 KEYS = (key("a", 3), key("b", 8), key("c", 5), key("d", 1), key("e", 9, after=("a",)), key("f", 4, after=("b",)))
 """One to three pages each; two were computed with sight of another chunk."""
 
-MARKS = {each.digest: float(place + 1) for place, each in enumerate(KEYS)}
+OVERLAYS = tuple(key(None, tokens, after, LEVEL_OVERLAY) for tokens in (2, 6) for after in (("a",), ("b", "c")))
+"""One or two pages each."""
+
+MARKS = {each.digest: float(place + 1) for place, each in enumerate((*KEYS, *OVERLAYS))}
 """What lies on the pages of each."""
 
 
@@ -139,7 +142,7 @@ class Bench:
         assert request.state == "loading", "told twice, or after its end"
         request.state = "ready"
         own = self.residency.to_compute(request)
-        for entry in self.residency[request].entries:
+        for entry in self.residency[request].pinned:
             assert entry in self.whole or entry in own, "ready without an entry"
         others = [other for other in self.live if other is not request and other.state == "ready"]
         assert not any(entry in self.residency.to_compute(other) for other in others for entry in own), "two compute it"
@@ -178,6 +181,12 @@ class Bench:
         else:
             assert (self.pool.room, self.pool.used_bytes) == (room, used), "refused, and something was taken"
         return request
+
+    def keep_overlay(self, request: Asked, overlay: EntryKey) -> None:
+        """A ready request has chosen what it computes again, and keeps it."""
+        assert request.state == "ready"
+        request.state = "loading"
+        self.residency.keep_overlay(request, overlay)
 
     def compute(self, request: Asked, entries: int | None = None) -> None:
         """Compute what a ready request has to, all of it or only so many entries; then write what it keeps."""
@@ -227,7 +236,7 @@ class Bench:
             if what == "_loaded":
                 assert subject not in self.whole, "loaded twice"
                 self.whole.add(subject)
-            holders = {request: self.residency[request].entries for request in self.live}
+            holders = {request: self.residency[request].pinned for request in self.live}
             work()
             troubled = [subject] if what == "_not_loaded" else subject.entries if what == "_published" else []
             for request in holders.keys() - set(self.live):
@@ -238,7 +247,7 @@ class Bench:
 
     def check(self) -> None:
         self.residency.integrity()
-        there = {*self.pool._entries.values(), *(entry for each in self.live for entry in self.residency[each].entries)}
+        there = {*self.pool._entries.values(), *(entry for each in self.live for entry in self.residency[each].pinned)}
         for entry in there & self.whole:
             if entry.key.level != LEVEL_QUERY:
                 first = self.pool.kv[:, :, entry.pages, :, 0]
@@ -464,6 +473,78 @@ def test_hits_and_misses_are_counted_once_per_request(bench: Bench) -> None:
     assert (bench.residency.hits, bench.residency.misses) == (1, 1)
 
 
+def test_an_overlay_is_computed_by_the_first_and_read_by_the_next(bench: Bench) -> None:
+    overlay = OVERLAYS[1]
+    bench.compute(bench.submit("b", fresh=True))
+    bench.write()
+    first, second, third = (bench.submit("b", scratch=2, overlay=2) for _ in range(3))
+    for request in (second, first, third):
+        bench.keep_overlay(request, overlay)
+    assert (first.state, second.state, third.state) == ("loading",) * 3
+    bench.read()
+    assert (second.state, first.state, third.state) == ("ready", "loading", "loading"), "the first that wanted it"
+    bench.residency.count(second)
+    assert (bench.residency.hits, bench.residency.misses) == (0, 1)
+    bench.end(second)
+    assert (first.state, third.state) == ("ready", "loading")
+    bench.compute(first)
+    assert third.state == "ready"
+    bench.residency.count(third)
+    assert (bench.residency.hits, bench.residency.misses) == (1, 1)
+    bench.compute(third)
+    assert (first.state, third.state) == ("writing", "writing")
+    bench.write()
+    assert bench.store.written[-1] == overlay.digest
+    bench.pool.drop(bench.pool.find(overlay.digest))  # type: ignore[arg-type]
+    again = bench.submit("b", scratch=2, overlay=2)
+    bench.keep_overlay(again, overlay)
+    bench.read()
+    assert again.state == "ready"
+    assert bench.residency.to_compute(again) == []
+    bench.compute(again)
+    assert again.state == "finished"
+    assert bench.computed.count(overlay.digest) == 1
+
+
+def test_an_overlay_that_can_not_be_written_is_left_out(bench: Bench) -> None:
+    bench.compute(bench.submit("b", fresh=True))
+    bench.write()
+    request = bench.submit("b", scratch=2, overlay=2)
+    bench.keep_overlay(request, OVERLAYS[0])
+    bench.read()
+    bench.compute(request)
+    bench.store.write_fails = True
+    bench.write()
+    assert request.state == "finished"
+    assert OVERLAYS[0].digest not in bench.store.kept
+    bench.store.write_fails = False
+
+
+def test_an_overlay_of_a_deleted_chunk_is_not_kept(bench: Bench) -> None:
+    bench.compute(bench.submit("b", fresh=True))
+    bench.write()
+    request = bench.submit("b", scratch=2, overlay=2)
+    bench.delete("b")
+    bench.keep_overlay(request, OVERLAYS[1])
+    assert request.state == "ready"
+    assert bench.pool.find(OVERLAYS[1].digest) is None
+    assert len(bench.residency[request].overlay_pages) == 1
+
+
+def test_overlays_are_evicted_before_entries_that_were_used_earlier(bench: Bench) -> None:
+    bench.compute(bench.submit("a", fresh=True))
+    bench.write()
+    request = bench.submit("a", scratch=2, overlay=2)
+    bench.keep_overlay(request, OVERLAYS[0])
+    bench.read()
+    bench.compute(request)
+    bench.write()
+    assert bench.pool.room == 12, "a page for each of them"
+    bench.end(bench.submit("d", reserved=10 * PAGE, fresh=True))
+    assert bench.pool.find(KEYS[0].digest)
+    assert bench.pool.find(OVERLAYS[0].digest) is None
+
+
 # all of it at random
 
 
@@ -483,9 +564,21 @@ class Random(RuleBasedStateMachine):
         keep=st.booleans(),
         reserved=st.integers(0, 9),
         fresh=st.booleans(),
+        repairs=st.booleans(),
     )
-    def submit(self, chunks: list[str], keep: bool, reserved: int, fresh: bool) -> None:
-        self.bench.submit(*chunks, keep=keep, reserved=reserved, fresh=fresh)
+    def submit(self, chunks: list[str], keep: bool, reserved: int, fresh: bool, repairs: bool) -> None:
+        repaired = 6 if repairs else 0
+        self.bench.submit(*chunks, keep=keep, reserved=reserved, fresh=fresh, scratch=repaired, overlay=repaired)
+
+    def choosers(self) -> list[Asked]:
+        """Requests whose entries are all there, and that have not chosen what they compute again."""
+        ready, residency = self.in_state("ready"), self.bench.residency
+        return [r for r in ready if r.overlay and not residency[r].kept and not residency.to_compute(r)]
+
+    @precondition(lambda self: self.choosers())
+    @rule(data=st.data(), overlay=st.sampled_from(OVERLAYS))
+    def keep_overlay(self, data: st.DataObject, overlay: EntryKey) -> None:
+        self.bench.keep_overlay(data.draw(st.sampled_from(self.choosers())), overlay)
 
     @precondition(lambda self: self.bench.readers.jobs)
     @rule(place=st.integers(0, 1), fails_after=st.none() | st.integers(0, 3))

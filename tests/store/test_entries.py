@@ -13,6 +13,7 @@ import pytest
 
 from braidsdk.errors import InputError, StoreCorruptError, StoreError, UnknownChunkError
 from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Place, blobs, sha256_of_tokens
+from braidsdk.types import LEVEL_OVERLAY
 
 SHA = sha256_of_tokens
 
@@ -52,6 +53,17 @@ def test_looking_up_and_loading_ask_for_no_reason(
     monkeypatch.setattr("braidsdk.store.reasons.explain", lambda *_: pytest.fail("it was asked why"))
     assert [type(found) for found in store.load([*keys, make.key(chunk, level=0)])] == [NoneType, Entry, NoneType]
     assert [type(found) for found in store.look_up([*keys, make.key(chunk, level=0)])] == [NoneType, Hit, NoneType]
+
+
+def test_an_overlay_is_no_reason(store: ChunkStore, chunk: str, make: Any) -> None:
+    """However many there are, and with the same tokens."""
+    key, header = make.key(chunk), make.key(None, level=0)
+    overlays = [make.key(None, level=LEVEL_OVERLAY, after=(chunk,), after_sha256=SHA((n,))) for n in range(70)]
+    store.publish([(header, make.slabs(), {})])
+    store.publish([(each, make.slabs(), {}) for each in overlays])
+    wanted = make.key(None, level=0, model=dataclasses.replace(make.model, dtype="float32"))
+    assert [miss.reason for miss in store.explain([wanted, key])] == ["dtype", "level"]
+    assert store.explain([key])[0].detail.startswith("computed as level 0;")
 
 
 def test_an_entry_that_came_since_it_was_looked_up_is_no_reason(store: ChunkStore, chunk: str, make: Any) -> None:
