@@ -41,11 +41,6 @@ class Context:
 
     def __init__(self, engine: Engine, composition: Composition) -> None:
         check_layers(composition.repair, engine.config.layers)
-        if composition.repair and engine.on_graphs:
-            raise InputError(
-                f"mode must be 'exact', 'anchored' or 'isolated' on CUDA graphs; got {composition.mode!r}. Open the "
-                "Braid with kernels='torch' to repair."
-            )
         self._engine = engine
         self._composition = composition
         self._keys = engine.keys(composition)

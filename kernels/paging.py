@@ -33,6 +33,11 @@ class PagedSegment:
     hidden: Tensor | None = None
     shift: int | None = None
 
+    @property
+    def changed(self) -> bool:
+        """Whether its keys are not all seen as they are stored."""
+        return self.hidden is not None or self.shift is not None
+
 
 @dataclass(frozen=True)
 class Request:

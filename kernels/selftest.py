@@ -224,7 +224,8 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
     return _Call(run, truth, moved, copies)
 
 
-def _attention(bench: Bench, rows: int, users: int, plan: "_Plan") -> _Call:
+def _attention(bench: Bench, rows: int, users: int, plan: "_Plan", *, changed: bool = False) -> _Call:
+    """`changed`: every other request has hidden keys and shifts."""
     shape, device = bench.shape, bench.device
     lengths = (500, 1, 64, 2048, 37, 1100) if rows < 300 else (256, 300)
     requests: list[Request] = []
@@ -236,14 +237,19 @@ def _attention(bench: Bench, rows: int, users: int, plan: "_Plan") -> _Call:
         shared.append(PagedSegment(pages, 0, tokens, origin))
         origin, page = origin + tokens, page + len(pages)
     for user in range(users):
-        own = torch.arange(page, page + 1)
+        own, seen = torch.arange(page, page + 1), shared
         page += 1
+        if changed and user % 2 == 0:
+            slot, page = page * PAGE, page + 1
+            seen = [
+                replace(each, hidden=torch.rand(each.stop) < 0.3, shift=slot + at) for at, each in enumerate(shared)
+            ]
         answered = 9 + user % 40
         end = origin if rows >= 300 else origin + answered
         positions += range(end - rows // users, end)
         tail = [] if rows >= 300 else [PagedSegment(own, 0, answered, origin)]
         at = slice(len(positions) - rows // users, len(positions))
-        requests.append(Request(at, (*shared, *tail)))
+        requests.append(Request(at, (*seen, *tail)))
     moved = 2 * page * PAGE * shape.kv_heads * shape.head_dim * bench.dtype.itemsize
     copies = bench.copies(moved)
     kv = bench.random(copies, 2, page, shape.kv_heads, PAGE, shape.head_dim)
@@ -312,10 +318,10 @@ def _batch(
     return live.plan(positions, *rotary.table(limit))
 
 
-def _running(bench: Bench, size: int) -> _Call:
+def _running(bench: Bench, size: int, *, changed: bool = False) -> _Call:
     """Attention of as many requests as make products of that size."""
     rows = max(2, size * bench.shape.kv_heads // bench.shape.q_heads)
-    return _attention(bench, rows, rows, _batch)
+    return _attention(bench, rows, rows, _batch, changed=changed)
 
 
 def _out_proj(bench: Bench, rows: int, follows: str) -> _Call:
@@ -411,6 +417,19 @@ CASES = (
     *(
         Case("attention", f"running batch, products of {size} rows", partial(_running, size=size))
         for size in (16, 32, 64)
+    ),
+    *(
+        Case(
+            "attention",
+            f"{_of(rows, 1)}{where}, with hidden keys and shifts",
+            partial(_attention, rows=rows, users=1, plan=plan, changed=True),
+        )
+        for rows, where, plan in ((64, "", _pass), (300, "", _pass), (16, ", in a graph", _questions))
+    ),
+    Case(
+        "attention",
+        "running batch, products of 32 rows, with hidden keys and shifts",
+        partial(_running, size=32, changed=True),
     ),
     *(Case("norm_qkv", _counted(rows, "row"), partial(_norm_qkv, rows=rows)) for rows in ROWS),
     *(

@@ -324,6 +324,57 @@ def test_a_conversation_goes_on_from_its_resident_turn(contexts: list[Context]) 
     assert second.usage.cached_tokens > first.usage.prompt_tokens
 
 
+REPAIRS = ["guided(0.3)", "linked(8)", "blended(0.3)", "guided(0.3)+shift", "linked(8)+shift"]
+
+
+def repaired_contexts(braid: Braid, modes: list[str]) -> list[Context]:
+    rules = braid.register_system("Answer from the documents.")
+    docs = braid.register_many(TEXTS, anchor=rules)
+    return [braid.compose([rules, *docs], mode=mode) for mode in modes]
+
+
+def test_repairs_on_graphs_are_those_of_torchs_operations(opened: Callable[..., Braid], tmp_path: Path) -> None:
+    """In float32 the same answers, the next token's logits to rounding; in bfloat16 no further from float32's."""
+    question, modes = "What is the capital of Belmora?", [*REPAIRS, "anchored", "exact"]
+    answers, logits = [], {}
+    for kernels, dtype in (("torch", "float32"), ("triton", "float32"), ("torch", "bfloat16"), ("triton", "bfloat16")):
+        own = {"kernels": kernels, "store": tmp_path / f"{kernels}-{dtype}", "pool_bytes": 2**30}
+        contexts = repaired_contexts(opened("cuda", dtype, **own), modes)
+        if dtype == "float32":
+            answers.append([context.ask(question, max_new_tokens=16, stop_ids=[]).token_ids for context in contexts])
+        found = torch.stack([context.next_token_logits(question) for context in contexts])
+        logits[kernels, dtype] = found
+    exact = logits["torch", "float32"]
+    assert answers[0] == answers[1]
+    torch.testing.assert_close(logits["triton", "float32"], exact, rtol=0, atol=1e-3)  # sums in another order
+    moved = (exact[:-2] - exact[-2]).norm(dim=1)
+    assert (moved > 20 * (logits["triton", "float32"] - exact).norm(dim=1)[:-2]).all(), "repairs matter"
+    # The rules choose by scores that are rounded too, so only what `linked` chooses is the same for sure.
+    fixed = [at for at, mode in enumerate(modes) if mode.startswith(("linked", "anchored", "exact"))]
+    theirs, ours = ((logits[kernels, "bfloat16"] - exact)[fixed].norm() for kernels in ("torch", "triton"))
+    assert ours <= 1.5 * theirs
+
+
+def test_rows_decode_together_with_and_without_repairs(opened: Callable[..., Braid]) -> None:
+    """Each as it does alone, in captured passes that are there already."""
+    braid = opened("cuda", "float32")
+    contexts = repaired_contexts(braid, [*REPAIRS, "anchored", "exact"])
+    questions = ["What is the capital of Aistonia?", "Which river flows through Falkirra?", "What?"]
+    asked = [(context, question) for question in questions for context in contexts]
+    braid.warm_up(requests=len(asked), progress=False)
+    graphs = braid._engine._loop.runner.graphs
+    captured = {**graphs._questions, **graphs._decodings}
+    alone = [context.ask(question, max_new_tokens=20, stop_ids=[]).token_ids for context, question in asked]
+    for _ in range(2):
+        together = braid.ask_many(asked, max_new_tokens=20, stop_ids=[])
+        assert [answer.token_ids for answer in together] == alone
+    streams = [context.stream(question, max_new_tokens=20, stop_ids=[]) for context, question in asked]
+    read_together(streams)
+    assert [stream.answer.token_ids for stream in streams] == alone
+    assert {**graphs._questions, **graphs._decodings} == captured
+    braid._engine.call(braid._engine._loop._integrity)
+
+
 def test_what_triton_can_not_compute_is_refused_when_asked_for(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="float64"):
         Braid("braid-tiny", store=tmp_path, device="cuda", dtype="float64", kernels="triton")

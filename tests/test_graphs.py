@@ -16,6 +16,7 @@ import torch
 
 from braidsdk import Braid, Context
 from braidsdk.engine import graph_runner, graphs
+from braidsdk.engine import runner as eager_runner
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.runner import Chosen, EagerRunner, Runner
 from braidsdk.kernels.attention.live_tables import LiveRoom
@@ -53,8 +54,13 @@ class NowPending:
 
 
 @pytest.fixture
-def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Braid]:
-    """A small one on "graphs"."""
+def braid(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Iterator[Braid]:
+    """A small one on "graphs", of one layer unless a test wants more."""
 
     def record(run: Callable[[], None], *_: object) -> SimpleNamespace:
         run()
@@ -69,7 +75,8 @@ def braid(make_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    folder = make_checkpoint(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    layers = getattr(request, "param", 1)
+    folder = make_checkpoint(num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=1)
     with Braid(folder, store=tmp_path / "store", device="cpu", dtype="float32") as braid:
         loop, model = braid._engine._loop, braid._engine.model
 
@@ -128,6 +135,99 @@ def test_answers_are_those_of_single_passes(braid: Braid, contexts: list[Context
     answers = ask()
     assert answers == eagerly(braid, ask)
     assert answers[1] != contexts[1].ask("Well", max_new_tokens=4).token_ids, "the penalty matters"
+
+
+TWO_LAYERS = pytest.mark.parametrize("braid", [2], indirect=True)
+"""Keys of the first layer are the same after any repair."""
+
+DRAWN = {"temperature": 1.0, "seed": 3}
+"""So that what is chosen depends on all that is seen."""
+
+REPAIRS = ("guided(0.4)", "linked(5)+shift", "blended(0.5)", "guided(0.5)+shift")
+
+
+def composed(braid: Braid, *modes: str) -> list[Context]:
+    rules = braid.register_system("Be short.")
+    docs = braid.register_many(["One document.", "Another. " * 9, "The last one."], anchor=rules, progress=False)
+    return [braid.compose([rules, *docs], mode=mode) for mode in modes]
+
+
+@TWO_LAYERS
+def test_repaired_answers_are_those_of_single_passes(braid: Braid) -> None:
+    """Alone, and beside rows that are repaired otherwise or not at all; attention to sources too."""
+    contexts = composed(braid, *REPAIRS, "anchored")
+    shares: list[list[float]] = []
+
+    def ask() -> list[tuple[int, ...]]:
+        alone = [context.ask("Well?", max_new_tokens=7, **DRAWN).token_ids for context in contexts[1:4:2]]
+        asked = [(context, "Well?") for context in contexts]
+        together = braid.ask_many(asked, max_new_tokens=7, sources=True, **DRAWN)
+        shares.append([share for answer in together for token in answer.token_sources or () for share in token.shares])
+        return [*alone, *(answer.token_ids for answer in together)]
+
+    answers = ask()
+    assert answers == eagerly(braid, ask)
+    assert shares[0] == pytest.approx(shares[1], abs=1e-5)  # float32, summed in another order
+    assert answers[:2] == answers[3:6:2]
+    assert len(set(answers)) > 2, "repairs matter"
+    braid._engine.call(braid._engine._loop._integrity)
+
+
+@TWO_LAYERS
+@pytest.mark.parametrize("modes", [["guided(0.5)+shift"], ["linked(5)+shift", "guided(0.4)", "linked(8)+shift"]])
+def test_logits_of_repaired_rows_are_those_of_single_passes(
+    braid: Braid, modes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one row, and of several that decode together: after the question, and after each of three tokens."""
+    asked = [(context, "Well?") for context in composed(braid, *modes)]
+    seen: list[torch.Tensor] = []
+
+    def noting(honest: Callable[..., T]) -> Callable[..., T]:
+        def noted(logits: torch.Tensor, *rest: object) -> T:
+            seen.append(logits[: len(asked)].clone())
+            return honest(logits, *rest)
+
+        return noted
+
+    def ask() -> list[torch.Tensor]:
+        seen.clear()
+        braid.ask_many(asked, max_new_tokens=4)
+        return seen[:4]
+
+    ask()  # passes are recorded
+    monkeypatch.setattr(graphs, "choose_into", noting(graphs.choose_into))
+    monkeypatch.setattr(eager_runner, "choose", noting(eager_runner.choose))
+    for one, other in zip(ask(), eagerly(braid, ask), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)  # float32 sums in another order
+
+
+@TWO_LAYERS
+@pytest.mark.parametrize("mode", ["guided(0.6)", "guided(0.6)+shift"])
+def test_repairs_beside_rows_that_decode(braid: Braid, mode: str) -> None:
+    """A repair and the question behind it come in pieces, some of them in one step."""
+    repaired, plain = composed(braid, mode, "anchored")
+    question = "Well then, what is it? " * 3
+    braid._engine._loop.scheduler._piece_tokens = 10
+
+    def ask() -> list[tuple[int, ...]]:
+        with plain.stream("Well?", max_new_tokens=60) as pieces:
+            next(pieces)
+            return [repaired.ask(question, max_new_tokens=6, **DRAWN).token_ids]
+
+    answers = ask()
+    assert answers == eagerly(braid, ask)
+    assert answers != [plain.ask(question, max_new_tokens=6, **DRAWN).token_ids]
+
+
+@TWO_LAYERS
+def test_no_request_with_repairs_records_a_pass(braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, *repaired = composed(braid, "anchored", *REPAIRS[:2])
+    asked = [(plain, "Well?")] * 3
+    braid.ask_many(asked, max_new_tokens=3)
+    plain.ask("Well?", max_new_tokens=3)
+    monkeypatch.setattr(graphs, "_record", None)
+    braid.ask_many([(context, "Well?") for context in (*repaired, plain)], max_new_tokens=3)
+    repaired[0].ask("Well?", max_new_tokens=3)
 
 
 def test_logits_along_an_answer_are_those_of_single_passes(braid: Braid, contexts: list[Context]) -> None:

@@ -18,7 +18,6 @@ from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.graph_runner import GraphRunner
-from braidsdk.engine.graphs import runs_on_graphs
 from braidsdk.engine.loop import Loop, closed, deleted
 from braidsdk.engine.request import Request
 from braidsdk.errors import ForkedError
@@ -99,7 +98,6 @@ class Engine:
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
         self.certificates = Certificates(store, self.identity, namespace)
         self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
-        self._on_graphs = runs_on_graphs(model)
         self._process = os.getpid()
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
@@ -133,11 +131,6 @@ class Engine:
     def misses(self) -> int:
         """Entries that calls had to compute."""
         return self._loop.residency.misses
-
-    @property
-    def on_graphs(self) -> bool:
-        """Whether steps run on CUDA graphs."""
-        return self._on_graphs
 
     def check_process(self) -> None:
         """Check that this is the process that opened it. Takes no lock: in a fork, a thread that does not exist there

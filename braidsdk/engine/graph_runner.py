@@ -51,7 +51,8 @@ class _Pending:
 
 
 class GraphRunner:
-    """`runner.Runner` over CUDA graphs. Texts, and questions longer than a graph takes, go through passes without."""
+    """`runner.Runner` over CUDA graphs. Texts, repairs, and questions longer than a graph takes, go through passes
+    without."""
 
     ahead = True
 
@@ -74,11 +75,11 @@ class GraphRunner:
         questions: list[Piece] = []
         plain: list[Piece] = []
         for piece in pieces:
-            if piece.logits or len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]:
+            if piece.logits or piece.run.places is not None or len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]:
                 plain.append(piece)
             elif piece.row:
                 questions.append(piece)
-            elif rows:  # beside rows that decode a text comes in small pieces, which launch faster in a graph
+            elif rows and not plain:  # beside rows that decode a text comes in small pieces: a graph launches faster
                 self._compute([piece])
             else:
                 plain.append(piece)

@@ -336,7 +336,7 @@ def workspace_bytes(model: Model) -> int:
     work = QUESTION_ROWS[-1] * per_token * itemsize
     work += max(room.partials, ROW_SLOTS * live.partials) * (width + config.q_heads) * 4
     work += ROW_SLOTS * config.vocab_size * 5
-    table = 4 * (5 * room.items + room.words + 4 * QUESTION_ROWS[-1])
+    table = 4 * (6 * room.items + room.words + 4 * QUESTION_ROWS[-1])
     graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS) + len(TOGETHER_ROWS))
     kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size + 4 * live.words
     return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES

@@ -12,7 +12,7 @@ import triton.language as tl
 LISTED: tl.constexpr = tl.constexpr(32)
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-TABLES = ("items", "spans", "rows", "frames", "pages", "hidden", "counts", "merges")
+TABLES = ("items", "spans", "rows", "frames", "pages", "changes", "counts", "merges")
 """They lie one behind the other, each wherever the one before it ends: that must not decide which kernel is compiled.
 No load from them is wider for being aligned."""
 
@@ -20,20 +20,27 @@ No load from them is wider for being aligned."""
 @triton.jit
 def _unit(
     item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
-    hidden, partials, lses, out, scale,
+    changes, partials, lses, out, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, FOLLOWED: tl.constexpr, USE_PDL: tl.constexpr,
+    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, SHIFTS: tl.constexpr, FOLLOWED: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One item, one KV head."""
+    """One item, one KV head.
+
+    A segment's shift (mu, nu) adds q.mu to each of its scores, and nu to each of its values. So while its keys are
+    walked, `top` is less by q.mu, and `mixed` by nu for each unit of `total`: the loop over keys knows nothing of it.
+    Only loads depend on whether there is a shift: if `mixed` were written in a branch, the compiler would let every
+    product on tensor cores wait for the one before.
+    """
     HALF: tl.constexpr = HEAD_DIM // 2
     PADDED: tl.constexpr = BLOCK_D != HEAD_DIM
     BLOCKS: tl.constexpr = PAGE // BLOCK_N
     q_heads: tl.constexpr = KV_HEADS * GROUP
-    first_row = tl.load(items + item * 5)
-    row_count = tl.load(items + item * 5 + 1)
-    first_span = tl.load(items + item * 5 + 2)
-    last_span = tl.load(items + item * 5 + 3)
+    first_row = tl.load(items + item * 6)
+    row_count = tl.load(items + item * 6 + 1)
+    first_span = tl.load(items + item * 6 + 2)
+    last_span = tl.load(items + item * 6 + 3)
 
     m = tl.arange(0, BLOCK_M)
     member = m // GROUP
@@ -44,7 +51,7 @@ def _unit(
         place = row
     else:
         row = tl.load(rows + (first_row + member) * 2, mask=live, other=0)
-        place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0) + tl.load(items + item * 5 + 4)
+        place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0) + tl.load(items + item * 6 + 4)
     position = tl.load(positions + row, mask=live, other=-1).to(tl.int32)
 
     half = tl.arange(0, BLOCK_D // 2)
@@ -60,6 +67,8 @@ def _unit(
     mixed = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, LISTED)
+    if (HIDES or SHIFTS) and not SHARED:
+        some_changed = tl.load(items + item * 6 + 5) > 0
     for span in range(first_span, last_span):
         first_page = tl.load(spans + span * 4)
         span_start = tl.load(spans + span * 4 + 1)
@@ -70,7 +79,8 @@ def _unit(
             origin = tl.load(frame)
             low = tl.load(frame + 1)
             high = tl.load(frame + 2)
-            bits_at = tl.load(frame + 3)
+            change = tl.load(frame + 3)
+            changed = change >= 0
             seen = tl.where(live, tl.minimum(high, position - origin + 1), low)
             start = tl.maximum(low, span_start)
         else:
@@ -78,7 +88,9 @@ def _unit(
             origin = tl.load(frame, mask=live, other=0)
             low = tl.load(frame + 1, mask=live, other=2147483647)
             high = tl.load(frame + 2, mask=live, other=0)
-            bits_at = tl.load(frame + 3, mask=live, other=-1)
+            change = tl.load(frame + 3, mask=live, other=-1)
+            if HIDES or SHIFTS:
+                changed = some_changed
             seen = tl.where(live, tl.minimum(high, position - origin + 1), 0)
             start = tl.maximum(tl.min(low, 0), span_start)
         stop = tl.minimum(tl.max(seen, 0), span_stop)
@@ -100,6 +112,16 @@ def _unit(
             query_b = tl.load(query_at + HALF, mask=half_live, other=0.0).to(tl.float32)
             halves = tl.join(query_a * cosine - query_b * sine, query_b * cosine + query_a * sine)
             turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, BLOCK_D)).to(kv.dtype.element_ty)
+            if SHIFTS:
+                moved = tl.zeros([BLOCK_M], tl.float32)
+                nu = tl.zeros([1 if SHARED else BLOCK_M, BLOCK_D], tl.float32)
+                if changed:
+                    shift, there = _shift(kv, changes, change, head, d, d_real, KV_HEADS, HEAD_DIM, PAGE, SHARED)
+                    mu = tl.load(shift, mask=there, other=0.0).to(tl.float32)
+                    nu = tl.load(shift + values_at, mask=there, other=0.0).to(tl.float32)
+                    moved = tl.sum(turned.to(tl.float32) * mu, 1)
+                top -= moved
+                mixed -= total[:, None] * nu
             for some in range(first, (stop + PAGE - 1) // PAGE, LISTED):
                 if some > first:
                     ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
@@ -118,14 +140,14 @@ def _unit(
                         visible &= (token >= start)[None, :]
                     else:
                         visible &= token[None, :] >= low[:, None]
-                    if HIDES:
+                    if HIDES and changed:
                         if SHARED:
-                            word = tl.load(hidden + bits_at + token // 32, mask=inside & (bits_at >= 0), other=0)
+                            word = tl.load(changes + change + token // 32, mask=inside, other=0)
                             visible &= ((word >> (token % 32)) & 1)[None, :] == 0
                         else:
                             word = tl.load(
-                                hidden + bits_at[:, None] + (token // 32)[None, :],
-                                mask=inside[None, :] & (bits_at >= 0)[:, None],
+                                changes + change[:, None] + (token // 32)[None, :],
+                                mask=inside[None, :] & (change >= 0)[:, None],
                                 other=0,
                             )
                             visible &= ((word >> (token % 32)[None, :]) & 1) == 0
@@ -139,6 +161,13 @@ def _unit(
                     value = tl.load(tile + values_at, mask=stored, other=0.0)
                     mixed = tl.dot(weight.to(value.dtype), value, mixed, input_precision="ieee")
                     top = new_top
+            if SHIFTS:
+                nu = tl.zeros([1 if SHARED else BLOCK_M, BLOCK_D], tl.float32)  # loaded anew: kept, it takes registers
+                if changed:
+                    shift, there = _shift(kv, changes, change, head, d, d_real, KV_HEADS, HEAD_DIM, PAGE, SHARED)
+                    nu = tl.load(shift + values_at, mask=there, other=0.0).to(tl.float32)
+                top += moved
+                mixed += total[:, None] * nu
 
     divisor = tl.where(total == 0.0, 1.0, total)
     mixed = mixed / divisor[:, None]
@@ -150,6 +179,23 @@ def _unit(
         at = place.to(tl.int64) * q_heads + q_head
         tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=all_live)
         tl.store(lses + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=live)
+
+
+@triton.jit
+def _shift(
+    kv, changes, change, head, d, d_real,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
+    """Where the key of each row's shift is, or of the one that rows share, and whether there is one."""
+    slot = tl.load(changes + change - 1, mask=change >= 0, other=-1)
+    at = ((slot // PAGE).to(tl.int64) * KV_HEADS + head) * (PAGE * HEAD_DIM) + slot % PAGE * HEAD_DIM
+    if SHARED:
+        shift = (kv + at + d)[None, :]
+        there = ((slot >= 0) & d_real)[None, :]
+    else:
+        shift = kv + at[:, None] + d[None, :]
+        there = (slot >= 0)[:, None] & d_real[None, :]
+    return shift, there
 
 
 @triton.jit
@@ -207,12 +253,12 @@ def _merge(
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
 def cascade(
-    queries, kv, values_at: tl.int64, positions, cosines, sines, items, spans, rows, frames, pages, hidden, counts,
+    queries, kv, values_at: tl.int64, positions, cosines, sines, items, spans, rows, frames, pages, changes, counts,
     partials, lses, out, arrived, merges, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     FOLLOWED: tl.constexpr, FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr,
-    MERGES: tl.constexpr,
+    SHIFTS: tl.constexpr, MERGES: tl.constexpr,
     MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
@@ -232,12 +278,12 @@ def cascade(
         head = unit % KV_HEADS
         _unit(
             item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
-            pages, hidden, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M, BLOCK_N,
-            STAGES, DIRECT, SHARED, HIDES, FOLLOWED, USE_PDL and not FOLLOWS,
+            pages, changes, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M, BLOCK_N,
+            STAGES, DIRECT, SHARED, HIDES, SHIFTS, FOLLOWED, USE_PDL and not FOLLOWS,
         )  # fmt: skip
         if MERGES:
             tl.debug_barrier()
-            row = tl.load(rows + tl.load(items + item * 5) * 2)
+            row = tl.load(rows + tl.load(items + item * 6) * 2)
             first = tl.load(merges + row * 2)
             count = tl.load(merges + row * 2 + 1)
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")

@@ -1,7 +1,7 @@
 """Cascade attention on the GPU: which tables a pass gets, and how its kernels are started."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -61,6 +61,10 @@ _EXACT = Config(1, 8, keys=16)
 """For float32: no tensor cores, and twice the shared memory. Every thread's multiplications are written out, their
 operands in registers: of a whole page they spill by kilobytes, and take long to compile."""
 
+CHANGED_REGISTERS = 168
+"""What a thread may take with few rows where keys may be hidden or shifted, and heads have at most 128 dimensions: as
+many as the compiler chooses where they may not. Left to itself it takes so many more that one program less fits."""
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -75,6 +79,7 @@ class Launch:
         shared: the rows of an item are of one request, and share its frames.
         merges: the last program of a row merges it; needs tables whose items hold one row.
         hides: whether some keys are hidden.
+        shifts: whether some segments have a shift.
     """
 
     block_m: int
@@ -85,6 +90,7 @@ class Launch:
     shared: bool
     merges: bool
     hides: bool
+    shifts: bool
 
 
 @dataclass(frozen=True)
@@ -135,8 +141,6 @@ def plan_for_triton(
     by_segment: bool = False,
 ) -> TritonPlan:
     """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
-    if any(segment.shift is not None for request in requests for segment in request.segments):
-        raise ValueError("attention: backend='triton' takes segments without shifts; pass backend='torch'.")
     cos, sin = rotary.table(limit)
     device, rows = cos.device, len(positions)
     direct = rows >= MANY_ROWS and not by_segment
@@ -153,7 +157,8 @@ def plan_for_triton(
         direct=direct,
         shared=tables.shared,
         merges=tables.lone and not direct,
-        hides=len(tables.hidden) > 0,
+        hides=any(segment.hidden is not None for request in requests for segment in request.segments),
+        shifts=any(segment.shift is not None for request in requests for segment in request.segments),
     )
     arrived = counters("attention", device, rows * kv_heads)
     return TritonPlan(tables.to(device), launch, positions.to(device), cos, sin, arrived)
@@ -230,6 +235,8 @@ def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses
     for begin, end, size, programs in parts:
         follows = len(parts) == 2 and begin == 2
         config = BESIDE if follows else DIRECT_CONFIG if launch.direct else CONFIGS[size]
+        if (launch.hides or launch.shifts) and config is CONFIGS[SMALL_M] and not launch.merges and head_dim <= 128:
+            config = replace(config, registers=CHANGED_REGISTERS)
         if kv.dtype == torch.float32:
             config = _EXACT
         kernel.cascade[(programs,)](
@@ -244,7 +251,7 @@ def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses
             tables.rows,
             tables.frames,
             tables.pages,
-            tables.hidden,
+            tables.changes,
             tables.counts,
             partials,
             lses,
@@ -267,6 +274,7 @@ def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses
             DIRECT=launch.direct,
             SHARED=launch.shared,
             HIDES=launch.hides,
+            SHIFTS=launch.shifts,
             MERGES=launch.merges,
             MERGE_BLOCK=32,
             MERGE_HEADS=group if group & (group - 1) == 0 and group <= 4 else 1,

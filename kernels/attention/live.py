@@ -79,12 +79,12 @@ class LivePlan:
             raise ValueError(f"expected at most {placed.slots} rows, one per slot; got {rows}.")
         words = self._device[placed.words_at :]
         tables = Tables(
-            items=self._device[placed.items_at :][: placed.room.items * 5].view(-1, 5),
+            items=self._device[placed.items_at :][: placed.room.items * 6].view(-1, 6),
             spans=words.view(-1, 4),
             rows=words.view(-1, 2),
             frames=words.view(-1, 4),
             pages=words,
-            hidden=words,
+            changes=words,
             counts=self._device[:4],
             merges=self._device[4:][: rows * 2].view(-1, 2),
             shared=False,
@@ -102,7 +102,8 @@ class LivePlan:
             direct=False,
             shared=False,
             merges=False,
-            hides=False,
+            hides=True,
+            shifts=True,
         )
         return TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
 
@@ -118,7 +119,7 @@ class LivePlan:
             None, or the room that a new plan needs where it does not fit this one; then nothing has changed.
 
         Raises:
-            ValueError: the slot is not free, or some keys are hidden.
+            ValueError: the slot is not free.
         """
         wanted = self._tables.join(slot, segments)
         self._changed |= wanted is None

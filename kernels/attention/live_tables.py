@@ -3,6 +3,11 @@
 `tables.split_tables` cuts all work anew, evenly for the machine, in milliseconds where requests are many. Here an entry
 is cut in the same way whoever uses it: a join adds a member to the items of its entries, or makes them. Hence a
 request's partial results, and the order in which they are merged, do not depend on the others.
+
+Hidden keys and shifts are a request's own, and what it sees is not. So a request that has some takes one block of words
+for them when it joins, and gives it back when it leaves: `tables.changes_of` each of its segments that has, one behind
+the other. Its frames say where; its entries are still read once for all who use them. An item counts its members with
+such a frame, so that the kernel looks at one number where there are none.
 """
 
 import struct
@@ -13,10 +18,10 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import le
 
-from braidsdk.kernels.attention.tables import page_ids
+from braidsdk.kernels.attention.tables import changes_of, page_ids
 from braidsdk.kernels.paging import PagedSegment
 
-_ITEM, _SPAN, _MEMBER, _FRAME = (struct.Struct(f"{width}i") for width in (5, 4, 2, 4))
+_ITEM, _SPAN, _MEMBER, _FRAME = (struct.Struct(f"{width}i") for width in (6, 4, 2, 4))
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,7 @@ class LiveRoom:
 
     Attributes:
         items: work items.
-        words: integers of spans, pages, members and frames.
+        words: integers of spans, pages, members, frames and changes.
         partials: partial results of one request, one for each item that it is in.
     """
 
@@ -33,6 +38,9 @@ class LiveRoom:
     words: int = 1 << 17
     partials: int = 64
 
+
+_LEAST_CHANGES = 64
+"""Words of the smallest block of a request's changes; others are a power of two, so that the next one fits."""
 
 _Name = tuple[int, int, int, int, int]
 """Pages that belong together: the first one's id, how many the entry has, which of them are seen, from and to, and how
@@ -45,6 +53,7 @@ class _Tile:
     Attributes:
         name: of its pages.
         slots: in the order of its members.
+        changed: how many of these see hidden keys or a shift.
         few_at, most_at: where in the words its blocks are, for few members, and for the most; -1 where there is none.
             One that is large keeps the block for few, so that a request can leave however full the tables are.
         large: whether the block for the most holds its members, and its items are the large launch's.
@@ -53,23 +62,26 @@ class _Tile:
         items: where in the table each of them is.
     """
 
-    __slots__ = ("few_at", "frames", "items", "large", "most_at", "name", "rows", "slots", "spans")
+    __slots__ = ("changed", "few_at", "frames", "items", "large", "most_at", "name", "rows", "slots", "spans")
 
     def __init__(self, name: _Name) -> None:
         self.name = name
         self.slots: list[int] = []
         self.few_at = self.most_at = self.frames = self.rows = -1
         self.large = False
+        self.changed = 0
         self.spans: list[int] = []
         self.items: list[int] = []
 
 
 @dataclass(frozen=True)
 class _Running:
-    """A request of the batch: what it sees, and the tiles that it is in."""
+    """A request of the batch: what it sees, the tiles that it is in, and the block of its changes, where and its
+    size."""
 
     segments: tuple[PagedSegment, ...]
     tiles: list[_Tile]
+    changes: tuple[int, int]
 
 
 class _Heap:
@@ -113,9 +125,9 @@ class LiveTables:
     """What `tables.Tables` says of a batch whose rows are slots, one request each, in one array of integers.
 
     Attributes:
-        host: counts [4], merges [slots, 2], items [items, 5], words; each begins where 16 bytes do, as kernels assume.
-            Large items stand at the start of the items, small ones at their end. The words hold spans, pages, rows
-            and frames, each counted from the first word in entries of its own width.
+        host: counts [4], merges [slots, 2], items [items, 6], words; each begins where 16 bytes do, as kernels assume.
+            Large items stand at the start of the items, small ones at their end. The words hold spans, pages, rows,
+            frames and changes, each counted from the first word in entries of its own width.
         items_at, words_at: where in `host` items and words begin.
     """
 
@@ -134,7 +146,7 @@ class LiveTables:
         self._page_size, self._item_pages = page_size, item_pages
         self._few, self._most = small_rows, most_rows
         self.items_at = 4 + -(-slots // 2) * 4
-        self.words_at = self.items_at + -(-room.items * 5 // 4) * 4
+        self.words_at = self.items_at + -(-room.items * 6 // 4) * 4
         self.host = array("i", bytes(4 * (self.words_at + -(-room.words // 4) * 4)))
         # What blocks take, in whole frames: an item's span and pages; frames and rows of few or of most members.
         self._span_size = -(-(4 + item_pages) // 4) * 4
@@ -161,29 +173,37 @@ class LiveTables:
         if not 0 <= slot < self.slots or slot in self._running:
             raise ValueError(f"expected a free slot below {self.slots}, got {slot}.")
         named: dict[_Name, PagedSegment] = {}
+        changes: dict[_Name, array[int]] = {}
         items = 0
         for segment in segments:
             if segment.stop <= segment.start:
                 continue
-            if segment.hidden is not None or segment.shift is not None:
-                raise ValueError("expected segments without hidden keys and shifts; plan this pass by itself")
             pages = page_ids(segment.pages)
             first, last = segment.start // self._page_size, -(-segment.stop // self._page_size)
             name = (pages[0], len(pages), first, last, 0)  # a page belongs to one entry
             while name in named:
                 name = (*name[:4], name[4] + 1)
             named[name] = segment
+            if segment.changed:
+                changes[name] = changes_of(segment, last * self._page_size)
             items += -(-(last - first) // self._item_pages)
-        if wanted := self._wanted(items, len(named)):
+        size = sum(map(len, changes.values()))
+        size = size and max(_LEAST_CHANGES, 1 << (size - 1).bit_length())
+        if wanted := self._wanted(items, len(named), size):
             return wanted
+        at = block = self._heap.take(size) if size else 0
         place = slot * self.room.partials
         tiles = []
         for name, segment in named.items():
+            change = -1
+            if words := changes.get(name):
+                self.host[self.words_at + at : self.words_at + at + len(words)] = words
+                change, at = at + 1, at + len(words)
             tile = self._open_tile(name, segment)
-            self._add(tile, slot, place, segment)
+            self._add(tile, slot, place, segment, change)
             place += len(tile.items)
             tiles.append(tile)
-        self._running[slot] = _Running(tuple(named.values()), tiles)
+        self._running[slot] = _Running(tuple(named.values()), tiles, (block, size))
         _MEMBER.pack_into(self.host, 16 + 8 * slot, slot * self.room.partials, items)
         self._count()
         return None
@@ -192,8 +212,11 @@ class LiveTables:
         """As `LivePlan.leave`."""
         if slot not in self._running:
             raise ValueError(f"expected an occupied slot, got {slot}.")
-        for tile in self._running.pop(slot).tiles:
+        gone = self._running.pop(slot)
+        for tile in gone.tiles:
             self._remove(tile, slot)
+        if gone.changes[1]:
+            self._heap.give(*gone.changes)
         if not self._running:
             self._heap.clear()
         self.host[5 + 2 * slot] = 0
@@ -218,6 +241,7 @@ class LiveTables:
         taken = [(tile.few_at, self._few_size) for tile in tiles if self._few]
         taken += [(tile.most_at, self._most_size) for tile in tiles if tile.most_at >= 0]
         taken += [(span, self._span_size) for tile in tiles for span in tile.spans]
+        taken += [each.changes for each in self._running.values() if each.changes[1]]
         end = 0
         for at, size in sorted(chain(taken, self._heap.blocks())):
             if at != end:
@@ -228,30 +252,38 @@ class LiveTables:
         if end > self.room.words or len(self._small) + len(self._large) > self.room.items:
             raise RuntimeError(f"{end} words and {len(self._small) + len(self._large)} items do not fit {self.room}.")
 
-    def _partials(self) -> dict[int, list[tuple[int, list[tuple[int, ...]]]]]:
+    def _partials(self) -> dict[int, list[tuple[int, list[tuple[object, ...]]]]]:
         """What the host's tables say: by slot, the places of partial results, each with the keys that it is of."""
         found = defaultdict(list)
         start, large, small, stop = _SPAN.unpack_from(self.host, 0)
         rows = {False: range(1, self._few + 1), True: range(self._few + 1, self._most + 1)}
         for item in chain(range(start, large), range(small, stop)):
-            first_row, count, span, last_span, step = _ITEM.unpack_from(self.host, 4 * (self.items_at + 5 * item))
+            first_row, count, span, last_span, step, some = _ITEM.unpack_from(self.host, 4 * (self.items_at + 6 * item))
             first_page, token, end, frame = self._read(_SPAN, 4 * span)
             if count not in rows[item < large] or last_span != span + 1:
                 raise RuntimeError(f"item {item}: of {count} rows and {last_span - span} spans.")
-            pages = self.host[self.words_at + first_page :][: (end - token) // self._page_size]
+            size = self._page_size
+            pages = self.host[self.words_at + first_page :][: (end - token) // size]
             for member in range(count):
                 slot, place = self._read(_MEMBER, 2 * (first_row + member))
-                seen = self._read(_FRAME, 4 * (frame + member))
-                keys = [(*seen, token + index * self._page_size, page) for index, page in enumerate(pages)]
+                *seen, change = self._read(_FRAME, 4 * (frame + member))
+                some -= change >= 0
+                changes = self.host[self.words_at + change - 1 :] if change >= 0 else None
+                tokens = range(token, end, size)
+                keys = [(*seen, at, page, _changes(changes, at, size)) for at, page in zip(tokens, pages, strict=True)]
                 found[slot].append((place + step, keys))
+            if some:
+                raise RuntimeError(f"item {item}: {some} rows more than have hidden keys or a shift.")
         return found
 
     def _read(self, kind: struct.Struct, at: int) -> tuple[int, ...]:
         return kind.unpack_from(self.host, 4 * (self.words_at + at))
 
-    def _wanted(self, items: int, segments: int) -> LiveRoom | None:
+    def _wanted(self, items: int, segments: int, changes: int) -> LiveRoom | None:
         """Twice what the tables would take where they do not fit, if all of a request's segments are new and large."""
-        words = self._heap.lacking((self._span_size, items), (self._few_size, segments), (self._most_size, segments))
+        words = self._heap.lacking(
+            (self._span_size, items), (self._few_size, segments), (self._most_size, segments), (changes, 1)
+        )
         needed = (len(self._small) + len(self._large) + items, self._heap.top + words, items)
         sizes = (self.room.items, self.room.words, self.room.partials)
         if all(map(le, needed, sizes)):
@@ -285,15 +317,16 @@ class LiveTables:
         self._place(tile)
         return tile
 
-    def _add(self, tile: _Tile, slot: int, place: int, segment: PagedSegment) -> None:
+    def _add(self, tile: _Tile, slot: int, place: int, segment: PagedSegment, change: int) -> None:
         member = len(tile.slots)
         if member == self._few and not tile.large:
             self._move(tile, large=True)
         frame = self.words_at + tile.frames + 4 * member
         row = self.words_at + tile.rows + 2 * member
-        _FRAME.pack_into(self.host, 4 * frame, segment.origin, segment.start, segment.stop, -1)
+        _FRAME.pack_into(self.host, 4 * frame, segment.origin, segment.start, segment.stop, change)
         _MEMBER.pack_into(self.host, 4 * row, slot, place)
         tile.slots.append(slot)
+        tile.changed += change >= 0
         self._recount(tile)
 
     def _remove(self, tile: _Tile, slot: int) -> None:
@@ -303,9 +336,10 @@ class LiveTables:
         if not last:
             self._drop(tile)
             return
+        host, frames, rows = self.host, self.words_at + tile.frames, self.words_at + tile.rows
+        tile.changed -= host[frames + 4 * member + 3] >= 0
         if member != last:
             tile.slots[member] = moved
-            host, frames, rows = self.host, self.words_at + tile.frames, self.words_at + tile.rows
             host[frames + 4 * member : frames + 4 * member + 4] = host[frames + 4 * last : frames + 4 * last + 4]
             host[rows + 2 * member : rows + 2 * member + 2] = host[rows + 2 * last : rows + 2 * last + 2]
         if last == self._few:
@@ -356,8 +390,8 @@ class LiveTables:
         for step, span in enumerate(tile.spans):
             tile.items[step] = item = len(owners) if tile.large else self.room.items - 1 - len(owners)
             owners.append((tile, step))
-            at = 4 * (self.items_at + 5 * item)
-            _ITEM.pack_into(self.host, at, tile.rows // 2, len(tile.slots), span // 4, span // 4 + 1, step)
+            at = 4 * (self.items_at + 6 * item)
+            _ITEM.pack_into(self.host, at, tile.rows // 2, len(tile.slots), span // 4, span // 4 + 1, step, 0)
 
     def _displace(self, tile: _Tile) -> None:
         """Take a tile's items out of the table; the last ones there take their places."""
@@ -369,23 +403,31 @@ class LiveTables:
             if last != item:
                 owners[item if tile.large else self.room.items - 1 - item] = (other, its)
                 other.items[its] = item
-                to, source = self.items_at + 5 * item, self.items_at + 5 * last
-                host[to : to + 5] = host[source : source + 5]
+                to, source = self.items_at + 6 * item, self.items_at + 6 * last
+                host[to : to + 6] = host[source : source + 6]
 
     def _recount(self, tile: _Tile) -> None:
-        """Tell a tile's items how many members it has."""
+        """Tell a tile's items how many members it has, and how many of them are changed."""
         count = len(tile.slots)
         for item in tile.items:
-            self.host[self.items_at + 5 * item + 1] = count
+            at = self.items_at + 6 * item
+            self.host[at + 1], self.host[at + 5] = count, tile.changed
 
     def _count(self) -> None:
         """Where large items end, and small ones begin."""
         _SPAN.pack_into(self.host, 0, 0, len(self._large), self.room.items - len(self._small), self.room.items)
 
 
-def _keys(segments: Sequence[PagedSegment], page_size: int) -> Iterator[tuple[int, ...]]:
-    """Frames, and token and id of each page, of what a request sees."""
+def _keys(segments: Sequence[PagedSegment], size: int) -> Iterator[tuple[object, ...]]:
+    """Origin and bounds, token, id and changes of each page, of what a request sees."""
     for segment in segments:
-        pages = segment.pages.tolist()
-        for page in range(segment.start // page_size, -(-segment.stop // page_size)):
-            yield segment.origin, segment.start, segment.stop, -1, page * page_size, pages[page]
+        pages, last = segment.pages.tolist(), -(-segment.stop // size)
+        changes = changes_of(segment, last * size) if segment.changed else None
+        for page in range(segment.start // size, last):
+            seen = segment.origin, segment.start, segment.stop
+            yield *seen, page * size, pages[page], _changes(changes, page * size, size)
+
+
+def _changes(changes: "array[int] | None", token: int, size: int) -> tuple[int, ...]:
+    """Of what `tables.changes_of` gives, the shift and the words of one page."""
+    return (changes[0], *changes[1 + token // 32 : 1 - (token + size) // -32]) if changes else ()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.launch import CONFIGS, Launch, TritonPlan, block_m, block_rows, work_items
-from braidsdk.kernels.attention.tables import Tables, page_ids
+from braidsdk.kernels.attention.tables import Tables, changes_of, page_ids
 from braidsdk.kernels.launch import counters
 from braidsdk.kernels.paging import Request
 
@@ -24,7 +24,7 @@ class Room:
 
     Attributes:
         items: work items.
-        words: integers of frames, pages and spans.
+        words: integers of frames, pages, changes and spans.
         partials: partial results of all rows.
     """
 
@@ -72,17 +72,17 @@ class StaticPlan:
         self._merges_at = 4
         self._rows_at = self._merges_at + -(-rows // 2) * 4
         self._items_at = self._rows_at + -(-rows // 2) * 4
-        self._words_at = self._items_at + -(-room.items * 5 // 4) * 4
+        self._words_at = self._items_at + -(-room.items * 6 // 4) * 4
         self._rows = rows
         self._device = torch.zeros(self._words_at + -(-room.words // 4) * 4, dtype=torch.int32, device=device)
         words = self._device[self._words_at :]
         tables = Tables(
-            items=self._device[self._items_at :][: room.items * 5].view(-1, 5),
+            items=self._device[self._items_at :][: room.items * 6].view(-1, 6),
             spans=words.view(-1, 4),
             rows=self._device[self._rows_at :][: rows * 2].view(-1, 2),
             frames=words.view(-1, 4),
             pages=words,
-            hidden=words,
+            changes=words,
             counts=self._device[:4],
             merges=self._device[self._merges_at :][: rows * 2].view(-1, 2),
             shared=True,
@@ -98,16 +98,13 @@ class StaticPlan:
             direct=False,
             shared=True,
             merges=rows == 1,
-            hides=False,
+            hides=True,
+            shifts=True,
         )
         self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
 
     def load(self, requests: Sequence[Request]) -> Room | None:
-        """Plan for these requests; None, or the room that they need if they do not fit.
-
-        Raises:
-            ValueError: some keys are hidden.
-        """
+        """Plan for these requests; None, or the room that they need if they do not fit."""
         host = self._tables(requests)
         if isinstance(host, Room):
             return host
@@ -118,23 +115,24 @@ class StaticPlan:
         return None
 
     def _tables(self, requests: Sequence[Request]) -> "array[int] | Room":
-        """`tables.Tables` as one array, or the room that it needs. The words hold frames, pages and spans, each counted
-        from the first word in entries of its own width."""
+        """`tables.Tables` as one array, or the room that it needs. The words hold frames, pages, changes and spans,
+        each counted from the first word in entries of its own width."""
         size, most = self._page_size, self._block_rows
         asked, words_of_pages, frame_count, total = [], 0, 0, 0
+        changes = array("i")
         for request in requests:
             shown, pages = [], 0
             for segment in request.segments:
-                if segment.hidden is not None or segment.shift is not None:
-                    raise ValueError("expected segments without hidden keys and shifts; plan this pass by itself")
                 if segment.stop > segment.start:
                     ids, first, last = page_ids(segment.pages), segment.start // size, -(-segment.stop // size)
-                    shown.append((segment, ids, first, last))
+                    shown.append((segment, ids, first, last, len(changes) + 1))
+                    if segment.changed:
+                        changes.extend(changes_of(segment, last * size))
                     pages += last - first
             start, stop = request.rows.start, request.rows.stop
             if pages and stop > start:
                 asked.append((start, stop, shown, pages))
-                words_of_pages += sum([len(ids) for _, ids, _, _ in shown])
+                words_of_pages += sum([len(ids) for _, ids, _, _, _ in shown])
                 frame_count += len(shown)
                 total += pages * -(-(stop - start) // most)
         per_item = max(1, -(-total // self._work_items))
@@ -143,15 +141,17 @@ class StaticPlan:
         frames, listed, spans, items, members = (array("i") for _ in range(5))
         merges = array("i", bytes(8 * self._rows))
         pages_at = 4 * frame_count
-        span = (pages_at + words_of_pages + 3) // 4
+        changes_at = pages_at + words_of_pages
+        span = (changes_at + len(changes) + 3) // 4
         partial = 0
         for start, stop, shown, pages in asked:
             count = -(-pages // per_item)
             first_span, done, at, end = span, 0, 0, pages // count
             ends = []  # of each item, the span behind its last
-            for segment, ids, page, last in shown:
+            for segment, ids, page, last, change in shown:
                 frame, listed_at = -1 - len(frames) // 4, pages_at + len(listed)
-                frames.extend((segment.origin, segment.start, segment.stop, -1))
+                change = changes_at + change if segment.changed else -1
+                frames.extend((segment.origin, segment.start, segment.stop, change))
                 listed.extend(ids)
                 while page < last:
                     taken = min(last - page, end - at)
@@ -166,11 +166,11 @@ class StaticPlan:
             for member in range(len(members) // 2, len(members) // 2 + stop - start, most):
                 some, begin = min(most, len(members) // 2 + stop - start - member), first_span
                 for step, behind in enumerate(ends):
-                    items.extend((member, some, begin, behind, step))
+                    items.extend((member, some, begin, behind, step, 0))  # the rows of an item share its frames
                     begin = behind
             members.extend(chain.from_iterable(zip(range(start, stop), firsts, strict=True)))
             merges[2 * start : 2 * stop] = array("i", chain.from_iterable(zip(firsts, repeat(count))))
-        item_count = len(items) // 5
+        item_count = len(items) // 6
         needed = Room(item_count, 4 * span, partial)
         if wanted := self._room.beyond(needed):
             return wanted
@@ -180,6 +180,7 @@ class StaticPlan:
             host.frombytes(bytes(4 * (behind - len(host))))
         host.extend(frames)
         host.extend(listed)
+        host.extend(changes)
         host.frombytes(bytes(-4 * len(host) % 16))  # the words begin where 16 bytes do
         host.extend(spans)
         return host

@@ -17,7 +17,7 @@ from torch import Tensor
 from braidsdk.kernels.attention.lse import partials_by_segment
 from braidsdk.kernels.paging import PagedSegment, Request
 
-_FIELDS = ("items", "spans", "rows", "frames", "pages", "hidden", "counts", "merges")
+_FIELDS = ("items", "spans", "rows", "frames", "pages", "changes", "counts", "merges")
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,17 @@ class Tables:
     at least.
 
     Attributes:
-        items: [items, 5]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
-            its last span, what is added to the places of its partial results.
+        items: [items, 6]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
+            its last span, what is added to the places of its partial results, whether some of its frames have an
+            offset in `changes` (read unless `shared`).
         spans: [spans, 4]: its first page in `pages`, the entry's token at which that page starts, one past the last
             token, f >= 0 if the frames of the item's rows are those from f on, or -1 - f if all share frame f.
         rows: [members, 2]: row of the batch, place of its partial result in an item that adds 0. Empty if direct.
-        frames: [frames, 4]: origin, first and one past the last token that may be seen, offset in `hidden` of the
+        frames: [frames, 4]: origin, first and one past the last token that may be seen, offset in `changes` of the
             entry's first word or -1.
         pages: [pages].
-        hidden: [words]: bit i % 32 of word i / 32 is set where an entry's key i is hidden.
+        changes: [words]: of each segment with hidden keys or a shift, what `changes_of` gives. The first word is the
+            one behind the shift.
         counts: [4]: the first large item and one past the last, the same of the small ones. One launch walks both
             kinds only where they adjoin.
         merges: [rows, 2]: a row's first partial result, and how many it has; they stand together. Empty if direct.
@@ -53,7 +55,7 @@ class Tables:
     rows: Tensor
     frames: Tensor
     pages: Tensor
-    hidden: Tensor
+    changes: Tensor
     counts: Tensor
     merges: Tensor
     shared: bool
@@ -207,7 +209,7 @@ def split_tables(
         for _ in part.rows
     ]  # fmt: skip
     most = max([len(requests[user].segments) for entry in seen for user in entry.users], default=0)
-    first_row, count_of, _, _, step = tables.items.long().unbind(1)
+    first_row, count_of, _, _, step, _ = tables.items.long().unbind(1)
     before = count_of.cumsum(0) - count_of
     member = torch.arange(len(places)) + (first_row - before).repeat_interleave(count_of)
     row_of, partial = tables.rows.long()[member].unbind(1)
@@ -230,6 +232,18 @@ def page_ids(pages: Tensor) -> "array[int]":
             _listed.clear()
         known = _listed[id(pages)] = (pages, array("i", pages.tolist()))
     return known[1]
+
+
+def changes_of(segment: PagedSegment, tokens: int) -> "array[int]":
+    """What is added to a segment's keys, and which of them are hidden, for so many tokens of its entry: the slot of its
+    shift or -1; then bit i % 32 of word i / 32 is set where key i is hidden."""
+    bits = torch.zeros(-(-tokens // 32), 32, dtype=torch.int64)
+    if segment.hidden is not None:
+        hidden = segment.hidden[:tokens]
+        bits.view(-1)[: len(hidden)] = hidden
+    words = (bits << torch.arange(32)).sum(1)
+    words = torch.where(words >= 2**31, words - 2**32, words)
+    return array("i", (-1 if segment.shift is None else segment.shift, *words.tolist()))
 
 
 class _Part(NamedTuple):
@@ -288,14 +302,13 @@ class _Builder:
         self._frames = array("i")
         self._pages = array("i")
         self._pages_at: dict[tuple[int, int], int] = {}
-        self._hidden: list[Tensor] = []
-        self._hidden_at: dict[int, int] = {}
-        self._words = 0
+        self._changes = array("i")
+        self._changes_at: dict[tuple[int, int | None, int], int] = {}
         self._members = 0
 
     @property
     def items(self) -> int:
-        return len(self._items) // 5
+        return len(self._items) // 6
 
     @property
     def spans(self) -> int:
@@ -305,6 +318,7 @@ class _Builder:
         """A tile's pages in `count` equal parts, an item each."""
         alone, rows = len(tile.parts) == 1, len(tile.rows)
         at, done, first_span = 0, 0, self.spans
+        changed = any(entry.segments[part.user].changed for entry, _ in tile.entries for part in tile.parts)
         for entry, shown in tile.entries:
             frames = self.frames([(entry.segments[user], 1 if alone else len(rows)) for user, rows in tile.parts])
             page, last = shown.start, shown.stop
@@ -314,21 +328,21 @@ class _Builder:
                 self.span(entry, page * self.page_size, (page + taken) * self.page_size, frames, shared=alone)
                 page, at = page + taken, at + taken
                 if at == end:
-                    self.item(self._members, rows, first_span, done)
+                    self.item(self._members, rows, first_span, done, changed=changed)
                     done, first_span = done + 1, self.spans
         self._members += rows
 
-    def item(self, first_row: int, rows: int, first_span: int, step: int = 0) -> None:
+    def item(self, first_row: int, rows: int, first_span: int, step: int = 0, *, changed: bool = False) -> None:
         """An item over the spans from `first_span` on, `step` added to the places of its partial results."""
-        self._items.extend((first_row, rows, first_span, self.spans, step))
+        self._items.extend((first_row, rows, first_span, self.spans, step, changed))
         self.most_rows = max(self.most_rows, rows)
 
     def frames(self, of: Sequence[tuple[PagedSegment, int]]) -> int:
         """A frame for each of these segments, so many times; where they start."""
         at = len(self._frames) // 4
         for segment, times in of:
-            bits = -1 if segment.hidden is None else self._bits(segment)
-            self._frames.extend((segment.origin, segment.start, segment.stop, bits) * times)
+            change = self._change(segment) if segment.changed else -1
+            self._frames.extend((segment.origin, segment.start, segment.stop, change) * times)
         return at
 
     def span(self, entry: _Entry, start: int, stop: int, frames: int, *, shared: bool) -> None:
@@ -345,12 +359,12 @@ class _Builder:
 
     def finish(self, rows: Tensor, merges: Tensor, *, large: int, complete: bool) -> Tables:
         return Tables(
-            items=_tensor(self._items).view(-1, 5),
+            items=_tensor(self._items).view(-1, 6),
             spans=_tensor(self._spans).view(-1, 4),
             rows=rows,
             frames=_tensor(self._frames).view(-1, 4),
             pages=_tensor(self._pages),
-            hidden=torch.cat(self._hidden) if self._hidden else torch.zeros(0, dtype=torch.int32),
+            changes=_tensor(self._changes),
             counts=torch.tensor((0, large, large, self.items), dtype=torch.int32),
             merges=merges,
             shared=self.shared,
@@ -359,19 +373,15 @@ class _Builder:
             most_rows=self.most_rows,
         )
 
-    def _bits(self, segment: PagedSegment) -> int:
-        """Where a segment's bitmap starts in the table."""
-        hidden = segment.hidden
-        if hidden is None:
-            return -1
-        if id(hidden) not in self._hidden_at:
-            bits = torch.zeros(-(-len(segment.pages) * self.page_size // 32), 32, dtype=torch.int64)
-            bits.view(-1)[: len(hidden)] = hidden.to(torch.int64)
-            words = (bits << torch.arange(32)).sum(1)
-            self._hidden.append(torch.where(words >= 2**31, words - 2**32, words).to(torch.int32))
-            self._hidden_at[id(hidden)] = self._words
-            self._words += len(words)
-        return self._hidden_at[id(hidden)]
+    def _change(self, segment: PagedSegment) -> int:
+        """Where the first word of a segment's bitmap is in the table."""
+        tokens = len(segment.pages) * self.page_size
+        name = (id(segment.hidden), segment.shift, tokens)
+        at = self._changes_at.get(name)
+        if at is None:
+            at = self._changes_at[name] = len(self._changes) + 1
+            self._changes.extend(changes_of(segment, tokens))
+        return at
 
 
 def _tensor(values: "array[int]") -> Tensor:

@@ -1,12 +1,14 @@
 """The attention kernel against the float64 reference: in the interpreter, or on a GPU where there is one."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from braidsdk.kernels.attention.launch import plan_for_triton
+from braidsdk.kernels.attention import launch
+from braidsdk.kernels.attention.launch import TritonPlan, plan_for_triton
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
 from braidsdk.kernels.paging import PagedSegment, Request
@@ -42,20 +44,22 @@ class Case:
         self.positions += positions
         self.requests.append(Request(slice(start, len(self.positions)), tuple(segments)))
 
-    def check(self, *, limit: int = 4096) -> None:
-        kv_heads, head_dim = self.kv.shape[2], self.kv.shape[4]
-        rows = len(self.positions)
-        queries = torch.randn(rows, kv_heads * self.group, head_dim, dtype=self.kv.dtype)
-        positions = torch.tensor(self.positions)
-        plan = plan_for_triton(
-            positions,
+    def plan(self, limit: int = 4096) -> TritonPlan:
+        return plan_for_triton(
+            torch.tensor(self.positions),
             self.requests,
             self.tables[torch.float32],
             limit=limit,
             page_size=PAGE,
             group=self.group,
-            kv_heads=kv_heads,
+            kv_heads=self.kv.shape[2],
         )
+
+    def check(self, *, limit: int = 4096) -> None:
+        kv_heads, head_dim = self.kv.shape[2], self.kv.shape[4]
+        rows = len(self.positions)
+        queries = torch.randn(rows, kv_heads * self.group, head_dim, dtype=self.kv.dtype)
+        positions, plan = torch.tensor(self.positions), self.plan(limit)
         kv, queries = self.kv.to(DEVICE), queries.to(DEVICE)
         for _ in range(2):  # a second launch finds its counters as the first did
             out = plan.attend(queries, kv, self.scale)
@@ -155,6 +159,83 @@ def test_many_rows(case, group, head_dim, dtype) -> None:
     made.ask([PagedSegment(made.entry(70), 2, 70, 10, hidden)], [5, 50, 90])
     made.ask([], [1])
     made.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize("rows", [1, 9])
+def test_shifted_segments(case, kv_heads, group, head_dim, rows, dtype) -> None:
+    made = case(kv_heads, group, head_dim, dtype)
+    segments, origin = shifted(made, (129, 40, 200, 7))
+    segments.append(PagedSegment(made.entry(rows), 0, rows, origin))
+    made.ask(segments, list(range(origin, origin + rows)))
+    assert made.plan().launch.shared
+    made.check()
+
+
+def shifted(made: Case, lengths: Sequence[int]) -> tuple[list[PagedSegment], int]:
+    """Segments of new entries, one behind the other, all but the second with a shift, each other one with hidden keys;
+    and where they end."""
+    slots = made.entry(34)  # what lies behind the last one is NaN
+    segments, origin = [], 0
+    for place, tokens in enumerate(lengths):
+        hidden = torch.rand(tokens) < 0.3 if place % 2 else None
+        shift = None if place == 1 else int(slots[0]) * PAGE + 11 * place
+        segments.append(PagedSegment(made.entry(tokens), 0, tokens, origin, hidden, shift))
+        origin += tokens
+    return segments, origin
+
+
+@pytest.mark.parametrize(("group", "dtype"), [*((2, dtype) for dtype in DTYPES), (7, torch.float32)], ids=str)
+def test_rows_of_an_item_have_shifts_and_hidden_keys_of_their_own(case, group, dtype) -> None:
+    made = case(1, group, 64, dtype)
+    segments, origin = shifted(made, (100, 64, 37))
+    for place in range(5):
+        slots = made.entry(20)
+        own = [
+            replace(
+                each,
+                hidden=None if at == place else torch.rand(each.stop) < 0.4,
+                shift=None if (at + place) % 3 == 0 else int(slots[0]) * PAGE + at,
+            )
+            for at, each in enumerate(segments)
+        ]
+        made.ask(own if place < 4 else [replace(each, hidden=None, shift=None) for each in own], [origin - place])
+    assert not made.plan().launch.shared
+    made.check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_over_shifted_segments(case, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "MANY_ROWS", 60)
+    made = case(2, 2, 64, dtype)
+    segments, origin = shifted(made, (70, 30, 64))
+    made.ask([*segments, PagedSegment(made.entry(50), 0, 50, origin)], list(range(origin, origin + 50)))
+    made.ask([PagedSegment(made.entry(20), 0, 20, 0)], list(range(20)))
+    assert made.plan().launch.direct
+    made.check()
+
+
+@pytest.mark.parametrize("growth", [0.02, 0.1])
+def test_a_shift_beside_scores_that_grow(case, growth: float) -> None:
+    """What the weights are relative to moves within a shifted segment, and from one to the next."""
+    made = case(1, 2, 64, torch.float32)
+    slots = made.entry(60)
+    segments = []
+    for place in range(3):
+        pages = made.entry(200)
+        for token in range(200):
+            made.kv[0, pages[token // PAGE], :, token % PAGE] *= growth * token
+        segments.append(PagedSegment(pages, 0, 200, 200 * place, shift=int(slots[0]) * PAGE + place))
+    made.ask(segments, [599, 300])
+    made.check()
+
+
+def test_segments_without_changes_compile_to_what_they_did(case) -> None:
+    """No flag is set for them, so nothing is loaded."""
+    made = case(1, 2, 64, torch.float32)
+    made.ask([PagedSegment(made.entry(40), 0, 40, 0)], [39])
+    assert (made.plan().launch.hides, made.plan().launch.shifts) == (False, False)
 
 
 def test_high_positions(case) -> None:

@@ -200,6 +200,48 @@ def test_growing_text_needs_no_upload(new_batch) -> None:
         batch.positions[1] += ahead
 
 
+def changed(batch: Batch, entries: list[tuple[torch.Tensor, int]]) -> tuple[list[PagedSegment], int]:
+    """Segments of entries with hidden keys, a shift, both or neither, and a tail; and the position of its last row."""
+    slots, origin, segments = batch.entry(len(entries)), 0, []
+    for at, (pages, tokens) in enumerate(entries):
+        hidden = torch.rand(tokens) < 0.4 if batch.random.random() < 0.7 else None
+        shift = int(slots[0]) * PAGE + at if batch.random.random() < 0.7 else None
+        segments.append(PagedSegment(pages, 0, tokens, origin, hidden, shift))
+        origin += tokens
+    return [*segments, PagedSegment(batch.entry(5), 0, 5, origin)], origin + 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kv_heads", "group", "head_dim"), GEOMETRIES[1:])
+def test_rows_have_hidden_keys_and_shifts_of_their_own(new_batch, kv_heads, group, head_dim, dtype) -> None:
+    batch = new_batch(8, group, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    shared = [(batch.entry(tokens), tokens) for tokens in (60, 7, 40)]
+    batch.join(0, shared)
+    batch.join(5, shared[::-1])
+    for slot in (1, 3, 4):
+        batch.seat(slot, *changed(batch, shared))
+    batch.check(8)
+    for slot in (4, 1, 0):
+        batch.leave(slot)
+    batch.seat(0, *changed(batch, shared))
+    batch.check(4 + 2)
+
+
+def test_after_a_request_with_hidden_keys_its_slot_has_none(new_batch) -> None:
+    batch = new_batch(2, 2)
+    shared = (batch.entry(100), 100)
+    hides = PagedSegment(shared[0], 0, 100, 0, torch.rand(100) < 0.5, int(batch.entry(1)[0]) * PAGE)
+    for _ in range(2):
+        batch.join(0, [shared])
+        batch.seat(1, [hides, PagedSegment(batch.entry(5), 0, 5, 100)], 104)
+        batch.check(2)
+        batch.leave(1)
+        batch.join(1, [shared])
+        batch.check(2)
+        for slot in (0, 1):
+            batch.leave(slot)
+
+
 @pytest.mark.gpu
 def test_a_captured_graph_reads_what_was_uploaded_since(new_batch) -> None:
     batch = new_batch(8, 2, kv_heads=2, dtype=torch.bfloat16)
@@ -250,8 +292,6 @@ def test_what_cannot_join_or_leave_is_refused() -> None:
     for slot in (-1, 1, 4):
         with pytest.raises(ValueError, match="free slot below 4"):
             tables.join(slot, [segment([7])])
-    with pytest.raises(ValueError, match="hidden keys"):
-        tables.join(2, [segment([5, 6]), segment([7], hidden=torch.ones(PAGE, dtype=torch.bool))])
     with pytest.raises(ValueError, match="occupied slot, got 2"):
         tables.leave(2)
     tables.integrity()
@@ -281,6 +321,12 @@ def test_a_long_entry_takes_words_for_each_of_its_items() -> None:
     assert room == LiveRoom(40, 2 * (32 * 8 + 12 + 48), 40), "spans and pages, few members, and the most if need be"
 
 
+def test_hidden_keys_take_words_too() -> None:
+    tables, hides = small_tables(words=100), segment([5], hidden=torch.ones(PAGE, dtype=torch.bool))
+    assert tables.join(0, [hides]) == LiveRoom(8, 2 * (8 + 12 + 48 + 64), 4)
+    assert tables.join(0, [segment([5])]) is None
+
+
 def _edit(at: Callable[[LiveTables], int], change: Callable[[int], int]) -> Callable[[LiveTables], None]:
     def edit(tables: LiveTables) -> None:
         tables.host[at(tables)] = change(tables.host[at(tables)])
@@ -295,6 +341,10 @@ def _lose_a_block(tables: LiveTables) -> None:
 def _free_a_block_twice(tables: LiveTables) -> None:
     free = next(free for free in tables._heap._free.values() if free)
     free.append(free[0])
+
+
+def _change(tables: LiveTables) -> int:
+    return tables.words_at + tables._running[0].changes[0]
 
 
 def _word(at: Callable[[_Tile], int]) -> Callable[[LiveTables], int]:
@@ -314,6 +364,9 @@ def _word(at: Callable[[_Tile], int]) -> Callable[[LiveTables], int]:
         pytest.param(_edit(_word(lambda tile: tile.spans[0] + 1), lambda token: token + PAGE), id="other tokens"),
         pytest.param(_edit(_word(lambda tile: tile.frames), lambda origin: origin + 1), id="another position"),
         pytest.param(_edit(_word(lambda tile: tile.frames + 2), lambda stop: stop - 1), id="a token less"),
+        pytest.param(_edit(lambda tables: tables.items_at + 5, lambda changed: changed + 1), id="a changed row more"),
+        pytest.param(_edit(_change, lambda shift: shift + 1), id="another shift"),
+        pytest.param(_edit(lambda tables: _change(tables) + 1, lambda bits: bits ^ 8), id="another key hidden"),
         pytest.param(_lose_a_block, id="a block lost"),
         pytest.param(_free_a_block_twice, id="a block freed twice"),
     ],
@@ -321,7 +374,8 @@ def _word(at: Callable[[_Tile], int]) -> Callable[[LiveTables], int]:
 def test_integrity_notices(damage) -> None:
     tables = small_tables()
     for slot in range(3):  # more than two rows make large items
-        assert tables.join(slot, [segment([5, 6]), segment([10 + slot])]) is None
+        changes = {"hidden": torch.rand(2 * PAGE) < 0.5, "shift": 7} if slot == 0 else {}
+        assert tables.join(slot, [segment([5, 6], **changes), segment([10 + slot])]) is None
     tables.join(3, [segment([1])])
     tables.leave(3)
     tables.integrity()
@@ -369,7 +423,8 @@ class JoinsAndLeaves(RuleBasedStateMachine):
         for entry, cut in chosen:
             whole = len(entry) * PAGE
             start, stop = (whole // 3, whole - 3) if cut else (0, whole)
-            segments.append(PagedSegment(self.tensors[entry[0]], start, stop, slot * 7 + len(segments)))
+            changes = {"hidden": torch.rand(stop) < 0.5, "shift": slot} if slot % 3 == 0 else {}
+            segments.append(PagedSegment(self.tensors[entry[0]], start, stop, slot * 7 + len(segments), **changes))
         before = bytes(self.tables.host)
         wanted = self.tables.join(slot, segments)
         if wanted is None:

@@ -1,6 +1,7 @@
 """Attention of questions in captured graphs: one table after another in the same memory."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_each_question_sees_its_own_segments(group: int, seed: int, poisoned: No
     asking.check(asking.ask((1, [shared[2], shared[2]]), (4, shared[::-1])))
 
 
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("group", [2, 7])
+def test_keys_are_hidden_and_shifted_for_one_question_and_not_for_the_next(
+    group: int, rows: int, seed: int, poisoned: None
+) -> None:
+    asking = Questions(group, rows=rows)
+    shared = [(asking.entry(tokens), tokens) for tokens in (1, 63, 150, 40)]
+    slots = [int(asking.entry(13)[0]) * PAGE + at for at in (3, 12)]
+    plain = asking.ask((1, shared), *[(4, shared[1:])] * (rows > 1))
+    changed = []
+    for at, request in enumerate(plain):
+        one, *_, two, three, own = request.segments
+        hidden = torch.rand(150) < 0.4
+        segments = (replace(one, shift=slots[at]), replace(two, hidden=hidden), replace(three, shift=slots[1]), own)
+        changed.append(Request(request.rows, segments))
+    for requests in (plain, changed, [plain[0], *changed[1:]], plain):
+        asking.check(requests)
+
+
 def test_a_request_without_rows_takes_no_part(seed: int, poisoned: None) -> None:
     asking = Questions(2)
     shared = [(asking.entry(tokens), tokens) for tokens in (40, 100)]
@@ -107,10 +127,3 @@ def test_tables_that_are_too_small_say_what_they_need(seed: int, poisoned: None)
     assert asking.plan.load(small) is None
     asking.plan = Questions(2, room).plan
     assert asking.plan.load(large) is None
-
-
-def test_hidden_keys_are_refused(seed: int) -> None:
-    asking = Questions(1)
-    hidden = PagedSegment(asking.entry(9), 0, 9, 0, torch.zeros(9, dtype=torch.bool))
-    with pytest.raises(ValueError, match="plan this pass by itself"):
-        asking.plan.load([Request(slice(0, 1), (hidden,))])
