@@ -1,5 +1,5 @@
-"""Make the tables of three pages from the results in `benchmarks/results/`: the README, docs/performance.md with what a
-user needs, and benchmarks/results/README.md with the rest.
+"""Make the tables of four pages from the results in `benchmarks/results/`: the README, docs/performance.md and
+docs/quality.md with what a user needs, and benchmarks/results/README.md with the rest.
 
 python benchmarks/tables.py
 """
@@ -400,10 +400,145 @@ def sample_table(report: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {one[name]:,} | {many[name]:,} |" for name in one)])
 
 
-_USERS, _REST = "docs/performance.md", "benchmarks/results/README.md"
+def cost(report: dict[str, Any]) -> str:
+    """What the default mode costs in answers, as a sentence."""
+    cells = {(cell["kind"], cell["documents"]): cell["modes"] for cell in report["cells"]}
+    said = {
+        kind: [f"{100 * cells[kind, 6][mode]['right']:.0f} %" for mode in ("anchored", "exact")]
+        for kind in ("direct", "alias")
+    }
+    return (
+        f"{_asked(report)} of braid-tiny over 6 documents, answered right by the default mode and by a full prefill: "
+        f"{' against '.join(said['direct'])}\nwhere one document holds the answer, {' against '.join(said['alias'])} "
+        f"where another one explains the name that is asked for ([all modes, and what repairs win back]"
+        f"(docs/quality.md#measured-braid-tiny))."
+    )
+
+
+_KINDS = {"direct": "one fact", "alias": "a name that another document explains", "chain": "a fact of a fact"}
+
+
+def _asked(report: dict[str, Any]) -> str:
+    """How many questions a cell has."""
+    counts = sorted({cell["questions"] for cell in report["cells"]})
+    return f"{' to '.join(f'{count:,}' for count in counts)} questions"
+
+
+def quality_table(report: dict[str, Any]) -> str:
+    """Right answers by mode, as Markdown."""
+    modes = list(report["cells"][-1]["modes"])
+    lines = [
+        f"braid-tiny, {report['dtype']}; {_asked(report)} a row that the model has never seen. Right answers, %; in "
+        "brackets, what `anchored` gets right and this mode does not:",
+        "",
+        f"| question | documents | {' | '.join(modes)} |",
+        f"| --- | ---: |{' ---: |' * len(modes)}",
+    ]
+    for cell in sorted(report["cells"], key=lambda cell: list(_KINDS).index(cell["kind"])):
+        shown = [_right(cell["modes"][mode], brackets=mode not in ("exact", "anchored")) for mode in modes]
+        lines.append(f"| {_KINDS[cell['kind']]} | {cell['documents']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _right(figures: dict[str, float], *, brackets: bool) -> str:
+    worse = f" ({100 * figures['worse']:.0f})" if brackets else ""
+    return f"{100 * figures['right']:.0f}{worse}"
+
+
+def curves_table(report: dict[str, Any]) -> str:
+    """What repairs win back by ratio, as Markdown: cells that were asked at all ratios and lose something."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in report["cells"]:
+        found = {name: mode for name, mode in cell["modes"].items() if "won_back" in mode}
+        if len(found) <= len(report["cells"][-1]["modes"]):
+            continue
+        for name, mode in found.items():
+            rule, _, rest = name.partition("(")
+            ratio, _, shift = rest.partition(")")
+            if "." in ratio:
+                question = f"{_KINDS[cell['kind']]}, {cell['documents']} documents"
+                shown = f"{_percent(mode['won_back'])} for {100 * mode['budget']:.0f}"
+                rows.setdefault((question, rule + shift), {})[ratio] = shown
+    ratios = sorted({ratio for row in rows.values() for ratio in row}, key=float)
+    lines = [f"| question | repair | {' | '.join(ratios)} |", f"| --- | --- |{' ---: |' * len(ratios)}"]
+    lines += [
+        f"| {' | '.join(names)} | {' | '.join(row.get(ratio, '') for ratio in ratios)} |"
+        for names, row in sorted(rows.items())
+    ]
+    return "\n".join(lines)
+
+
+def _percent(value: dict[str, float] | None) -> str:
+    """An estimate with its interval."""
+    if value is None:
+        return ""
+    return f"{100 * value['value']:.0f} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
+
+
+def real_table(report: dict[str, Any]) -> str:
+    """Modes against full prefill on a real model, as Markdown."""
+    lines = []
+    for name, found in report["sets"].items():
+        answers = " | contains the reference, % | of full prefill's, %" if "contains" in found["modes"]["exact"] else ""
+        lines += [
+            f"{name} ({found['licence']}), {found['questions']} questions; {found['model']}, {found['dtype']}:",
+            "",
+            f"| mode | budget, % | KL, nats | KL recovered, % | worse than anchored, %{answers} |",
+            f"| --- | ---: | ---: | ---: | ---: |{' ---: | ---: |' if answers else ''}",
+        ]
+        for mode, figures in found["modes"].items():
+            kl = figures["kl"]
+            cells = [
+                mode,
+                f"{100 * figures['budget']['value']:.0f}",
+                f"{kl['value']:.3f} [{kl['low']:.3f}, {kl['high']:.3f}]" if kl["value"] else "0",
+                _percent(figures.get("recovered")),
+                f"{100 * figures['worse']['value']:.0f}" if "worse" in figures else "",
+            ]
+            if answers:
+                cells += [_percent(figures["contains"]), _percent(figures.get("contains_of_full"))]
+            lines.append(f"| {' | '.join(cells)} |")
+        if more := found.get("recovered_more"):
+            points = _percent(more)
+            lines += ["", f"{more['mode']} recovers {points} points more than {more['than']}, question by question."]
+        lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def sources_table(tiny: dict[str, Any], real: dict[str, Any]) -> str:
+    """How often the first source is the right one, as Markdown."""
+    lines = [
+        "| right answers of | mode | answers | the passage with the answer is first | lost without the first source "
+        "| lost without another |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    found = tiny["sources"]
+    thirds = ", ".join(f"{third['first']:.1%}" for third in found["by_third"])
+    lines.append(
+        f"| braid-tiny, one fact, {_documents(tiny)} documents | anchored | {found['right_answers']:,} "
+        f"| {found['first']:.1%} (by the third of the context it stands in: {thirds}) |  |  |"
+    )
+    for name, each in real["sets"].items():
+        for mode, sources in each["sources"].items():
+            shares = [f"{sources[key]:.0%}" for key in ("gold_first", "lost_without_first", "lost_without_another")]
+            lines.append(f"| {each['model']}, {name} | {mode} | {sources['right_answers']} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
+def _documents(report: dict[str, Any]) -> str:
+    counts = sorted({cell["documents"] for cell in report["cells"]})
+    return f"{counts[0]} to {counts[-1]}"
+
+
+_USERS, _REST, _QUALITY = "docs/performance.md", "benchmarks/results/README.md", "docs/quality.md"
 
 TABLES = {
     "gain": ("README.md", "ttft.json", gain),
+    "cost": ("README.md", "quality.json", cost),
+    "quality": (_QUALITY, "quality.json", quality_table),
+    "curves": (_QUALITY, "quality.json", curves_table),
+    "real": (_QUALITY, "quality-real.json", real_table),
+    "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),
     "overview": (_USERS, "gpu.json vllm.json serving.json serving-cpu.json", overview),

@@ -130,10 +130,10 @@ def test_the_default_is_auto_and_says_that_nothing_was_measured(random_braid: Br
 def test_what_was_measured_decides(other: Callable[..., Braid]) -> None:
     with other() as braid:
         chunks = registered(braid)
-        report = braid.fidelity(chunks, ASKED, ["anchored", "guided(1)"], max_new_tokens=4)
-        assert report["anchored"].top1.value < 0.98 <= report["guided(1)"].top1.value
+        report = braid.fidelity(chunks, ASKED, ["anchored", "blended(1)"], max_new_tokens=4)
+        assert report["anchored"].top1.value < 0.98 <= report["blended(1)"].top1.value
         assert "For 2 chunks auto(0.98) takes exact: KL 0 to full prefill, 100.0% have" in str(report)
-        assert braid.compose(chunks).mode == "exact", "guided(1) computes all tokens, and chooses besides"
+        assert braid.compose(chunks).mode == "exact", "blended(1) computes all tokens, and chooses besides"
         assert braid.compose(chunks, mode="auto(0)").mode == "anchored"
         assert braid.compose(chunks[:2]).mode == "anchored", "one chunk was not measured"
         assert braid.ask("Well?", chunks=chunks, max_new_tokens=1).fidelity.mode == "exact"
@@ -219,7 +219,7 @@ def test_layers_are_looked_at_alone(random_braid: Braid) -> None:
     chunks = registered(random_braid)
     answers = [
         random_braid.compose(chunks, mode=mode).next_token_logits(ASKED[0])
-        for mode in ("guided(0.3)", "guided(0.3, layers=0/1/2)", "guided(0.3, layers=0)", "guided(0.3, layers=2)")
+        for mode in ("guided(0.3)", "guided(0.3, layers=1)", "guided(0.3, layers=0)", "guided(0.3, layers=2)")
     ]
     assert float((answers[0] - answers[1]).abs().max()) < 1e-4  # rounding; logits reach about 2
     assert float((answers[2] - answers[3]).abs().max()) > 1e-2
@@ -228,4 +228,4 @@ def test_layers_are_looked_at_alone(random_braid: Braid) -> None:
         for mode in ("guided(0, layers=0)", "guided(0, layers=2)", "guided(0)")
     ]
     assert budgets[1] == pytest.approx(3 * budgets[0])
-    assert budgets[1] == budgets[2]
+    assert budgets[2] == pytest.approx(2 * budgets[0])

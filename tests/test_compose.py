@@ -1,6 +1,7 @@
 """The composition rule: modes, positions, who owns which control token, keys."""
 
 import hashlib
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from braidsdk.compose.modes import compose
+from braidsdk.compose.repairs import most_tokens, random_tokens
 from braidsdk.errors import UnknownModeError, WindowExceededError
 from braidsdk.prompt.text import check_length
 from braidsdk.store.keys import ModelIdentity, chunk_id, sha256_of_tokens
@@ -146,7 +148,18 @@ def test_a_text_far_beyond_the_window_is_told_by_its_length() -> None:
         check_length("x" * 321, 10, "This text", "Split it.")
 
 
+def test_random_tokens_follow_from_the_tail_and_their_places() -> None:
+    composition = compose([chunk(f"{i:99}") for i in range(30)], layout=LAYOUT, mode="random(0.1)").with_tail((1, 2))
+    chosen = random_tokens(composition)
+    assert chosen == random_tokens(composition) == sorted(set(chosen))
+    chunks = composition.tail_origin - len(composition.segments[0].token_ids)
+    assert len(chosen) == math.ceil(0.1 * chunks) == most_tokens(composition)
+    others = random_tokens(composition.with_tail((1, 3)))
+    assert len({*chosen} & {*others}) < len(chosen) / 2, "another question gets other tokens"
+    assert 0.4 < sum(chosen) / len(chosen) / composition.tail_origin < 0.6, "they stand everywhere"
+
+
 def test_an_unknown_mode_names_the_known_ones() -> None:
-    known = r"exact, isolated, anchored, linked\(16\), guided\(0.15\), blended\(0.2\); got 'fast'"
+    known = r"exact, isolated, anchored, linked\(16\), guided\(0.15\), blended\(0.2\), random\(0.15\); got 'fast'"
     with pytest.raises(UnknownModeError, match=known):
         compose([A], layout=LAYOUT, mode="fast")

@@ -164,3 +164,71 @@ def test_a_batch_is_shown_with_the_tokens_that_stay_the_same() -> None:
         "2.00% | 59 of 64 |",
         "0.50% | 61 of 64 |",
     ]
+
+
+def tiny_cell(kind: str, documents: int, modes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return {"kind": kind, "documents": documents, "questions": 50, "modes": modes}
+
+
+def test_the_readme_says_what_the_default_costs() -> None:
+    shares = {"direct": (0.946, 1.0), "alias": (0.508, 0.994)}
+    cells = [
+        tiny_cell(kind, documents, {"anchored": {"right": anchored / documents * 6}, "exact": {"right": exact}})
+        for kind, (anchored, exact) in shares.items()
+        for documents in (2, 6)
+    ]
+    sentence = tables.cost({"cells": cells})
+    assert sentence.startswith("50 questions of braid-tiny over 6 documents")
+    assert "95 % against 100 %\nwhere one document" in sentence
+    assert "51 % against 99 % where another" in sentence
+
+
+def test_quality_shows_right_answers_and_those_made_worse() -> None:
+    won = {"value": 0.5, "low": 0.25, "high": 0.756}
+    whole, base = {"right": 0.99, "worse": 0.0}, {"right": 0.5, "worse": 0.0}
+    some = {"right": 0.75, "worse": 0.04, "budget": 0.164, "won_back": won}
+    modes = {"exact": whole, "anchored": base, "guided(0.15)": some}
+    all_ratios = {**modes, "guided(0.05)": {**some, "budget": 0.05}, "guided(0.05)+shift": some, "random(0.1)": some}
+    cells = [tiny_cell("alias", 6, all_ratios), tiny_cell("direct", 6, modes)]
+    report = {"dtype": "bfloat16", "cells": cells}
+    lines = tables.quality_table(report).splitlines()
+    assert lines[2] == "| question | documents | exact | anchored | guided(0.15) |"
+    assert lines[4:] == [
+        "| one fact | 6 | 99 | 50 | 75 (4) |",
+        "| a name that another document explains | 6 | 99 | 50 | 75 (4) |",
+    ]
+    curves = tables.curves_table(report).splitlines()
+    assert curves[0] == "| question | repair | 0.05 | 0.1 | 0.15 |"
+    name = "a name that another document explains, 6 documents"
+    assert curves[2:] == [
+        f"| {name} | guided | 50 [25, 76] for 5 |  | 50 [25, 76] for 16 |",
+        f"| {name} | guided+shift | 50 [25, 76] for 16 |  |  |",
+        f"| {name} | random |  | 50 [25, 76] for 16 |  |",
+    ]
+
+
+def test_a_real_model_has_a_table_for_each_set_of_questions() -> None:
+    def of(value: float) -> dict[str, float]:
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    exact = {"kl": of(0.0), "budget": of(1.0), "contains": of(0.6), "contains_of_full": of(1.0)}
+    some = {**exact, "kl": of(0.2), "budget": of(0.164), "recovered": of(0.8), "worse": of(0.05)}
+    one = {"licence": "L", "questions": 30, "model": "M", "dtype": "D", "modes": {"exact": exact, "guided(0.1)": some}}
+    one["recovered_more"] = {"mode": "guided(0.1)", "than": "blended(0.2)", **of(0.24)}
+    one["sources"] = {"anchored": {"right_answers": 9, "gold_first": 0.94, "lost_without_first": 0.9}}
+    one["sources"]["anchored"]["lost_without_another"] = 0.18
+    other: dict[str, Any] = {**one, "sources": {}}
+    del other["recovered_more"]
+    other["modes"] = {"exact": {"kl": of(0.0), "budget": of(1.0)}}
+    report = {"sets": {"SQuAD": one, "MuSiQue": other}}
+    lines = tables.real_table(report).splitlines()
+    assert lines[0] == "SQuAD (L), 30 questions; M, D:"
+    row = "| guided(0.1) | 16 | 0.200 [0.100, 0.300] | 80 [70, 90] | 5 | 60 [50, 70] | 100 [90, 110] |"
+    assert row in lines
+    assert "guided(0.1) recovers 24 [14, 34] points more than blended(0.2), question by question." in lines
+    assert lines[-1] == "| exact | 100 | 0 |  |  |"
+    tiny = {"cells": [{"documents": 2}, {"documents": 30}]}
+    tiny["sources"] = {"right_answers": 1000, "first": 0.987, "by_third": [{"first": 1.0}, {"first": 0.9}]}
+    sources = tables.sources_table(tiny, report).splitlines()
+    assert "| 1,000 | 98.7% (by the third of the context it stands in: 100.0%, 90.0%) |" in sources[2]
+    assert sources[3:] == ["| M, SQuAD | anchored | 9 | 94% | 90% | 18% |"]

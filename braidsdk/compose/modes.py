@@ -76,7 +76,7 @@ def compose(
         keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`, which only
             the same order of chunks can use again, and what repairs compute, which needs the same tokens besides.
         certificates: what `auto` chooses by.
-        calibrated: layers that `guided` looks at if the mode names none; empty for all.
+        calibrated: layers that `guided` looks at if the mode names none; empty for its own choice.
 
     Raises:
         UnknownModeError: there is no such mode.

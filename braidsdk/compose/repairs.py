@@ -1,15 +1,18 @@
 """Repairs: which tokens of a composition are computed again, with sight of everything before them. Touches no tensor.
 
-A rule is data. `linked` follows from the composition alone; the others rank tokens by what the model says of them, and
-the engine asks it.
+A rule is data. `linked` and `random` follow from the composition alone; the others rank tokens by what the model says
+of them, and the engine asks it.
 """
 
 import hashlib
 import math
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
+
+import xxhash
 
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import InputError, shown
@@ -49,8 +52,8 @@ class Guided:
 
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
-        layers: indices of the layers whose attention counts. Empty for all layers, or for those that
-            `Braid.fidelity(calibrate=True)` found for the model.
+        layers: indices of the layers whose attention counts. Empty for those that `Braid.fidelity(calibrate=True)`
+            found for the model, or else for those from 54 to 88 % of its depth.
         shift: see `SHIFT`.
     """
 
@@ -83,9 +86,27 @@ class Blended:
         return f"{self.name}({self.ratio:g}{'' if self.layer == 1 else f', layer={self.layer}'}){SHIFT * self.shift}"
 
 
-Repair = Linked | Guided | Blended
+@dataclass(frozen=True)
+class Random:
+    """Any tokens: the control for measurements, which a rule that chooses must beat. The same prompt gets the same
+    tokens, another question others.
 
-RULES: dict[str, type[Linked] | type[Guided] | type[Blended]] = {rule.name: rule for rule in (Linked, Guided, Blended)}
+    Attributes:
+        ratio: how many, as a share of the chunks' tokens.
+        shift: see `SHIFT`.
+    """
+
+    ratio: float = 0.15
+    shift: bool = False
+    name: ClassVar[str] = "random"
+
+    def __str__(self) -> str:
+        return f"{self.name}({self.ratio:g}){SHIFT * self.shift}"
+
+
+Repair = Linked | Guided | Blended | Random
+
+RULES: dict[str, type[Repair]] = {rule.name: rule for rule in (Linked, Guided, Blended, Random)}
 
 _TEXT = re.compile(r"(\w+)(?:\((.*)\))?", re.ASCII)
 
@@ -147,6 +168,7 @@ def _form(rule: type[Repair]) -> str:
     return {
         "linked": "the form linked(k), with a whole number of tokens",
         "guided": "the form guided(ratio) or guided(ratio, layers=19/20/22), with a ratio from 0 to 1",
+        "random": "the form random(ratio), with a ratio from 0 to 1",
         "blended": "the form blended(ratio) or blended(ratio, layer=1), with a ratio from 0 to 1",
     }[rule.name]
 
@@ -187,7 +209,7 @@ def most_tokens(composition: Composition) -> int:
             return 0
         case Linked(k):
             return sum(min(k, size) for size in sizes)
-        case Guided(ratio) | Blended(ratio):
+        case Guided(ratio) | Blended(ratio) | Random(ratio):
             chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
             return min(math.ceil(ratio * chunks), sum(sizes))
 
@@ -203,6 +225,14 @@ def first_tokens(composition: Composition, k: int) -> list[int]:
     """Absolute positions of the first `k` tokens of each repairable segment, in order."""
     segments = [composition.segments[index] for index in repairable(composition)]
     return [segment.origin + offset for segment in segments for offset in range(min(k, len(segment.token_ids)))]
+
+
+def random_tokens(composition: Composition) -> list[int]:
+    """Absolute positions of as many tokens as the rule chooses, by a hash of the tail's tokens and the position."""
+    tail = array("q", composition.tail).tobytes()
+    segments = [composition.segments[index] for index in repairable(composition)]
+    places = [range(segment.origin, segment.origin + len(segment.token_ids)) for segment in segments]
+    return ranked(composition, [[xxhash.xxh3_64_intdigest(tail, at) for at in place] for place in places])
 
 
 def ranked(composition: Composition, scores: Sequence[Sequence[float]]) -> list[int]:

@@ -20,7 +20,18 @@ from torch import Tensor
 
 from braidsdk.cache.pool import Pool
 from braidsdk.compose.composition import Composition
-from braidsdk.compose.repairs import SHRINKING, Blended, Guided, Linked, first_tokens, ranked, repairable
+from braidsdk.compose.repairs import (
+    SHRINKING,
+    Blended,
+    Guided,
+    Linked,
+    Random,
+    first_tokens,
+    random_tokens,
+    ranked,
+    repairable,
+)
+from braidsdk.engine.attribution import layers_of
 from braidsdk.engine.batch import Run, make_batch
 from braidsdk.kernels.paging import PagedSegment, Shift, slots_of
 from braidsdk.kernels.rope import rotate
@@ -189,9 +200,11 @@ def _chosen(
     match rule:
         case Linked(k):
             return first_tokens(composition, k), 0
+        case Random():
+            return random_tokens(composition), 0
         case Guided(layers=several):
             run = Run(composition.tail, tuple(context), pages, 0, composition.tail_origin)
-            layers = several or range(model.config.layers)
+            layers = several or layers_of(model.config.layers)
             found = model.attended(make_batch([run], pool), pool.kv, layers)
             scores = [found[place].tolist() for place in places]
             return ranked(composition, scores), len(composition.tail) * (max(layers) + 1)
@@ -232,10 +245,15 @@ def _moved(
 ) -> list[float]:
     """By how much each token's key moved at a layer: the squared distance from the entry's key, turned to where the
     token stands, to the one that was computed behind everything before it."""
-    keys, device, size = pool.kv[layer, 0].transpose(1, 2).flatten(0, 1), pool.kv.device, pool.page_size
+    device, size = pool.kv.device, pool.page_size
     tokens = torch.arange(len(composition.segments[place].token_ids))
-    before = keys[slots_of(segment.pages, tokens, size).to(device)]
-    after = keys[slots_of(scratch, tokens + segment.origin, size).to(device)]
+    before, after = (
+        pool.kv[layer, 0, slots // size, :, slots % size]
+        for slots in (
+            slots_of(segment.pages, tokens, size).to(device),
+            slots_of(scratch, tokens + segment.origin, size).to(device),
+        )
+    )
     origin = torch.full((len(tokens),), segment.origin, device=device)
     cos, sin = model.rotary.at(origin, segment.origin + 1)
     turned = rotate(before.to(cos.dtype), cos, sin) / model.rotary.attention_factor

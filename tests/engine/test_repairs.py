@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from torch import Tensor
 from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
@@ -13,8 +14,9 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 from braidsdk import Braid, Chunk
 from braidsdk.cache.pool import Pool
 from braidsdk.compose.modes import parse_mode
-from braidsdk.compose.repairs import Blended, Guided, Linked
+from braidsdk.compose.repairs import Blended, Guided, Linked, Random
 from braidsdk.engine import loop
+from braidsdk.engine.attribution import layers_of
 from braidsdk.errors import BraidError, InputError, UnknownModeError
 
 ASK = "What is the capital of Aistonia?"
@@ -25,6 +27,7 @@ TEXTS = [
     "The capital of Falkirra is Jassik.",
 ]
 MIDDLE = ["linked(5)", "guided(0.2)", "blended(0.3)", "blended(0.3, layer=2)", "guided(0.2)+shift", "linked(3)+shift"]
+MIDDLE += ["random(0.2)", "random(0.2)+shift"]
 
 
 @pytest.fixture
@@ -128,7 +131,7 @@ class Simulation:
         if isinstance(rule, Linked):
             return [at for start, size in zip(self.starts[2:], self.sizes[2:], strict=True)
                     for at in range(start, start + min(rule.k, size))]  # fmt: skip
-        assert isinstance(rule, Guided | Blended)
+        assert isinstance(rule, Guided | Blended | Random)
         count = min(len(may), math.ceil(rule.ratio * (self.context - self.sizes[0])))
         if isinstance(rule, Guided):
             scores, hidden = (
@@ -141,7 +144,11 @@ class Simulation:
                 turned_q, _ = self.turned(q, fresh_k, tail)
                 _, turned_k = self.turned(k, k, torch.arange(len(self.ids)))
                 hidden = self.rest(index, hidden, turned_q, turned_k, v, tail[:, None] >= torch.arange(len(self.ids)))
-                scores += self.weights.amax((0, 1))
+                if index in layers_of(len(kept)):
+                    scores += self.weights.amax((0, 1))
+        elif isinstance(rule, Random):
+            tail_bytes = b"".join(int(each).to_bytes(8, "little") for each in self.ids[tail])
+            scores = {at: xxhash.xxh3_64(tail_bytes, seed=at).intdigest() / 2**64 for at in may}
         else:
             full = self.causal(self.ids[: self.context])[rule.layer][0]
             scores = (full - kept[rule.layer][0]).square().sum((0, 2))
@@ -176,7 +183,7 @@ def test_equals_the_simulation(
     assert float((anchored - truth).abs().max()) > 1e-2 * float(truth.abs().max()), "the repair changes nothing"
 
 
-@pytest.mark.parametrize("mode", ["guided(1)", "linked(1000)", "blended(1)", "guided(1)+shift"])
+@pytest.mark.parametrize("mode", ["guided(1)", "linked(1000)", "blended(1)", "guided(1)+shift", "random(1)"])
 def test_all_tokens_make_it_exact(mode: str, braid: Braid) -> None:
     chunks = chunks_of(braid)
     exact, anchored, repaired = (
@@ -187,7 +194,7 @@ def test_all_tokens_make_it_exact(mode: str, braid: Braid) -> None:
     assert float((exact - anchored).abs().max()) > 1e-2 * largest
 
 
-@pytest.mark.parametrize("mode", ["guided(0)", "linked(0)", "blended(0)", "guided(0)+shift"])
+@pytest.mark.parametrize("mode", ["guided(0)", "linked(0)", "blended(0)", "guided(0)+shift", "random(0)"])
 def test_no_tokens_make_it_anchored_bit_for_bit(mode: str, braid: Braid) -> None:
     chunks = chunks_of(braid)
     anchored, repaired = (braid.compose(chunks, mode=each).next_token_logits(ASK) for each in ("anchored", mode))
@@ -276,10 +283,11 @@ def test_what_it_took_is_said(random_braid: Braid) -> None:
     documents = sum(len(chunk.token_ids) for chunk in chunks[1:])
     tail = len(context.prompt_ids(ASK)) - len(context.input_ids)
     assert usage.repaired_tokens == math.ceil(0.25 * documents)
-    assert usage.budget == pytest.approx((usage.repaired_tokens + tail) / documents)
+    layers = random_braid._engine.config.layers
+    choosing = tail * layers_of(layers).stop / layers
+    assert usage.budget == pytest.approx((usage.repaired_tokens + choosing) / documents)
     assert usage.prompt_tokens == usage.cached_tokens + usage.computed_tokens + usage.repaired_tokens
     assert "are computed again for each question" in context.explain().notes[-1]
-    layers = random_braid._engine.config.layers
     usage = random_braid.compose(chunks, mode="blended(0.25)").ask(ASK, max_new_tokens=3).usage
     assert usage.budget == pytest.approx((usage.repaired_tokens + documents * 2 / layers) / documents)
 
@@ -316,6 +324,7 @@ def test_a_new_context_computes_its_entries_first(random_braid: Braid) -> None:
         ("blended(0.2, 3)", Blended(0.2, 3)),
         ("guided(0.15)+shift", Guided(0.15, shift=True)),
         ("linked +shift", Linked(shift=True)),
+        ("random(0.1)+shift", Random(0.1, shift=True)),
     ],
 )
 def test_modes_are_read_from_text(text: str, rule: object) -> None:
@@ -342,6 +351,8 @@ def test_modes_are_read_from_text(text: str, rule: object) -> None:
         ("exact(1)", UnknownModeError, "Did you mean 'exact'?"),
         ("anchored+shift", UnknownModeError, "Did you mean 'anchored'?"),
         ("guided(shift=1)", InputError, "the form guided"),
+        ("random(2)", InputError, "ratio of mode 'random' must be from 0 to 1"),
+        ("random(0.1, 2)", InputError, "the form random"),
         (7, UnknownModeError, "got 7"),
     ],
 )
