@@ -172,7 +172,6 @@ def main() -> None:
             sys.stderr.write(f"{first + count} questions a cell\n")
             report = {
                 "benchmark": "quality",
-                "command": " ".join(["python benchmarks/quality.py", *sys.argv[1:]]),
                 "model": "braid-tiny",
                 "dtype": options.dtype,
                 "asked_for": options.questions,

@@ -446,25 +446,20 @@ def _right(figures: dict[str, float], *, brackets: bool) -> str:
 
 
 def curves_table(report: dict[str, Any]) -> str:
-    """What repairs win back by ratio, as Markdown: cells that were asked at all ratios and lose something."""
-    rows: dict[tuple[str, str], dict[str, str]] = {}
+    """What repairs win back by ratio, as Markdown: of cells that were asked at all ratios and lose something."""
+    rows: dict[tuple[str, str], dict[float, str]] = {}
     for cell in report["cells"]:
-        found = {name: mode for name, mode in cell["modes"].items() if "won_back" in mode}
-        if len(found) <= len(report["cells"][-1]["modes"]):
-            continue
-        for name, mode in found.items():
-            rule, _, rest = name.partition("(")
-            ratio, _, shift = rest.partition(")")
-            if "." in ratio:
-                question = f"{_KINDS[cell['kind']]}, {cell['documents']} documents"
-                shown = f"{_percent(mode['won_back'])} for {100 * mode['budget']:.0f}"
-                rows.setdefault((question, rule + shift), {})[ratio] = shown
-    ratios = sorted({ratio for row in rows.values() for ratio in row}, key=float)
-    lines = [f"| question | repair | {' | '.join(ratios)} |", f"| --- | --- |{' ---: |' * len(ratios)}"]
-    lines += [
-        f"| {' | '.join(names)} | {' | '.join(row.get(ratio, '') for ratio in ratios)} |"
-        for names, row in sorted(rows.items())
-    ]
+        if len(cell["modes"]) > min(len(each["modes"]) for each in report["cells"]):
+            for name, mode in cell["modes"].items():
+                found = re.fullmatch(r"(\w+)\((0\.\d+)\)(.*)", name)
+                if found and "won_back" in mode:
+                    question = f"{_KINDS[cell['kind']]}, {cell['documents']} documents"
+                    rows.setdefault((question, found[1] + found[3]), {})[float(found[2])] = _percent(mode["won_back"])
+    ratios = sorted({ratio for row in rows.values() for ratio in row})
+    lines = [f"| question | repair | {' | '.join(f'{100 * ratio:.0f} %' for ratio in ratios)} |"]
+    lines.append(f"| --- | --- |{' ---: |' * len(ratios)}")
+    for names, row in rows.items():
+        lines.append(f"| {' | '.join([*names, *(row.get(ratio, '') for ratio in ratios)])} |")
     return "\n".join(lines)
 
 

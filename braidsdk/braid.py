@@ -358,8 +358,7 @@ class Braid:
         Raises:
             UnknownChunkError: a chunk is not in this namespace.
             UnknownModeError: no such mode.
-            InputError: an argument of the mode is missing, unknown or out of range; or it repairs, and the model runs
-                on CUDA graphs.
+            InputError: an argument of the mode is missing, unknown or out of range.
             WindowExceededError: together they exceed the model's window.
         """
         composition = compose(

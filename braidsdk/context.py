@@ -228,7 +228,7 @@ class Context:
         if self._composition.repair:
             raise InputError(
                 "mode must be 'exact', 'anchored' or 'isolated' for a cache of transformers, which has no question to "
-                f"repair for; got {self.mode!r}. Compose it again."
+                f"repair for; got {self.mode!r}. Compose with one of these modes."
             )
         engine, segments = self._engine, self._composition.segments
 
@@ -316,7 +316,7 @@ class Context:
             keys=keys,
             params=params,
             sources=sources,
-            fidelity=self._engine.certificates.find(composition.mode, composition.chunks),
+            fidelity=self._engine.certificates.find(composition.mode, composition.chunks, anchor=composition.anchored),
             text=AnswerText(self._engine.layout, params.stop, params.stop_ids) if params.stop else None,
         )
 

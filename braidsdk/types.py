@@ -255,6 +255,7 @@ class Certificate:
         dtype: what it was computed in.
         namespace: the namespace whose chunks were composed.
         fewest_chunks, most_chunks: how many context chunks a composition had.
+        anchor: whether a system prompt stood first.
         questions: how many were asked.
         kl: mean KL divergence of the next-token distributions from full prefill's, in nats.
         kl_p95: 95 % of the questions had at most this one.
@@ -262,6 +263,7 @@ class Certificate:
         contains, full_contains: share of answers that contain the reference, in this mode and in full prefill; None
             without references.
         budget: what a call computes of the context, as a share of what full prefill computes.
+        measured_at: when it was measured, in seconds since 1970.
     """
 
     mode: str
@@ -271,6 +273,7 @@ class Certificate:
     namespace: str
     fewest_chunks: int
     most_chunks: int
+    anchor: bool
     questions: int
     kl: float
     kl_p95: float
@@ -278,10 +281,11 @@ class Certificate:
     contains: float | None
     full_contains: float | None
     budget: float
+    measured_at: float
 
-    def fits(self, chunks: int) -> bool:
-        """Whether compositions of so many context chunks were measured."""
-        return self.fewest_chunks <= chunks <= self.most_chunks
+    def fits(self, chunks: int, *, anchor: bool) -> bool:
+        """Whether compositions of so many context chunks, with a system prompt first or without, were measured."""
+        return self.fewest_chunks <= chunks <= self.most_chunks and self.anchor == anchor
 
     def __str__(self) -> str:
         chunks = " to ".join(map(str, dict.fromkeys((self.fewest_chunks, self.most_chunks))))

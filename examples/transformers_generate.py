@@ -16,7 +16,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 with Braid(folder, namespace="transformers", device="cpu") as braid:
     rules = braid.register_system("You answer questions from the documents.")
     texts = ["The capital of Aistonia is Flubarg.", "The capital of Thessily is Troick."]
-    context = braid.compose([rules, *braid.register_many(texts, anchor=rules)])
+    context = braid.compose([rules, *braid.register_many(texts, anchor=rules)], mode="anchored")
     print("braidsdk:", context.ask(QUESTION))
 
     # generate computes what the cache does not hold: the question. It writes into the cache, so each call gets its own.

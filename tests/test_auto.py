@@ -34,7 +34,9 @@ def registered(braid: Braid) -> list[Chunk]:
 
 def certificate(mode: str, top1: float, budget: float, chunks: Sequence[int] = (1, 9)) -> Certificate:
     first, last = chunks
-    return Certificate(mode, "w", "t", "float32", "default", first, last, 50, 0.1, 0.2, top1, None, None, budget)
+    return Certificate(
+        mode, "w", "t", "float32", "default", first, last, True, 50, 0.1, 0.2, top1, None, None, budget, 0.0
+    )
 
 
 MEASURED = [
@@ -51,32 +53,32 @@ MEASURED = [
     [(0.5, "anchored"), (0.9, "anchored"), (0.93, "linked(16)"), (0.96, "guided(0.15)"), (0.98, "guided(0.3)")],
 )
 def test_the_cheapest_mode_that_agrees_enough_is_taken(agreement: float, mode: str) -> None:
-    taken, why = choose(Auto(agreement), MEASURED, 4)
+    taken, why = choose(Auto(agreement), MEASURED, 4, anchor=True)
     assert taken == mode
     assert why.startswith(f"auto({agreement:g}) takes {mode}: KL")
 
 
 def test_without_a_measured_mode_that_agrees_it_is_full_prefill() -> None:
-    assert choose(Auto(0.995), MEASURED, 4)[0] == "exact"
-    taken, why = choose(Auto(0.995), MEASURED[1:], 4)
+    assert choose(Auto(0.995), MEASURED, 4, anchor=True)[0] == "exact"
+    taken, why = choose(Auto(0.995), MEASURED[1:], 4, anchor=True)
     assert taken == "exact"
     assert "no measured mode agrees so often; the best is guided(0.3)" in why
 
 
 def test_certificates_of_other_numbers_of_chunks_do_not_count() -> None:
     for chunks, mode in ((1, "linked(16)"), (9, "linked(16)"), (10, "anchored"), (0, "anchored")):
-        assert choose(Auto(0.93), MEASURED, chunks)[0] == mode
+        assert choose(Auto(0.93), MEASURED, chunks, anchor=True)[0] == mode
     assert (
         "is uncalibrated: fidelity has not measured this model with 10 context chunks"
-        in choose(Auto(), MEASURED, 10)[1]
+        in choose(Auto(), MEASURED, 10, anchor=True)[1]
     )
 
 
 def test_the_newest_certificate_of_a_mode_counts() -> None:
     worse = certificate("linked(16)", 0.91, 0.05, (2, 6))
-    assert choose(Auto(0.93), [worse, *MEASURED], 4)[0] == "guided(0.15)"
-    assert choose(Auto(0.93), [*MEASURED, worse], 4)[0] == "linked(16)"
-    assert choose(Auto(0.93), [worse, *MEASURED], 7)[0] == "linked(16)"
+    assert choose(Auto(0.93), [worse, *MEASURED], 4, anchor=True)[0] == "guided(0.15)"
+    assert choose(Auto(0.93), [*MEASURED, worse], 4, anchor=True)[0] == "linked(16)"
+    assert choose(Auto(0.93), [worse, *MEASURED], 7, anchor=True)[0] == "linked(16)"
 
 
 @pytest.mark.parametrize("text", ["auto(0.9)", " auto( min_agreement = 0.9 ) ", "auto(9e-1)"])
@@ -102,6 +104,11 @@ def test_modes_that_are_no_auto() -> None:
         ("aouto", UnknownModeError, "Did you mean 'auto'?"),
         (Auto(2.0), InputError, "min_agreement"),
         (Guided(2.0), InputError, "ratio of mode 'guided'"),
+        (Guided("0.15"), InputError, "must have numbers as its arguments"),  # type: ignore[arg-type]
+        (Guided(None), InputError, "must have numbers as its arguments"),  # type: ignore[arg-type]
+        (Guided(layers=3), InputError, "must have numbers as its arguments"),  # type: ignore[arg-type]
+        (Guided(shift="yes"), InputError, "must have numbers as its arguments"),  # type: ignore[arg-type]
+        (3.5, UnknownModeError, "got 3.5"),
         (Guided(0.5, (9,)), InputError, "layers of mode 'guided(0.5, layers=9)' must be below 3"),
     ],
 )
@@ -132,7 +139,7 @@ def test_what_was_measured_decides(other: Callable[..., Braid]) -> None:
         chunks = registered(braid)
         report = braid.fidelity(chunks, ASKED, ["anchored", "blended(1)"], max_new_tokens=4)
         assert report["anchored"].top1.value < 0.98 <= report["blended(1)"].top1.value
-        assert "For 2 chunks auto(0.98) takes exact: KL 0 to full prefill, 100.0% have" in str(report)
+        assert "By this measurement auto(0.98) takes exact: KL 0 to full prefill, 100.0% have" in str(report)
         assert braid.compose(chunks).mode == "exact", "blended(1) computes all tokens, and chooses besides"
         assert braid.compose(chunks, mode="auto(0)").mode == "anchored"
         assert braid.compose(chunks[:2]).mode == "anchored", "one chunk was not measured"
@@ -190,6 +197,14 @@ def test_calibrated_layers_are_the_model_s(other: Callable[..., Braid], monkeypa
         assert braid.compose(registered(braid), mode="guided(0.2)").mode == layers
     with other(weights="int8") as braid:
         assert braid.compose(registered(braid), mode="guided(0.2)").mode == "guided(0.2)"
+
+
+def test_calibration_needs_something_to_repair(other: Callable[..., Braid]) -> None:
+    with other() as braid:
+        chunks = registered(braid)[:2]
+        with pytest.raises(InputError, match="at least two context chunks"):
+            braid.fidelity(chunks, ASKED, ["guided(0.2)"], calibrate=True, max_new_tokens=2)
+        assert braid.compose(chunks, mode="guided(0.2)").mode == "guided(0.2)", "nothing is kept"
 
 
 def test_calibration_goes_on_where_it_stopped(other: Callable[..., Braid], monkeypatch: pytest.MonkeyPatch) -> None:

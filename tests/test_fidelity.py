@@ -330,7 +330,7 @@ def test_without_a_system_prompt_and_on_a_fake(tmp_path: Path) -> None:
         ({"questions": [{"question": "What?", "chunks": ["a"], "passages": ["b"]}]}, InputError, "it has both"),
         ({"questions": [{"question": "What?", "passages": []}]}, InputError, "must be a list of texts"),
         ({"references": ["a", "b"]}, InputError, "expected 1, got 2"),
-        ({"references": "a"}, InputError, "expected 1, got a single text"),
+        ({"references": "a"}, InputError, "expected 1, got a str"),
         ({"references": [3]}, InputError, r"references\[0\] must be a list of texts"),
         ({"sample": 0}, InputError, "sample must be a whole number from 1 to 1"),
         ({"sample": 2}, InputError, "sample must be a whole number from 1 to 1"),

@@ -8,9 +8,10 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import chain
 from threading import Lock
 
+from braidsdk.compose.modes import parse_mode
+from braidsdk.errors import BraidError
 from braidsdk.store import ChunkStore, ModelIdentity
 from braidsdk.types import Certificate
 
@@ -19,9 +20,6 @@ PREFIX = "certificate:"
 
 LAYERS = "guided layers:"
 """The keys begin with it under which the store remembers a model's layers."""
-
-KEPT = 8
-"""Of one mode, certificates of so many ranges of chunks are kept. The oldest one is forgotten first."""
 
 
 class Certificates:
@@ -45,9 +43,9 @@ class Certificates:
         """The layers that were found for this model, ascending; empty if it is not calibrated."""
         return self._read()[1]
 
-    def find(self, mode: str, chunks: int) -> Certificate | None:
-        """The newest certificate that fits a mode and a number of context chunks."""
-        return next((each for each in self.all() if each.mode == mode and each.fits(chunks)), None)
+    def find(self, mode: str, chunks: int, *, anchor: bool) -> Certificate | None:
+        """The newest certificate that fits a mode, a number of context chunks, and a system prompt first or none."""
+        return next((each for each in self.all() if each.mode == mode and each.fits(chunks, anchor=anchor)), None)
 
     def keep(self, certificates: Sequence[Certificate]) -> None:
         """Remember what was measured of this model's modes, in place of what is known for the same number of chunks.
@@ -55,12 +53,7 @@ class Certificates:
         Raises:
             StoreError: the store can't be written.
         """
-        values, known = {}, self.all()
-        for new in certificates:
-            span = (new.fewest_chunks, new.most_chunks)
-            old = [each for each in known if each.mode == new.mode and (each.fewest_chunks, each.most_chunks) != span]
-            values[self._key(new.mode)] = json.dumps([asdict(each) for each in (new, *old)[:KEPT]])
-        self._store.remember(values)
+        self._store.remember({self._key(each): json.dumps(asdict(each)) for each in certificates})
 
     def keep_layers(self, layers: Sequence[int]) -> None:
         """Remember the layers that `guided` looks at in this model, in every namespace.
@@ -75,8 +68,9 @@ class Certificates:
         with self._lock:
             if version == self._version:
                 return self._known, self._layers
-        found = chain.from_iterable(map(parse, self._store.recall_all(PREFIX).values()))
-        known = tuple(each for each in found if self._is_ours(each))
+        found = [each for text in self._store.recall_all(PREFIX).values() if (each := parse(text))]
+        ours = [each for each in found if self._is_ours(each)]
+        known = tuple(sorted(ours, key=lambda each: -each.measured_at))
         layers = tuple(json.loads(self._store.recall([self._layers_key]).get(self._layers_key, "[]")))
         with self._lock:
             self._version, self._known, self._layers = version, known, layers
@@ -91,29 +85,32 @@ class Certificates:
             self._namespace,
         )
 
-    def _key(self, mode: str) -> str:
-        return PREFIX + self._hashed(self._namespace, mode)
+    def _key(self, of: Certificate) -> str:
+        return PREFIX + self._hashed(self._namespace, of.mode, of.fewest_chunks, of.most_chunks, of.anchor)
 
     @property
     def _layers_key(self) -> str:
         return LAYERS + self._hashed()
 
-    def _hashed(self, *parts: str) -> str:
+    def _hashed(self, *parts: object) -> str:
         identity = self._identity
         of_model = [identity.weights, identity.tokenizer, identity.dtype]
         return hashlib.sha256(json.dumps([*of_model, *parts]).encode()).hexdigest()
 
 
-def parse(text: str) -> list[Certificate]:
-    """Certificates from what the store remembers. Those of another version that has other figures are left out."""
+def parse(text: str) -> Certificate | None:
+    """A certificate from what the store remembers; None if it is one of another version, which has other figures or
+    modes."""
     try:
-        return [Certificate(**each) for each in json.loads(text)]
-    except (TypeError, ValueError):
-        return []
+        found = Certificate(**json.loads(text))
+        parse_mode(found.mode)
+    except (TypeError, ValueError, BraidError):
+        return None
+    return found
 
 
 def stored(store: ChunkStore, namespace: str) -> list[Certificate]:
     """All certificates of a namespace, of every model."""
-    found = [each for text in store.recall_all(PREFIX).values() for each in parse(text)]
+    found = [each for text in store.recall_all(PREFIX).values() if (each := parse(text))]
     mine = [each for each in found if each.namespace == namespace]
     return sorted(mine, key=lambda each: (each.weights, each.dtype, each.mode, each.fewest_chunks))

@@ -51,7 +51,7 @@ def parse_auto(mode: str) -> Auto | None:
     return Auto(agreement)
 
 
-def choose(auto: Auto, certificates: Sequence[Certificate], chunks: int) -> tuple[str, str]:
+def choose(auto: Auto, certificates: Sequence[Certificate], chunks: int, *, anchor: bool) -> tuple[str, str]:
     """The mode for compositions of so many context chunks, and why it is this one.
 
     If no measured mode agrees enough, it is "exact", which every measurement includes.
@@ -60,10 +60,11 @@ def choose(auto: Auto, certificates: Sequence[Certificate], chunks: int) -> tupl
         auto: what is asked for.
         certificates: those of the model and namespace, the newest one of a mode and a range of chunks first.
         chunks: how many context chunks are composed.
+        anchor: whether a system prompt stands first.
     """
     fitting: dict[str, Certificate] = {}
     for each in certificates:
-        if each.fits(chunks):
+        if each.fits(chunks, anchor=anchor):
             fitting.setdefault(each.mode, each)
     if not fitting:
         return (

@@ -91,6 +91,11 @@ class Composition:
         """How many context chunks it has."""
         return sum(segment.level == LEVEL_CONTEXT for segment in self.segments)
 
+    @property
+    def anchored(self) -> bool:
+        """Whether a system prompt stands first."""
+        return bool(self.segments) and self.segments[0].chunk is not None and self.segments[0].level == LEVEL_SYSTEM
+
     def with_tail(self, token_ids: Sequence[int]) -> "Composition":
         return replace(self, tail=tuple(token_ids))
 

@@ -20,7 +20,7 @@ from typing import Protocol, get_args
 from braidsdk.compose.auto import Auto, choose, parse_auto
 from braidsdk.compose.composition import Composition, Segment
 from braidsdk.compose.repairs import RULES, Guided, Repair, most_tokens, parse_repair
-from braidsdk.errors import UnknownModeError, did_you_mean, shown
+from braidsdk.errors import InputError, UnknownModeError, did_you_mean, shown
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Certificate, Chunk, Mode
 
 
@@ -41,8 +41,10 @@ def parse_mode(mode: "str | Repair | Auto") -> tuple[Mode, Repair | None] | Auto
         InputError: an argument of the mode is missing, unknown or out of range.
     """
     if isinstance(mode, Repair | Auto):
-        parse_mode(str(mode))  # its arguments are checked
-        return mode if isinstance(mode, Auto) else ("anchored", mode)
+        try:
+            return parse_mode(str(mode))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"mode {mode.name!r} must have numbers as its arguments; got {shown(mode)}.") from error
     for known in get_args(Mode):
         if mode == known:
             return known, None
@@ -82,16 +84,18 @@ def compose(
         UnknownModeError: there is no such mode.
         InputError: an argument of the mode is missing, unknown or out of range.
     """
+    anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     notes: tuple[str, ...] = ()
     parsed = parse_mode(mode)
     if isinstance(parsed, Auto):
-        chosen, why = choose(parsed, certificates, sum(chunk.level == LEVEL_CONTEXT for chunk in chunks))
+        count = sum(chunk.level == LEVEL_CONTEXT for chunk in chunks)
+        chosen, why = choose(parsed, certificates, count, anchor=anchor is not None)
         notes, parsed = (why,), parse_mode(chosen)
+        calibrated = ()  # a certificate names the layers that were measured
         assert not isinstance(parsed, Auto)
     rule, repair = parsed
     if isinstance(repair, Guided) and calibrated and not repair.layers:
         repair = replace(repair, layers=calibrated)
-    anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     pieces: list[tuple[Chunk | None, tuple[int, ...]]]
     pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
     pieces += [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from braidsdk.compose.repairs import Guided
+from braidsdk.errors import InputError
 from braidsdk.fidelity.measure import Bench, Case
 
 QUESTIONS = 30
@@ -28,9 +29,16 @@ def best_layers(
         on_progress: called with the cases done and those to be done.
 
     Raises:
+        InputError: nothing of these cases can be repaired.
         BraidError: what `Context.ask` raises.
     """
     modes = {str(Guided(layers=(layer,))): layer for layer in range(layers)}
     found = bench.divergences(cases, list(modes), on_progress)
-    ranked = sorted(modes, key=lambda mode: fmean(found[mode]))
+    means = {mode: fmean(found[mode]) for mode in modes}
+    if len(set(means.values())) == 1:
+        raise InputError(
+            "calibrate must have questions over at least two context chunks, because the first one behind the system "
+            "prompt is never repaired; these tell no layer from another. Ask over more chunks."
+        )
+    ranked = sorted(modes, key=lambda mode: means[mode])
     return tuple(sorted(modes[mode] for mode in ranked[:TAKEN]))

@@ -3,13 +3,15 @@
 Full prefill is the mode "exact". Of the other modes nothing is known here but their names.
 """
 
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from braidsdk.prompt.text import normalise
 from braidsdk.store import chunk_id
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Answer, Chunk, Mode
 
+PASSAGE = {"braidsdk.fidelity": "passage"}
+"""Metadata of a passage while its question is measured, beside the number of the process."""
+
 REFERENCE: Mode = "exact"
 """The mode that equals full prefill."""
 
@@ -36,6 +41,12 @@ class Compose(Protocol):
     """`Braid.compose`."""
 
     def __call__(self, chunks: Sequence[Chunk | str], *, mode: str | Repair, keep: bool | None = None) -> Context: ...
+
+
+class Register(Protocol):
+    """`Braid.register_many`."""
+
+    def __call__(self, texts: Sequence[str], *, metadata: Sequence[Mapping[str, Any]]) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,7 @@ class Case:
         chunk_ids: ids of the chunks, in order.
         texts: those of them that are registered for this question alone.
         context_chunks: how many are not the system prompt.
+        anchor: whether a system prompt stands first.
     """
 
     number: int
@@ -55,6 +67,7 @@ class Case:
     chunk_ids: tuple[str, ...]
     texts: tuple[str, ...]
     context_chunks: int
+    anchor: bool
 
 
 @dataclass(frozen=True)
@@ -107,19 +120,20 @@ def find_cases(
         if question.passages is not None:
             texts = tuple(normalise(each) for each in question.passages)
             own = [chunk_id(engine.namespace, LEVEL_CONTEXT, each) for each in texts]
-            ids, count = [*(each.id for each in first), *own], len(own)
+            ids, count, anchor = [*(each.id for each in first), *own], len(own), bool(first)
         else:
             found = chunks.resolve(question.chunks) if question.chunks is not None else tuple(selected)
             if question.chunks is not None and found[0].level != LEVEL_SYSTEM:
                 found = (*first, *found)
             ids = [each.id for each in found]
             count = sum(each.level == LEVEL_CONTEXT for each in found)
+            anchor = bool(found) and found[0].level == LEVEL_SYSTEM
         if not count:
             raise InputError(
                 f"Question {place + 1} must be asked over at least one context chunk; got none. Select chunks, or "
                 "give it chunks or passages of its own."
             )
-        cases.append(Case(place, question, tuple(ids), texts, count))
+        cases.append(Case(place, question, tuple(ids), texts, count, anchor))
     return cases
 
 
@@ -132,7 +146,7 @@ class Bench:
         chunks: Chunks,
         *,
         compose: Compose,
-        register: Callable[[Sequence[str]], object],
+        register: Register,
         max_new_tokens: int,
     ) -> None:
         """Prepare.
@@ -140,13 +154,14 @@ class Bench:
         Args:
             engine, chunks: those of a Braid.
             compose: its `compose`.
-            register: registers texts as context chunks, and computes nothing.
+            register: registers texts as context chunks with their metadata, and computes nothing.
             max_new_tokens: the most tokens of an answer.
         """
         self._engine, self._chunks, self._compose, self._register = engine, chunks, compose, register
         self._most = max_new_tokens
         self._outcomes = Outcomes(engine.store.path / "outcomes.jsonl")
         self._is_warm = False
+        self._delete(lambda chunk: not psutil.pid_exists(chunk.metadata["process"]))  # of runs that were killed
 
     def measure(
         self, cases: Sequence[Case], modes: Sequence[str], on_progress: Callable[[int, int], None]
@@ -267,14 +282,21 @@ class Bench:
         if not case.texts:
             yield None
             return
-        store, namespace = self._engine.store, self._engine.namespace
-        new = set(case.chunk_ids) - store.known_chunks(namespace, case.chunk_ids)
+        namespace = self._engine.namespace
+        known = self._engine.store.known_chunks(namespace, case.chunk_ids)
+        new = {id_: text for text in case.texts if (id_ := chunk_id(namespace, LEVEL_CONTEXT, text)) not in known}
         try:
-            self._register(case.texts)
+            self._register(list(new.values()), metadata=[{**PASSAGE, "process": os.getpid()}] * len(new))
             yield False
         finally:
-            if gone := store.known_chunks(namespace, new):
-                self._chunks.delete_many(gone)
+            self._delete(lambda chunk: chunk.id in new)
+
+    def _delete(self, chosen: Callable[[Chunk], bool]) -> None:
+        """Delete passages that a measurement registered, but none that somebody has named or described since."""
+        own = {*PASSAGE, "process"}
+        marked = [each for each in self._chunks.list(metadata=PASSAGE) if each.name is None and {*each.metadata} == own]
+        if gone := [chunk for chunk in marked if chosen(chunk)]:
+            self._chunks.delete_many(gone)
 
     def _key(self, case: Case, mode: str, *more: str) -> str:
         engine = self._engine

@@ -54,9 +54,9 @@ class Outcomes:
         self._file = file
         self._known: dict[str, Outcome] = {}
         lines = 0
-        with contextlib.suppress(OSError), file.open(encoding="utf-8") as opened:
+        with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as opened:
             for line in opened:
-                lines += 1
+                lines += bool(line.strip())
                 with contextlib.suppress(TypeError, ValueError, KeyError):
                     key, fields = json.loads(line)
                     self._known[key] = Outcome(**{**fields, "token_ids": tuple(fields["token_ids"])})

@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import time
 from typing import Any
 
 from braidsdk.compose.auto import Auto, choose
-from braidsdk.errors import BraidError
+from braidsdk.compose.repairs import Repair
+from braidsdk.errors import BraidError, InputError, shown
 from braidsdk.fidelity import scores
 from braidsdk.fidelity.bootstrap import (
     Estimate,
@@ -102,6 +104,7 @@ class FidelityReport:
         full_prefill_fails: share of these whose reference full prefill's own answer does not contain; None without
             references.
         fewest_chunks, most_chunks: how many context chunks they were asked over.
+        anchor: whether a system prompt stood first in all of them.
         modes: full prefill, and then each mode.
         measured: each question with its outcomes.
     """
@@ -112,13 +115,22 @@ class FidelityReport:
     full_prefill_fails: float | None
     fewest_chunks: int
     most_chunks: int
+    anchor: bool
     modes: tuple[ModeFidelity, ...]
     measured: tuple[Measured, ...]
 
-    def __getitem__(self, mode: str) -> ModeFidelity:
-        """What was measured of a mode, by the name that it was given or that it has in the table."""
-        name = self.setting.names.get(mode, mode)
-        return next(each for each in self.modes if each.mode == name)
+    def __getitem__(self, mode: str | Repair) -> ModeFidelity:
+        """What was measured of a mode, by the name that it was given or that it has in the table.
+
+        Raises:
+            InputError: it was not measured.
+        """
+        name = self.setting.names.get(str(mode), str(mode))
+        for each in self.modes:
+            if each.mode == name:
+                return each
+        names = ", ".join(each.mode for each in self.modes)
+        raise InputError(f"mode must be one that was measured: {names}; got {shown(mode)}.")
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON types, with each question's outcomes."""
@@ -139,13 +151,14 @@ class FidelityReport:
             "full_prefill_fails": self.full_prefill_fails,
             "fewest_chunks": self.fewest_chunks,
             "most_chunks": self.most_chunks,
+            "anchor": self.anchor,
             "modes": [asdict(each) for each in self.modes],
             "outcomes": outcomes,
         }
 
     def certificates(self) -> list[Certificate]:
         """What the store keeps of it: a certificate for each mode."""
-        full = self.modes[0].contains
+        full, now = self.modes[0].contains, time()
         return [
             Certificate(
                 mode=each.mode,
@@ -155,6 +168,7 @@ class FidelityReport:
                 namespace=self.setting.namespace,
                 fewest_chunks=self.fewest_chunks,
                 most_chunks=self.most_chunks,
+                anchor=self.anchor,
                 questions=self.questions,
                 kl=each.kl.value,
                 kl_p95=each.kl_p95.value,
@@ -162,6 +176,7 @@ class FidelityReport:
                 contains=each.contains.value if each.contains else None,
                 full_contains=full.value if full else None,
                 budget=each.budget.value,
+                measured_at=now,
             )
             for each in self.modes
         ]
@@ -204,7 +219,8 @@ class FidelityReport:
                 f"Full prefill itself does not give the reference to {self.full_prefill_fails:.0%} of "
                 f"{self.with_references:,} question{'s' * (self.with_references != 1)}.",
             ]
-        lines += ["", f"For {chunks} chunks {choose(Auto(), self.certificates(), self.most_chunks)[1]}."]
+        why = choose(Auto(), self.certificates(), self.most_chunks, anchor=self.anchor)[1]
+        lines += ["", f"By this measurement {why}."]
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
@@ -258,6 +274,7 @@ def make_report(setting: Setting, measured: Sequence[Measured]) -> FidelityRepor
         full_prefill_fails=1 - sum(values[REFERENCE].of["contains"]) / len(told) if told else None,
         fewest_chunks=min(chunks),
         most_chunks=max(chunks),
+        anchor=all(each.case.anchor for each in measured),
         modes=tuple(values[name].summed_up(setting.seed, base) for name in names),
         measured=tuple(measured),
     )
