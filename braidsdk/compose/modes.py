@@ -42,9 +42,10 @@ def parse_mode(mode: "str | Repair | Auto") -> tuple[Mode, Repair | None] | Auto
     """
     if isinstance(mode, Repair | Auto):
         try:
-            return parse_mode(str(mode))
+            text = str(mode)
         except (TypeError, ValueError) as error:
             raise InputError(f"mode {mode.name!r} must have numbers as its arguments; got {shown(mode)}.") from error
+        return parse_mode(text)
     for known in get_args(Mode):
         if mode == known:
             return known, None
