@@ -463,6 +463,23 @@ def curves_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def repairs_table(report: dict[str, Any]) -> str:
+    """What modes cost until the first token, as Markdown."""
+    lines = [
+        f"{report['model']}, {report['chunks']} chunks of {report['chunk_tokens']} tokens, {report['cores']} cores of "
+        f"{report['device']}, {report['kernels']} kernels; medians:",
+        "",
+        "| mode | budget, % | first token, s | of full prefill, % |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for mode, found in report["modes"].items():
+        budget = "" if found["budget"] is None else f"{100 * found['budget']:.0f}"
+        lines.append(
+            f"| {mode} | {budget} | {found['first_token_ms'] / 1000:.2f} | {100 * found['of_full_prefill']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def _percent(value: dict[str, float] | None) -> str:
     """An estimate with its interval."""
     if value is None:
@@ -533,6 +550,7 @@ TABLES = {
     "quality": (_QUALITY, "quality.json", quality_table),
     "curves": (_QUALITY, "quality.json", curves_table),
     "real": (_QUALITY, "quality-real.json", real_table),
+    "repairs": (_QUALITY, "repairs-cpu.json", repairs_table),
     "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),

@@ -412,7 +412,7 @@ CASES = (
         Case(
             "attention", f"{_of(rows, users)}, in a graph", partial(_attention, rows=rows, users=users, plan=_questions)
         )
-        for rows, users in ((16, 1), (128, 16))
+        for rows, users in ((1, 1), (16, 1), (128, 16))
     ),
     *(
         Case("attention", f"running batch, products of {size} rows", partial(_running, size=size))

@@ -231,3 +231,12 @@ def test_a_real_model_has_a_table_for_each_set_of_questions() -> None:
     sources = tables.sources_table(tiny, report).splitlines()
     assert "| 1,000 | 98.7% (by the third of the context it stands in: 100.0%, 90.0%) |" in sources[2]
     assert sources[3:] == ["| M, SQuAD | anchored | 9 | 94% | 90% | 18% |"]
+
+
+def test_repairs_are_shown_beside_full_prefill() -> None:
+    whole = {"first_token_ms": 40_000.0, "budget": None, "of_full_prefill": 1.0}
+    some = {"first_token_ms": 2_570.0, "budget": 0.029, "of_full_prefill": 0.0635}
+    report = {"model": "M", "chunks": 16, "chunk_tokens": 512, "cores": 2, "device": "C", "kernels": "native"}
+    lines = tables.repairs_table({**report, "modes": {"full prefill": whole, "linked(16)": some}}).splitlines()
+    assert lines[0] == "M, 16 chunks of 512 tokens, 2 cores of C, native kernels; medians:"
+    assert lines[4:] == ["| full prefill |  | 40.00 | 100.0 |", "| linked(16) | 3 | 2.57 | 6.3 |"]
