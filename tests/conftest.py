@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -203,3 +204,13 @@ def tiny(tmp_path: Path) -> Iterator[Braid]:
     """A Braid on braid-tiny, on the CPU."""
     with Braid("braid-tiny", store=tmp_path / "store", device="cpu") as braid:
         yield braid
+
+
+@pytest.fixture
+def other(random_checkpoint: Path, tmp_path: Path) -> Callable[..., Braid]:
+    """Opens a Braid on the random checkpoint or another one, over one store."""
+
+    def opened(folder: Path = random_checkpoint, **settings: Any) -> Braid:
+        return Braid(folder, store=tmp_path / "store", device="cpu", **{"dtype": "float32", **settings})
+
+    return opened

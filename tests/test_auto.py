@@ -1,7 +1,6 @@
 """The mode "auto", which is the default, and the layers that `guided` looks at."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +14,6 @@ from braidsdk.fidelity.measure import Bench, Case
 RULES = "You answer questions from the documents."
 TEXTS = [f"The capital of {land} is {city}." for land, city in (("Aistonia", "Flubarg"), ("Belmora", "Plonk"))]
 ASKED = [f"What is the capital of {land}?" for land in ("Aistonia", "Belmora")]
-
-
-@pytest.fixture
-def other(random_checkpoint: Path, tmp_path: Path) -> Callable[..., Braid]:
-    """Opens a Braid on the random checkpoint, over one store."""
-
-    def opened(**settings: Any) -> Braid:
-        return Braid(random_checkpoint, store=tmp_path / "store", device="cpu", **{"dtype": "float32", **settings})
-
-    return opened
 
 
 def registered(braid: Braid) -> list[Chunk]:

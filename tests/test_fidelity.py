@@ -32,16 +32,6 @@ def registered(braid: Braid) -> list[Chunk]:
     return [rules, *braid.register_many(TEXTS, anchor=rules, progress=False)]
 
 
-@pytest.fixture
-def other(random_checkpoint: Path, tmp_path: Path) -> Callable[..., Braid]:
-    """Opens a Braid on the random checkpoint or another one, over one store."""
-
-    def opened(folder: Path = random_checkpoint, **settings: Any) -> Braid:
-        return Braid(folder, store=tmp_path / "store", device="cpu", **{"dtype": "float32", **settings})
-
-    return opened
-
-
 # the figures
 
 

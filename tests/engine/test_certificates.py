@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,16 +18,6 @@ NO_PROCESS = 2**22 + 1
 RULES = "You answer questions from the documents."
 TEXTS = [f"The capital of {land} is {city}." for land, city in (("Aistonia", "Flubarg"), ("Belmora", "Plonk"))]
 ASKED = [f"What is the capital of {land}?" for land in ("Aistonia", "Belmora")]
-
-
-@pytest.fixture
-def other(random_checkpoint: Path, tmp_path: Path) -> Callable[..., Braid]:
-    """Opens a Braid on the random checkpoint, over one store."""
-
-    def opened(**settings: Any) -> Braid:
-        return Braid(random_checkpoint, store=tmp_path / "store", device="cpu", **{"dtype": "float32", **settings})
-
-    return opened
 
 
 def registered(braid: Braid) -> list[Chunk]:
