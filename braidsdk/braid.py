@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -45,6 +44,7 @@ from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.text import check_window, is_unicode, normalise
 from braidsdk.settings import store_folder
 from braidsdk.store import ChunkStore
+from braidsdk.store.threads import Threads
 from braidsdk.types import (
     LEVEL_CONTEXT,
     LEVEL_SYSTEM,
@@ -657,7 +657,7 @@ def _in_a_thread(work: Callable[[], T]) -> T:
     On a CPU the OpenMP threads that torch starts belong to the thread that computes. While those of a second one exist
     the engine's sleep between operations, which costs a fifth of its speed.
     """
-    threads = ThreadPoolExecutor(1, "braid-load")
+    threads = Threads(1, "braid-load")
     try:
         return threads.submit(work).result()
     finally:

@@ -10,8 +10,7 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +30,7 @@ from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
 from braidsdk.store.recent import RecentChunks
+from braidsdk.store.threads import threads
 
 _log = logging.getLogger(__name__)
 
@@ -334,7 +334,7 @@ class ChunkStore:
         found = self.look_up(keys)
         places = [place(key) if place and each else None for key, each in zip(keys, found, strict=True)]
         jobs = iter(list(zip(keys, found, places, strict=True)))
-        with _threads(READERS) as readers:
+        with threads(READERS) as readers:
             ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
             while ahead:
                 result = ahead.popleft().result()
@@ -362,7 +362,7 @@ class ChunkStore:
         written: dict[str, Path] = {}
         placed: list[str] = []
         try:
-            with _threads(WRITERS) as writers:
+            with threads(WRITERS) as writers:
                 entered = list(writers.map(lambda each: self._write(each, records, written), new.values()))
             rows = {row.digest: row for row in entered}
             with self._index.write() as db:
@@ -558,25 +558,6 @@ def _is_due(db: Database) -> bool:
     """Whether the last sweep was long ago, or is in the future because the clock was wrong."""
     swept = memory.recall(db, [SWEPT]).get(SWEPT)
     return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
-
-
-@contextlib.contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that have ended when the block is left, even if that is interrupted several times, because they write to
-    memory."""
-    executor = ThreadPoolExecutor(count)
-    try:
-        yield executor
-    finally:
-        interrupt = None
-        while True:
-            try:
-                executor.shutdown(cancel_futures=True)
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt:
-            raise interrupt
 
 
 def _ms_since(started: float) -> float:

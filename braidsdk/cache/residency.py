@@ -9,7 +9,6 @@ engine's thread, which alone changes the pool.
 import logging
 import platform
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +25,7 @@ from braidsdk.cache.rates import Rates
 from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
 from braidsdk.models.base import Model
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
+from braidsdk.store.threads import Threads
 
 READ_JOBS, WRITE_JOBS = 2, 1
 """How many reads and writes run at the same time. Each uses threads of its own as well."""
@@ -191,8 +191,8 @@ class Residency(Generic[N]):
         self._making: dict[Resident, _Making[N]] = {}
         self._writing: dict[Resident, _Write[N]] = {}
         self._last_written = 0.0
-        self._readers = ThreadPoolExecutor(READ_JOBS, "braid-read")
-        self._writers = ThreadPoolExecutor(WRITE_JOBS, "braid-write")
+        self._readers = Threads(READ_JOBS, "braid-read")
+        self._writers = Threads(WRITE_JOBS, "braid-write")
         self._copies: torch.cuda.Stream | None = None
         self._staging: Tensor | None = None
         if model.device.type == "cuda":
@@ -396,9 +396,9 @@ class Residency(Generic[N]):
             self.pool.pin(entry)  # until the job has ended, because its thread writes to these pages
         try:
             self._readers.submit(self._read, entries)
-        except RuntimeError as error:
+        except ClosedError as error:
             for entry in entries:
-                self._owner.post(partial(self._not_loaded, entry, _exiting(error)))
+                self._owner.post(partial(self._not_loaded, entry, error))
 
     def _begin_write(self, write: _Write[N]) -> None:
         copies = []
@@ -409,9 +409,9 @@ class Residency(Generic[N]):
             copies.append((entry.key, self._copy_out(entry)))
         try:
             self._writers.submit(self._publish, write, copies)
-        except RuntimeError as error:
+        except ClosedError as error:
             self._owner.post(partial(self._copied, write))
-            self._owner.post(partial(self._published, write, _exiting(error)))
+            self._owner.post(partial(self._published, write, error))
 
     # I/O jobs, and what they post
 
@@ -572,10 +572,3 @@ def _bytes_of(tiles: Tensor) -> NDArray[np.uint8]:
     """The bytes of a tensor on the CPU, those of its last dimension in one. I/O threads copy them by numpy: a copy by
     torch may start OpenMP threads of their own, beside which those of the engine sleep between operations."""
     return tiles.view(torch.uint8).numpy()
-
-
-def _exiting(error: RuntimeError) -> ClosedError:
-    """The error for a job that no I/O thread takes any more."""
-    closed = ClosedError("The store can't be read or written any more, because the interpreter exits.")
-    closed.__cause__ = error
-    return closed

@@ -7,7 +7,6 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
@@ -26,6 +25,7 @@ from braidsdk.prompt.history import SpokenTurns
 from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.lru import LRU
 from braidsdk.store import ChunkStore, EntryKey, Hit, ModelIdentity
+from braidsdk.store.threads import Threads
 
 NO_CODEC = "none"
 
@@ -99,7 +99,7 @@ class Engine:
         self.certificates = Certificates(store, self.identity, namespace)
         self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
         self._process = os.getpid()
-        self._preparing = ThreadPoolExecutor(PREPARING_THREADS, "braid-prepare")
+        self._preparing = Threads(PREPARING_THREADS, "braid-prepare")
         self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
         self._stop = weakref.finalize(self, self._loop.stop)
         self._loop.start()

@@ -541,6 +541,39 @@ for name, wait in waits.items():
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("job", ["publish", "stream"])
+def test_the_store_at_work_at_exit_says_that_it_is_closed(job: str, script_environment: dict[str, str]) -> None:
+    done = run(
+        f"""
+import concurrent.futures
+braid = opened()
+system = braid.register_system(TEXT)
+braid.close()
+braid = opened()
+honest, begun = braid._engine._loop._store.{job}, threading.Event()
+
+def late(*arguments):
+    begun.set()
+    while not concurrent.futures.thread._shutdown:
+        time.sleep(0.001)
+    return honest(*arguments)
+
+braid._engine._loop._store.{job} = late
+
+def ask():
+    try:
+        braid.compose([system, braid.register(TEXT)]).ask("Well?", max_new_tokens=2)
+    except ClosedError as error:
+        print(str(error).split(":")[0])
+
+threading.Thread(target=ask).start()
+begun.wait(WAIT_S)
+""",
+        script_environment,
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("The interpreter exits\n", "", 0)
+
+
 def test_a_fork_says_so_while_the_parent_is_busy_and_goes_on(script_environment: dict[str, str]) -> None:
     done = run(
         """
