@@ -1,7 +1,9 @@
 """The paged pool: pages, eviction, pins, deletion under a running call."""
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import psutil
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from braidsdk import Braid
+from braidsdk.cache.free import FreePages, runs_of
 from braidsdk.cache.pool import Pool, Resident, State
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention import cascade_attention, plan_attention
@@ -115,9 +118,9 @@ def test_integrity_notices_what_is_wrong(fault: str) -> None:
     entry = put(pool, key("a"))
     pool.integrity()
     if fault == "lost":
-        pool._free.pop()
+        pool._free.take(1)
     elif fault == "twice":
-        pool._free.append(int(entry.pages[0]))
+        pool._free.give(entry.pages[:1].tolist())
     elif fault == "count":
         pool._evictable += 1
     else:
@@ -178,8 +181,8 @@ def test_pages_past_two_to_the_31_elements_per_layer_are_addressed_right() -> No
             )
             queries = torch.cat([keys, keys], 1)[-rows:]
             outs.append(cascade_attention(queries, plans, pool.kv[0], 0.1))
-        pool._free.reverse()
         assert int(mine.max()) in (1, pages - 1)
+        pool._free.take(max(0, len(pool._free) - 2))
     assert torch.equal(outs[0], outs[2])
     assert torch.equal(outs[1], outs[3])
 
@@ -217,3 +220,22 @@ def test_what_lies_in_unused_memory_never_matters(
             again = braid.ask("And where else?", chunks=chunks[:1], max_new_tokens=12)
             found.append((answer.token_ids, again.token_ids))
     assert found[0] == found[1]
+
+
+def test_free_pages_are_given_out_once_and_together_where_they_can_be() -> None:
+    rng, free, held = random.Random(0), FreePages(60), []
+    for _ in range(3000):
+        wanted = rng.randint(1, 6)
+        if len(free) >= wanted and rng.random() < 0.6:
+            longest = max((stop - start for start, stop in runs_of(list(free))), default=0)
+            pages = free.take(wanted)
+            assert len(runs_of(pages)) == 1 or longest < wanted
+            held.append(pages)
+        elif held:
+            free.give(held.pop(rng.randrange(len(held))))
+        assert sorted([*free, *chain.from_iterable(held)]) == list(range(60))
+        assert len(free) == len(list(free))
+    for pages in held:
+        free.give(pages[::-1])
+    assert free.take(60) == list(range(60))
+    assert free.take(0) == list(free) == []

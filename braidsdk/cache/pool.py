@@ -11,16 +11,17 @@ Knows nothing about text, files or composition modes.
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Self
 
 import psutil
 import torch
 from torch import Tensor
 
+from braidsdk.cache.free import FreePages, runs_of
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
@@ -117,7 +118,7 @@ class Pool:
         touched = self.capacity_pages if device.type == "cuda" else TOUCHED_BYTES // self.page_bytes
         self.kv[:, :, :touched] = 0
         self.zero_padding = zero_padding
-        self._free = list(range(self.capacity_pages - 1, -1, -1))
+        self._free = FreePages(self.capacity_pages)
         self._entries: OrderedDict[str, Resident] = OrderedDict()
         self._turns: OrderedDict[str, Resident] = OrderedDict()
         self._overlays: OrderedDict[str, Resident] = OrderedDict()
@@ -192,7 +193,7 @@ class Pool:
             )
         while len(self._free) < wanted:
             self._evict(chain(self._overlays.values(), self._entries.values()))
-        return torch.tensor([self._free.pop() for _ in range(wanted)], dtype=torch.int64)
+        return torch.tensor(self._free.take(wanted), dtype=torch.int64)
 
     def clear(self, pages: Tensor) -> None:
         """Set pages to zero that will not be filled to the last slot, if attention needs that."""
@@ -201,18 +202,18 @@ class Pool:
 
     def blank(self, pages: Tensor) -> None:
         """Set pages to zero."""
-        for start, stop in _runs(pages.tolist()):
+        for start, stop in runs_of(pages.tolist()):
             self.kv[:, :, start:stop] = 0
 
     def give_back(self, pages: Tensor) -> None:
         """Free pages that belong to no entry."""
-        self._free += reversed(pages.tolist())
+        self._free.give(pages.tolist())
 
     def memory_of(self, pages: Tensor) -> list[list[memoryview]]:
         """The bytes of these pages for each layer, all keys before all values, in few pieces. For a pool on the CPU."""
         part = self.kv.stride(2) * self.kv.itemsize  # bytes of one page's keys, or of its values, in one layer
         memory = self.kv.view(-1).view(torch.uint8).numpy().data
-        runs = [(start * part, stop * part) for start, stop in _runs(pages.tolist())]
+        runs = [(start * part, stop * part) for start, stop in runs_of(pages.tolist())]
         halves = [half * self.capacity_pages * part for half in range(2 * len(self.kv))]
         pieces = [[memory[at + start : at + stop] for start, stop in runs] for at in halves]
         return [keys + values for keys, values in zip(pieces[::2], pieces[1::2], strict=True)]
@@ -296,12 +297,6 @@ class Pool:
         if entry:
             _log.debug("evicted an entry of %d tokens", entry.tokens)
             self.drop(entry)
-
-
-def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of consecutive page ids, each as its first id and the id after its last."""
-    cuts = [0, *(i for i in range(1, len(ids)) if ids[i] != ids[i - 1] + 1), len(ids)]
-    return [(ids[start], ids[stop - 1] + 1) for start, stop in pairwise(cuts) if stop > start]
 
 
 def default_capacity_bytes(device: torch.device) -> int:

@@ -179,7 +179,7 @@ def test_what_lay_on_its_pages_before_does_no_harm(keep: bool | None, random_bra
     pool = random_braid._engine.pool
     logits = context.next_token_logits(OTHER)
     for question in (ASK, OTHER):
-        pool.kv[:, :, pool._free] = float("nan")
+        pool.kv[:, :, list(pool._free)] = float("nan")
         assert len(answered(context, question).token_ids) == 12
     assert torch.allclose(context.next_token_logits(OTHER), logits, atol=1e-4)
 
