@@ -215,6 +215,8 @@ with Braid(sys.argv[1], store=sys.argv[2], device="cpu") as braid:
     context = braid.compose(docs)
     answer = context.ask("Which?", max_new_tokens=6)
     print(answer.prompt_ids, answer.token_ids, braid.compose(docs[1:]).input_ids)
+    said = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": answer.text}]
+    print(context.ask("And?", history=said, max_new_tokens=6).prompt_ids)
     sys.stderr.write(str("transformers" in sys.modules))
     print(context.prompt_ids("Which?", history=[{"role": r, "content": "A"} for r in ("user", "assistant")]))
 """

@@ -13,6 +13,7 @@ Knows nothing about models, caches or chunks.
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +123,9 @@ class PromptLayout:
     def remember(self) -> None:
         """Keep what was found until now for processes that open this checkpoint later. Call it when nothing was
         refused."""
+        if not self._tokenizer.record.is_known:
+            with suppress(UnsupportedModelError):  # whoever passes a history is told
+                _ = self.past  # else the first question of theirs that has one would wait for it
         self._tokenizer.record.keep()
 
     @property
