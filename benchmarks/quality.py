@@ -7,9 +7,9 @@ A cell is a number of documents and a kind of question: direct (a fact), alias (
 explains), chain (over two documents). In each, the same questions are asked in every mode, through public calls. An
 answer is right if it is the one of the sample, character for character. `budget` is the repaired work, choosing
 included, as a share of computing all documents. What a repair wins back is a share of what `anchored` loses to `exact`;
-its interval is a paired bootstrap's over questions, 95 %. `worse` is the share of questions that `anchored` answers
-right and the mode does not. Direct questions also say whether the document that holds the fact is the first of an
-answer's sources.
+its interval is a paired bootstrap's over questions, 95 %. So is that of how much more a mode has right than `isolated`.
+`worse` is the share of questions that `anchored` answers right and the mode does not. Direct questions also say whether
+the document that holds the fact is the first of an answer's sources.
 
 Questions go in rounds through all cells, so whenever time ends all cells have the same number.
 """
@@ -31,7 +31,7 @@ import torch
 from ttft import cpu_name
 
 from braidsdk import Answer, Braid
-from braidsdk.fidelity.bootstrap import Floats, estimate
+from braidsdk.fidelity.bootstrap import Floats, estimate, mean_difference
 from braidsdk.models.tiny.evaluate import Asked, held_out_sample
 
 MODES = (
@@ -63,11 +63,11 @@ fact stands, from 0 to 1, and whether it is the first source."""
 _braid: Braid
 
 
-def open_model(dtype: str, folder: str) -> None:
+def open_model(dtype: str, folder: str, device: str) -> None:
     """Start a worker: one thread, a model and a store of its own."""
     global _braid
     torch.set_num_threads(1)
-    _braid = Braid("braid-tiny", store=tempfile.mkdtemp(dir=folder), device="cpu", dtype=dtype)
+    _braid = Braid("braid-tiny", store=tempfile.mkdtemp(dir=folder), device=device, dtype=dtype)
 
 
 def modes_of(documents: int, modes: Sequence[str]) -> list[str]:
@@ -121,6 +121,9 @@ def summed_up(documents: int, kind: str, outcomes: Outcomes) -> dict[str, Any]:
         if lost >= LEAST_LOSS and mode not in ("exact", "anchored", "isolated"):
             won = estimate(won_back, right, marks["anchored"], marks["exact"], seed=0)
             cell["modes"][mode]["won_back"] = asdict(won)
+        if "isolated" in marks and mode != "isolated":
+            more = estimate(mean_difference, right, marks["isolated"], seed=0)
+            cell["modes"][mode]["over_isolated"] = asdict(more)
     return cell
 
 
@@ -148,6 +151,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="+", default=DOCUMENTS)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--modes", nargs="+", default=MODES, help="exact and anchored must be among them")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "quality.json")
@@ -157,7 +161,9 @@ def main() -> None:
     end = monotonic() + 60 * options.minutes
     with (
         tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(options.workers, get_context("spawn"), open_model, (options.dtype, folder)) as pool,
+        ProcessPoolExecutor(
+            options.workers, get_context("spawn"), open_model, (options.dtype, folder, options.device)
+        ) as pool,
     ):
         for first in range(0, options.questions, ROUND):
             if monotonic() > end:
@@ -175,7 +181,7 @@ def main() -> None:
                 "model": "braid-tiny",
                 "dtype": options.dtype,
                 "asked_for": options.questions,
-                "cpu": cpu_name(),
+                "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "cells": [summed_up(*cell, outcomes[cell]) for cell in sorted(cells, key=lambda cell: cell[0])],
                 "sources": sources_of([each for cell in cells for each in outcomes[cell]]),

@@ -55,11 +55,11 @@ RIVAL, CHALLENGER = "blended(0.2)", "guided(0.1)"
 _braid: Braid
 
 
-def open_model(model: str, dtype: str, folder: str) -> None:
+def open_model(model: str, dtype: str, folder: str, device: str) -> None:
     """Start a worker: one thread, a model and a store of its own."""
     global _braid
     torch.set_num_threads(1)
-    _braid = Braid(model, store=tempfile.mkdtemp(dir=folder), device="cpu", dtype=dtype)
+    _braid = Braid(model, store=tempfile.mkdtemp(dir=folder), device=device, dtype=dtype)
 
 
 def ask(question: Question, system: str, modes: Sequence[str], gold: int | None, most: int) -> dict[str, Any]:
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--system", default=SYSTEM)
     parser.add_argument("--sources", action="store_true", help="measure sources, too")
     parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--no-new", action="store_true", help="sum up what is kept, and ask nothing")
@@ -207,7 +208,7 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         ProcessPoolExecutor(
-            options.workers, get_context("spawn"), open_model, (options.model, options.dtype, folder)
+            options.workers, get_context("spawn"), open_model, (options.model, options.dtype, folder, options.device)
         ) as pool,
         kept_in.open("a") as file,
     ):
@@ -237,7 +238,7 @@ def main() -> None:
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
         "skipped": options.skip,
-        "cpu": cpu_name(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         **summed_up(measured, [FULL, *options.modes], options.seed),
     }

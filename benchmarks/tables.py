@@ -437,7 +437,21 @@ def quality_table(report: dict[str, Any]) -> str:
     for cell in sorted(report["cells"], key=lambda cell: list(_KINDS).index(cell["kind"])):
         shown = [_right(cell["modes"][mode], brackets=mode not in ("exact", "anchored")) for mode in modes]
         lines.append(f"| {_KINDS[cell['kind']]} | {cell['documents']} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_below_isolated(report)])
+
+
+def _below_isolated(report: dict[str, Any]) -> list[str]:
+    """Where a mode has fewer right answers than `isolated`, beyond the interval of the difference."""
+    found = [
+        f"{mode}, {_KINDS[cell['kind']]}, {cell['documents']} documents: {_percent(more)}"
+        for cell in report["cells"]
+        for mode, figures in cell["modes"].items()
+        if (more := figures.get("over_isolated")) and more["high"] < 0
+    ]
+    if not any("over_isolated" in figures for cell in report["cells"] for figures in cell["modes"].values()):
+        return []
+    where = "; ".join(found) or "nowhere"
+    return ["", f"Fewer right answers than `isolated`, in points, where the 95 % interval lies below 0: {where}."]
 
 
 def _right(figures: dict[str, float], *, brackets: bool) -> str:

@@ -197,6 +197,13 @@ def test_quality_shows_right_answers_and_those_made_worse() -> None:
         "| one fact | 6 | 99 | 50 | 75 (4) |",
         "| a name that another document explains | 6 | 99 | 50 | 75 (4) |",
     ]
+    assert len(lines) == 6
+    modes["anchored"] = {**base, "over_isolated": {"value": -0.05, "low": -0.1, "high": 0.01}}
+    assert tables.quality_table(report).splitlines()[-1].endswith("lies below 0: nowhere.")
+    modes["guided(0.15)"] = {**some, "over_isolated": {"value": -0.05, "low": -0.1, "high": -0.01}}
+    said = tables.quality_table(report).splitlines()[-1]
+    assert said.endswith("lies below 0: guided(0.15), one fact, 6 documents: -5 [-10, -1].")
+    modes["guided(0.15)"] = some
     assert tables.curves_table(report).splitlines() == [
         "| question | repair | 5 % | 10 % | 15 % |",
         "| --- | --- | ---: | ---: | ---: |",
