@@ -494,6 +494,24 @@ def repairs_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def steady_table(report: dict[str, Any]) -> str:
+    """Whether figures change while a process runs, as Markdown."""
+    threads = f"{report['threads']} thread{'s' * (report['threads'] > 1)}"
+    lines = [
+        f"braid-tiny, {report['questions']:,} questions over {report['chunks']} chunks, {threads} of {report['cpu']}:",
+        "",
+        "| mode | questions | found, % | first token, ms | decoding, tokens/s | anonymous memory, MiB |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for mode, parts in report["modes"].items():
+        for which, part in (("first fifth", parts[0]), ("last fifth", parts[-1])):
+            lines.append(
+                f"| {mode} | {which} | {100 * part['hit_rate']:.0f} | {part['first_token_ms']:.1f} "
+                f"| {part['decode_tokens_per_s']:.0f} | {part['anonymous_mib']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def _percent(value: dict[str, float] | None) -> str:
     """An estimate with its interval."""
     if value is None:
@@ -569,6 +587,7 @@ TABLES = {
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),
     "overview": (_USERS, "gpu.json vllm.json serving.json serving-cpu.json", overview),
+    "steady": (_REST, "steady.json", steady_table),
     "gpu": (_REST, "gpu.json vllm.json", gpu_table),
     "warm_up": (_REST, "gpu.json", warm_up_table),
     "launches": (_REST, "gpu.json", launches_table),

@@ -247,3 +247,15 @@ def test_repairs_are_shown_beside_full_prefill() -> None:
     lines = tables.repairs_table({**report, "modes": {"full prefill": whole, "linked(16)": some}}).splitlines()
     assert lines[0] == "M, 16 chunks of 512 tokens, 2 cores of C, native kernels; medians:"
     assert lines[4:] == ["| full prefill |  | 40.00 | 100.0 |", "| linked(16) | 3 | 2.57 | 6.3 |"]
+
+
+def test_whether_speed_lasts_is_shown_by_the_first_and_the_last_questions() -> None:
+    first = {"hit_rate": 1.0, "first_token_ms": 20.18, "decode_tokens_per_s": 129.2, "anonymous_mib": 1073.8}
+    last = {**first, "first_token_ms": 19.68}
+    report = {"cpu": "C", "threads": 2, "questions": 1000, "chunks": 200, "modes": {"anchored": [first, {}, last]}}
+    lines = tables.steady_table(report).splitlines()
+    assert lines[0] == "braid-tiny, 1,000 questions over 200 chunks, 2 threads of C:"
+    assert lines[4:] == [
+        "| anchored | first fifth | 100 | 20.2 | 129 | 1,074 |",
+        "| anchored | last fifth | 100 | 19.7 | 129 | 1,074 |",
+    ]
