@@ -27,6 +27,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction
 
 from braidsdk import Braid
+from braidsdk.cache import pool
 from braidsdk.cache.pool import PAGE_SIZE, Pool
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.request import Request
@@ -41,6 +42,7 @@ logging.disable_progress_bar()
 os.environ["BRAID_CHECK"] = "1"  # the engine checks itself whenever it is idle
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start: models are tiny, and machines shared
 torch.set_num_threads(1)
+pool.TOUCHED_BYTES = 1 << 22  # each Braid that a test opens writes to so much memory
 
 
 def patched_once(function: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ fail it.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -129,7 +130,7 @@ def pool_for(model: object, page_size: int | None = None) -> Pool:
         head_dim=config.head_dim,
         dtype=model.dtype,
         device=model.device,
-        capacity_bytes=1 << 30,
+        capacity_bytes=1 << 25,
         page_size=page_size,
     )
 
@@ -188,12 +189,20 @@ def prompts(composed: bool, device: torch.device) -> Iterator[list[tuple[int, ..
         yield [tokens(65, seed), tokens(90, seed + 100), tokens(200, seed + 200)] if composed else [tokens(plain, seed)]
 
 
+@lru_cache(2)
+def expected(peers: Peers, composed: bool) -> list[tuple[list[tuple[int, ...]], Tensor, Tensor]]:
+    """All prompts, with true logits and transformers'."""
+    return [
+        (pieces, logits(peers.truth, pieces), their_logits(peers.theirs, pieces))
+        for pieces in prompts(composed, peers.truth.device)
+    ]
+
+
 @pytest.mark.parametrize("composed", [False, True], ids=["plain", "composed"])
 def test_logits_are_as_close_to_the_truth_as_transformers_is(peers: Peers, composed: bool) -> None:
     errors, divergences = [], []
-    for pieces in prompts(composed, peers.truth.device):
-        truth = logits(peers.truth, pieces)
-        ours, theirs = logits(peers.ours, pieces), their_logits(peers.theirs, pieces)
+    for pieces, truth, theirs in expected(peers, composed):
+        ours = logits(peers.ours, pieces)
         errors.append(rms(ours - truth) / rms(theirs - truth))
         divergences.append(math.sqrt(divergence(truth, ours) / divergence(truth, theirs)))
     print(f"RMS {verdict(errors)}, sqrt KL {verdict(divergences)}")  # noqa: T201 - shown where a test fails
@@ -241,9 +250,7 @@ def without_angles(plan_for: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("bug", ["a seam off by one", "an unrotated query", "a score scale of 0.97"])
 def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces_of = list(prompts(True, peers.truth.device))
-    truths = [logits(peers.truth, pieces) for pieces in pieces_of]
-    theirs = [their_logits(peers.theirs, pieces) for pieces in pieces_of]
+    known = expected(peers, True)  # before anything is planted
     shift = 0
     if bug == "a seam off by one":
         shift = 1
@@ -262,10 +269,11 @@ def test_planted_bugs_fail_the_statistic(peers: Peers, bug: str, monkeypatch: py
             return honest(model, *args)
 
         monkeypatch.setattr(type(ours), "_finish_layer", finish)
-    ratios = [
-        rms(logits(peers.ours, pieces, shift) - truth) / rms(baseline - truth)
-        for pieces, truth, baseline in zip(pieces_of, truths, theirs, strict=True)
-    ]
+    ratios: list[float] = []
+    for pieces, truth, theirs in known:
+        ratios.append(rms(logits(peers.ours, pieces, shift) - truth) / rms(theirs - truth))
+        if ratios[-1] > WORST:
+            break  # the others can't make up for it
     assert not passes(ratios), f"{bug} passes with {verdict(ratios)}"
 
 
