@@ -367,7 +367,7 @@ class Braid:
             mode=Auto.name if mode is None else mode,
             keep=keep,
             certificates=self._engine.certificates.all(),
-            calibrated=self._engine.certificates.layers(),
+            calibrated=self._engine.certificates.calibration(),
         )
         window = self._engine.config.window
         check_window(composition.tokens, window, "This composition", "Compose fewer or shorter chunks.")
@@ -480,9 +480,10 @@ class Braid:
             max_new_tokens: the most tokens of an answer.
             not_found: phrases by which an answer says that it is not in the documents, in place of
                 `braidsdk.fidelity.scores.NOT_FOUND`.
-            calibrate: first find the layers whose attention `guided` looks at in this model, and keep them for it. It
-                takes 30 questions at most, of those that the sample leaves where there are so many, and repairs each
-                of them once for every layer of the model.
+            calibrate: first find how `guided` chooses best in this model, and keep it for it: whether tokens near an
+                attended one count like it, and the layers whose attention it looks at. It takes 30 questions at most,
+                of those that the sample leaves where there are so many, and repairs each of them once for every layer
+                of the model, and twice more.
             on_progress: called with the questions done and those to be done, in this thread. What it raises ends it.
             progress: show a progress bar on stderr, where stderr is a terminal.
 

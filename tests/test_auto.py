@@ -149,16 +149,23 @@ def test_auto_is_no_mode_to_measure(random_braid: Braid) -> None:
 # the layers that guided looks at
 
 
-def test_the_layers_with_the_lowest_kl_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    kl = {0: [5.0, 1.0], 1: [2.0, 2.0], 2: [1.0, 9.0], 3: [0.0, 5.0], 4: [2.0, 0.5]}
+@pytest.mark.parametrize(("near", "other"), [(0, 8), (8, 0)])
+def test_the_distance_and_the_layers_with_the_lowest_kl_are_taken(
+    near: int, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kl = {f"guided(0.15, near={near})": [0.5, 0.5], f"guided(0.15, near={other})": [1.0, 0.5]}
+    of_layers = ([5.0, 1.0], [2.0, 2.0], [1.0, 9.0], [0.0, 5.0], [2.0, 0.5])
+    kl |= {f"guided(0.15, layers={layer}, near={near})": each for layer, each in enumerate(of_layers)}
+    asked: list[str] = []
 
     def measured(_: Bench, cases: Sequence[Case], modes: Sequence[str], on_progress: object) -> dict[str, list[float]]:
-        assert modes == [f"guided(0.15, layers={layer})" for layer in kl]
-        return dict(zip(modes, kl.values(), strict=True))
+        asked.extend(modes)
+        return {mode: kl[mode] for mode in modes}
 
     monkeypatch.setattr(Bench, "divergences", measured)
-    bench = Bench.__new__(Bench)
-    assert calibrate.best_layers(bench, [], 5, lambda *_: None) == (1, 3, 4)
+    found = calibrate.calibration(Bench.__new__(Bench), [], 5, lambda *_: None)
+    assert found == Guided(layers=(1, 3, 4), near=near)
+    assert sorted(asked) == sorted(kl)
 
 
 @pytest.mark.filterwarnings("ignore:Weights in int8")
@@ -172,12 +179,13 @@ def test_calibrated_layers_are_the_model_s(other: Callable[..., Braid], monkeypa
         report = braid.fidelity(
             chunks, ASKED, ["guided(0.2)"], max_new_tokens=4, calibrate=True, on_progress=lambda *now: seen.append(now)
         )
-        assert seen == [(0, 4), (1, 4), (2, 4), (2, 4), (3, 4), (4, 4)]
+        assert seen == [(done, 6) for done in (0, 1, 2, 2, 3, 4, 4, 5, 6)]
         layers = braid.compose(chunks, mode=Guided(0.2)).mode
-        kept = layers.removeprefix("guided(0.2, layers=").removesuffix(")").split("/")
-        alone = braid.fidelity(chunks, ASKED, [f"guided(0.15, layers={layer})" for layer in range(3)], max_new_tokens=4)
-        worst = max(range(3), key=lambda layer: alone[f"guided(0.15, layers={layer})"].kl.value)
-        assert sorted(kept) == [str(layer) for layer in range(3) if layer != worst]
+        _, taken, near = layers.removesuffix(")").split(", ")
+        modes = [f"guided(0.15, layers={layer}, {near})" for layer in range(3)]
+        alone = braid.fidelity(chunks, ASKED, modes, max_new_tokens=4)
+        worst = max(modes, key=lambda mode: alone[mode].kl.value)
+        assert taken == "layers=" + "/".join(str(layer) for layer in range(3) if modes[layer] != worst)
         assert report["guided(0.2)"] is report[layers]
         assert plain["guided(0.2)"].mode == "guided(0.2)"
         assert braid.compose(chunks, mode="guided(0.2, layers=0)").mode == "guided(0.2, layers=0)"
@@ -216,7 +224,7 @@ def test_calibration_goes_on_where_it_stopped(other: Callable[..., Braid], monke
 
         monkeypatch.setattr(type(braid), "compose", watched)
         braid.fidelity(chunks, ASKED, ["guided(0.2)"], calibrate=True, max_new_tokens=4)
-    assert composed.count("guided(0.15, layers=1)") == 1, "the first question is known"
+    assert composed.count("guided(0.15, near=8)") == 1, "the first question is known"
 
 
 def test_layers_are_looked_at_alone(random_braid: Braid) -> None:

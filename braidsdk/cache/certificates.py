@@ -11,6 +11,7 @@ from dataclasses import asdict
 from threading import Lock
 
 from braidsdk.compose.modes import parse_mode
+from braidsdk.compose.repairs import Guided, parse_repair
 from braidsdk.errors import BraidError
 from braidsdk.store import ChunkStore, ModelIdentity
 from braidsdk.types import Certificate
@@ -18,12 +19,12 @@ from braidsdk.types import Certificate
 PREFIX = "certificate:"
 """The keys begin with it under which the store remembers certificates."""
 
-LAYERS = "guided layers:"
-"""The keys begin with it under which the store remembers a model's layers."""
+CALIBRATION = "guided:"
+"""The keys begin with it under which the store remembers a model's calibration."""
 
 
 class Certificates:
-    """The certificates of one open model and namespace, and the layers that `guided` looks at in this model.
+    """The certificates of one open model and namespace, and how `guided` chooses best in this model.
 
     Safe to use from several threads. What was read before is used again as long as nobody has written to the store.
     """
@@ -33,14 +34,14 @@ class Certificates:
         self._lock = Lock()
         self._version: tuple[int, int] | None = None
         self._known: tuple[Certificate, ...] = ()
-        self._layers: tuple[int, ...] = ()
+        self._calibration: Guided | None = None
 
     def all(self) -> tuple[Certificate, ...]:
         """Those of all modes; of one mode the newest first."""
         return self._read()[0]
 
-    def layers(self) -> tuple[int, ...]:
-        """The layers that were found for this model, ascending; empty if it is not calibrated."""
+    def calibration(self) -> Guided | None:
+        """The rule with the layers and the distance that were found for this model; None if it is not calibrated."""
         return self._read()[1]
 
     def find(self, mode: str, chunks: int, *, anchor: bool) -> Certificate | None:
@@ -55,26 +56,27 @@ class Certificates:
         """
         self._store.remember({self._key(each): json.dumps(asdict(each)) for each in certificates})
 
-    def keep_layers(self, layers: Sequence[int]) -> None:
-        """Remember the layers that `guided` looks at in this model, in every namespace.
+    def keep_calibration(self, found: Guided) -> None:
+        """Remember how `guided` chooses best in this model, in every namespace.
 
         Raises:
             StoreError: the store can't be written.
         """
-        self._store.remember({self._layers_key: json.dumps(sorted(layers))})
+        self._store.remember({self._calibration_key: str(found)})
 
-    def _read(self) -> tuple[tuple[Certificate, ...], tuple[int, ...]]:
+    def _read(self) -> tuple[tuple[Certificate, ...], Guided | None]:
         version = self._store.version()
         with self._lock:
             if version == self._version:
-                return self._known, self._layers
+                return self._known, self._calibration
         found = [each for text in self._store.recall_all(PREFIX).values() if (each := parse(text))]
         ours = [each for each in found if self._is_ours(each)]
         known = tuple(sorted(ours, key=lambda each: -each.measured_at))
-        layers = tuple(json.loads(self._store.recall([self._layers_key]).get(self._layers_key, "[]")))
+        kept = parse_repair(self._store.recall([self._calibration_key]).get(self._calibration_key, ""))
+        calibration = kept if isinstance(kept, Guided) else None
         with self._lock:
-            self._version, self._known, self._layers = version, known, layers
-        return known, layers
+            self._version, self._known, self._calibration = version, known, calibration
+        return known, calibration
 
     def _is_ours(self, certificate: Certificate) -> bool:
         identity = self._identity
@@ -89,8 +91,8 @@ class Certificates:
         return PREFIX + self._hashed(self._namespace, of.mode, of.fewest_chunks, of.most_chunks, of.anchor)
 
     @property
-    def _layers_key(self) -> str:
-        return LAYERS + self._hashed()
+    def _calibration_key(self) -> str:
+        return CALIBRATION + self._hashed()
 
     def _hashed(self, *parts: object) -> str:
         identity = self._identity

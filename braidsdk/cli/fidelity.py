@@ -42,7 +42,7 @@ def fidelity(
         ),
     ] = None,
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="First find the layers whose attention guided looks at in this model.")
+        bool, typer.Option("--calibrate", help="First find how guided chooses best in this model.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw quality against cost: .png, .svg or .pdf.")

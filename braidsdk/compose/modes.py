@@ -66,7 +66,7 @@ def compose(
     mode: "str | Repair | Auto" = "anchored",
     keep: bool | None = None,
     certificates: Sequence[Certificate] = (),
-    calibrated: tuple[int, ...] = (),
+    calibrated: Guided | None = None,
 ) -> Composition:
     """Place `chunks` one after another.
 
@@ -79,7 +79,7 @@ def compose(
         keep: whether computed entries go to the store. None keeps all of them except the chains of `exact`, which only
             the same order of chunks can use again, and what repairs compute, which needs the same tokens besides.
         certificates: what `auto` chooses by.
-        calibrated: layers that `guided` looks at if the mode names none; empty for its own choice.
+        calibrated: what was found for the model; `guided` takes layers and distance of it if the mode names neither.
 
     Raises:
         UnknownModeError: there is no such mode.
@@ -92,11 +92,11 @@ def compose(
         count = sum(chunk.level == LEVEL_CONTEXT for chunk in chunks)
         chosen, why = choose(parsed, certificates, count, anchor=anchor is not None)
         notes, parsed = (why,), parse_mode(chosen)
-        calibrated = ()  # a certificate names the layers that were measured
+        calibrated = None  # a certificate names what was measured
         assert not isinstance(parsed, Auto)
     rule, repair = parsed
-    if isinstance(repair, Guided) and calibrated and not repair.layers:
-        repair = replace(repair, layers=calibrated)
+    if isinstance(repair, Guided):
+        repair = repair.calibrated(calibrated)
     pieces: list[tuple[Chunk | None, tuple[int, ...]]]
     pieces = [(anchor, anchor.token_ids)] if anchor else [(None, layout.header_ids)]
     pieces += [

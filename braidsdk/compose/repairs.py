@@ -9,7 +9,7 @@ import math
 import re
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import xxhash
@@ -52,19 +52,30 @@ class Guided:
 
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
-        layers: indices of the layers whose attention counts. Empty for those that `Braid.fidelity(calibrate=True)`
-            found for the model, or else for those from 54 to 88 % of its depth.
+        layers: indices of the layers whose attention counts. Empty for those from 54 to 88 % of the model's depth.
+        near: a token counts as much as the one that the question attends to most among those at most so many tokens
+            away in the same chunk. None for 0.
         shift: see `SHIFT`.
+
+    Without `layers` and `near` both are what `Braid.fidelity(calibrate=True)` found for the model, if it did.
     """
 
     ratio: float = 0.15
     layers: tuple[int, ...] = ()
+    near: int | None = None
     shift: bool = False
     name: ClassVar[str] = "guided"
 
     def __str__(self) -> str:
         layers = f", layers={'/'.join(map(str, self.layers))}" if self.layers else ""
-        return f"{self.name}({self.ratio:g}{layers}){SHIFT * self.shift}"
+        near = "" if self.near is None else f", near={self.near}"
+        return f"{self.name}({self.ratio:g}{layers}{near}){SHIFT * self.shift}"
+
+    def calibrated(self, found: "Guided | None") -> "Guided":
+        """This rule with the layers and the distance that were found for a model, unless it names its own."""
+        if found is None or self.layers or self.near is not None:
+            return self
+        return replace(self, layers=found.layers, near=found.near)
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,7 @@ def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
 def _form(rule: type[Repair]) -> str:
     return {
         "linked": "the form linked(k), with a whole number of tokens",
-        "guided": "the form guided(ratio) or guided(ratio, layers=19/20/22), with a ratio from 0 to 1",
+        "guided": "the form guided(ratio), perhaps with layers=19/20/22 and near=8, with a ratio from 0 to 1",
         "random": "the form random(ratio), with a ratio from 0 to 1",
         "blended": "the form blended(ratio) or blended(ratio, layer=1), with a ratio from 0 to 1",
     }[rule.name]

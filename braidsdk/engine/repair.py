@@ -202,11 +202,11 @@ def _chosen(
             return first_tokens(composition, k), 0
         case Random():
             return random_tokens(composition), 0
-        case Guided(layers=several):
+        case Guided(layers=several, near=near):
             run = Run(composition.tail, tuple(context), pages, 0, composition.tail_origin)
             layers = several or layers_of(model.config.layers)
             found = model.attended(make_batch([run], pool), pool.kv, layers)
-            scores = [found[place].tolist() for place in places]
+            scores = [_widened(found[place], near or 0).tolist() for place in places]
             return ranked(composition, scores), len(composition.tail) * (max(layers) + 1)
         case Blended(layer=layer):
             run = _all_tokens(composition, context, scratch)
@@ -215,6 +215,12 @@ def _chosen(
             scores = [_moved(model, pool, composition, place, context[place], scratch, layer) for place in places]
             return ranked(composition, scores), len(run.token_ids) * (layer + 1)
     raise RuntimeError(f"no repair {rule!r}")
+
+
+def _widened(scores: Tensor, near: int) -> Tensor:
+    """For each token the highest score among those at most so many tokens away: [tokens]."""
+    reach = min(near, len(scores))
+    return torch.nn.functional.max_pool1d(scores[None], 2 * reach + 1, stride=1, padding=reach)[0]
 
 
 def _all_tokens(composition: Composition, context: Sequence[PagedSegment], scratch: Tensor) -> Run:

@@ -1,6 +1,7 @@
-"""Finds the layers whose attention says best which tokens to compute again.
+"""Finds how `guided` says best which tokens to compute again.
 
-Which layers these are differs from model to model, so no share of the depth is taken for granted.
+That differs from model to model, so no share of the depth is taken for granted: whether the tokens around an attended
+one have to be computed with it, and which layers' attention counts.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,29 +17,39 @@ QUESTIONS = 30
 TAKEN = 3
 """Layers that are taken, or all of a model with fewer."""
 
+NEAR = (0, 8)
+"""Distances that are tried, in tokens. A fact is a sentence of so many in some models' eyes; in others its words do."""
 
-def best_layers(
-    bench: Bench, cases: Sequence[Case], layers: int, on_progress: Callable[[int, int], None]
-) -> tuple[int, ...]:
-    """The layers of a model whose own attention, each alone, leads to the lowest mean KL, ascending.
+
+def calibration(bench: Bench, cases: Sequence[Case], layers: int, on_progress: Callable[[int, int], None]) -> Guided:
+    """How `guided` leads to the lowest mean KL: first the distance, over the layers that it looks at uncalibrated; then
+    with it the layers whose own attention, each alone, is best.
 
     Args:
         bench: measures them.
         cases: what is asked.
         layers: how many layers the model has.
-        on_progress: called with the cases done and those to be done.
+        on_progress: called with the cases done and those to be done; each is done twice.
+
+    Returns:
+        The rule with its layers, ascending, and its distance.
 
     Raises:
         InputError: nothing of these cases can be repaired.
         BraidError: what `Context.ask` raises.
     """
-    modes = {str(Guided(layers=(layer,))): layer for layer in range(layers)}
-    found = bench.divergences(cases, list(modes), on_progress)
-    means = {mode: fmean(found[mode]) for mode in modes}
-    if len(set(means.values())) == 1:
-        raise InputError(
-            "calibrate must have questions over at least two context chunks, because the first one behind the system "
-            "prompt is never repaired; these tell no layer from another. Ask over more chunks."
-        )
-    ranked = sorted(modes, key=lambda mode: means[mode])
-    return tuple(sorted(modes[mode] for mode in ranked[:TAKEN]))
+
+    def ranked(rules: Sequence[Guided], before: int) -> list[Guided]:
+        modes = {str(rule): rule for rule in rules}
+        found = bench.divergences(cases, list(modes), lambda done, total: on_progress(before + done, 2 * total))
+        means = {mode: fmean(found[mode]) for mode in modes}
+        if len(set(means.values())) == 1:
+            raise InputError(
+                "calibrate must have questions over at least two context chunks, because the first one behind the "
+                "system prompt is never repaired; these tell no way of choosing from another. Ask over more chunks."
+            )
+        return [modes[mode] for mode in sorted(modes, key=lambda mode: means[mode])]
+
+    near = ranked([Guided(near=near) for near in NEAR], 0)[0].near
+    best = ranked([Guided(layers=(layer,), near=near) for layer in range(layers)], len(cases))[:TAKEN]
+    return Guided(layers=tuple(sorted(layer for rule in best for layer in rule.layers)), near=near)

@@ -11,7 +11,7 @@ from braidsdk.compose.repairs import Repair
 from braidsdk.engine.engine import Engine
 from braidsdk.engine.sampling import resolve
 from braidsdk.errors import InputError, StoreError, shown
-from braidsdk.fidelity.calibrate import QUESTIONS, best_layers
+from braidsdk.fidelity.calibrate import QUESTIONS, calibration
 from braidsdk.fidelity.measure import REFERENCE, Bench, Compose, Register, drawn, find_cases, held_out
 from braidsdk.fidelity.questions import Question, parse_questions, references_of
 from braidsdk.fidelity.report import FidelityReport, Setting, make_report
@@ -64,11 +64,9 @@ def run(
     before = 0
     if calibrate:
         own = find_cases(engine, chunks, selected, asked, held_out(asked, QUESTIONS, seed))
-        before = len(own)
-        layers = best_layers(
-            bench, own, engine.config.layers, lambda done, total: on_progress(done, total + len(cases))
-        )
-        engine.certificates.keep_layers(layers)
+        before = 2 * len(own)
+        found = calibration(bench, own, engine.config.layers, lambda done, total: on_progress(done, total + len(cases)))
+        engine.certificates.keep_calibration(found)
     names = {str(each): compose([], mode=each).mode for each in modes or [BASELINE]}
     identity = engine.identity
     key = f"model:{identity.weights}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from braidsdk import Braid, Chunk
+from braidsdk import Braid, Chunk, Guided
 from braidsdk.errors import InputError
 from braidsdk.fidelity.measure import PASSAGE
 
@@ -30,11 +30,12 @@ def test_a_certificate_says_which_layers_were_measured(other: Callable[..., Brai
     with other() as braid:
         chunks = registered(braid)
         braid.fidelity(chunks, ASKED, ["anchored", "guided(0.9)"], max_new_tokens=4)
-        braid._engine.certificates.keep_layers([0])
+        braid._engine.certificates.keep_calibration(Guided(layers=(0,), near=2))
         context = braid.compose(chunks, mode="auto(0.97)")
         assert context.mode == "guided(0.9)"
         assert context.ask("Well?", max_new_tokens=1).fidelity.mode == "guided(0.9)"
-        assert braid.compose(chunks, mode="guided(0.9)").mode == "guided(0.9, layers=0)"
+        assert braid.compose(chunks, mode="guided(0.9)").mode == "guided(0.9, layers=0, near=2)"
+        assert braid.compose(chunks, mode="guided(0.9, near=0)").mode == "guided(0.9, near=0)"
         with pytest.raises(InputError, match="must be one that was measured: exact, anchored; got 'isolated'"):
             braid.fidelity(chunks, ASKED, ["anchored"], max_new_tokens=4)["isolated"]
 

@@ -27,7 +27,7 @@ TEXTS = [
     "The capital of Falkirra is Jassik.",
 ]
 MIDDLE = ["linked(5)", "guided(0.2)", "blended(0.3)", "blended(0.3, layer=2)", "guided(0.2)+shift", "linked(3)+shift"]
-MIDDLE += ["random(0.2)", "random(0.2)+shift"]
+MIDDLE += ["random(0.2)", "random(0.2)+shift", "guided(0.2, near=3)"]
 
 
 @pytest.fixture
@@ -125,6 +125,14 @@ class Simulation:
                 moved = (now[:, of_chunk] - was[:, of_chunk]).mean(1, keepdim=True)
                 now[:, others] += moved * len(of_chunk) / (len(of_chunk) + 16)
 
+    def widened(self, scores: Tensor, near: int) -> Tensor:
+        """For each token of a chunk the highest score at most so far away, within the chunk."""
+        found = scores.clone()
+        for start, size in zip(self.starts, self.sizes, strict=True):
+            for at in range(start, start + size):
+                found[at] = scores[max(start, at - near) : min(start + size, at + near + 1)].max()
+        return found
+
     def chosen(self, mode: str, kept: list[list[Tensor]], tail: Tensor) -> list[int]:
         may = range(self.starts[2], self.context)  # the first chunk behind the anchor has seen what precedes it
         _, rule = parse_mode(mode)
@@ -146,6 +154,8 @@ class Simulation:
                 hidden = self.rest(index, hidden, turned_q, turned_k, v, tail[:, None] >= torch.arange(len(self.ids)))
                 if index in layers_of(len(kept)):
                     scores += self.weights.amax((0, 1))
+            if rule.near:
+                scores = self.widened(scores, rule.near)
         elif isinstance(rule, Random):
             tail_bytes = b"".join(int(each).to_bytes(8, "little") for each in self.ids[tail])
             scores = {at: xxhash.xxh3_64(tail_bytes, seed=at).intdigest() / 2**64 for at in may}
@@ -323,6 +333,8 @@ def test_a_new_context_computes_its_entries_first(random_braid: Braid) -> None:
         ("blended(0.2, layer=2)", Blended(0.2, 2)),
         ("blended(0.2, 3)", Blended(0.2, 3)),
         ("guided(0.15)+shift", Guided(0.15, shift=True)),
+        ("guided(0.15, near=8)", Guided(0.15, near=8)),
+        ("guided(0.15, layers=1/2, near=0)+shift", Guided(0.15, (1, 2), 0, shift=True)),
         ("linked +shift", Linked(shift=True)),
         ("random(0.1)+shift", Random(0.1, shift=True)),
     ],
@@ -341,7 +353,9 @@ def test_modes_are_read_from_text(text: str, rule: object) -> None:
         ("guided(nan)", InputError, "ratio"),
         ("guided(-0.1)", InputError, "ratio"),
         ("guided()", InputError, "ratio"),
-        ("guided(0.2, 3, 4)", InputError, "the form guided"),
+        ("guided(0.2, 3, 4, 5)", InputError, "the form guided"),
+        ("guided(0.2, near=-1)", InputError, "near of mode 'guided' must be a whole number"),
+        ("guided(0.2, near=x)", InputError, "near of mode"),
         ("guided(0.2", UnknownModeError, "mode must be one of"),
         ("linked(1.5)", InputError, "k of mode 'linked' must be a whole number"),
         ("linked(-1)", InputError, "k of mode"),
