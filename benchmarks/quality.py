@@ -11,7 +11,8 @@ its interval is a paired bootstrap's over questions, 95 %. So is that of how muc
 `worse` is the share of questions that `anchored` answers right and the mode does not. Direct questions also say whether
 the document that holds the fact is the first of an answer's sources.
 
-Questions go in rounds through all cells, so whenever time ends all cells have the same number.
+Questions go in rounds through all cells, so whenever time ends all cells have the same number. Before them `guided` is
+calibrated, by 30 other questions.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -32,6 +33,7 @@ from ttft import cpu_name
 
 from braidsdk import Answer, Braid
 from braidsdk.fidelity.bootstrap import Floats, estimate, mean_difference
+from braidsdk.fidelity.calibrate import QUESTIONS
 from braidsdk.models.tiny.evaluate import Asked, held_out_sample
 
 MODES = (
@@ -52,6 +54,9 @@ CURVE_DOCUMENTS = 6
 DOCUMENTS, KINDS = (2, 6, 10, 30), ("direct", "alias", "chain")
 ROUND = 10
 """Questions of a cell that are asked together."""
+
+CALIBRATION = 100_000
+"""The first question by which `guided` is calibrated; questions that are asked have lower numbers."""
 
 LEAST_LOSS = 0.03
 """Where `anchored` loses less than this share of answers, there is too little to win back to say how much."""
@@ -75,7 +80,24 @@ def modes_of(documents: int, modes: Sequence[str]) -> list[str]:
     return [*modes, *(mode for mode in curves if mode not in modes)]
 
 
-def ask(documents: int, kind: Asked, first: int, count: int, modes: Sequence[str]) -> Outcomes:
+def calibrated(modes: Sequence[str], dtype: str, device: str, store: str) -> dict[str, str]:
+    """Modes as they are once `guided` is calibrated, by questions of all kinds that are not asked otherwise."""
+    samples = [
+        held_out_sample(CURVE_DOCUMENTS, kind, CALIBRATION + number)
+        for number in range(QUESTIONS // len(KINDS) + 1)
+        for kind in KINDS
+    ]
+    questions = [
+        {"question": each.questions[0].text, "passages": [text for text in each.documents if text.strip()]}
+        for each in samples
+    ]
+    with Braid("braid-tiny", store=store, device=device, dtype=dtype) as braid:
+        rules = braid.register_system(samples[0].system or "")
+        braid.fidelity([rules], questions, ["anchored"], sample=1, max_new_tokens=32, calibrate=True)
+        return {mode: braid.compose([], mode=mode).mode for mode in modes}
+
+
+def ask(documents: int, kind: Asked, first: int, count: int, modes: Mapping[str, str]) -> Outcomes:
     """Some questions of a cell, in all its modes."""
     samples = [held_out_sample(documents, kind, number) for number in range(first, first + count)]
     asked, registered = [], []
@@ -85,8 +107,8 @@ def ask(documents: int, kind: Asked, first: int, count: int, modes: Sequence[str
         registered.append(chunks)
         asked.append(([rules, *chunks], sample.questions[0]))
     answers: dict[str, list[Answer]] = {}
-    for mode in modes:
-        pairs = [(_braid.compose(chunks, mode=mode, keep=False), question.text) for chunks, question in asked]
+    for mode, text in modes.items():
+        pairs = [(_braid.compose(chunks, mode=text, keep=False), question.text) for chunks, question in asked]
         sources = kind == "direct" and mode == "anchored"
         answers[mode] = _braid.ask_many(pairs, max_new_tokens=32, sources=sources)
     outcomes: Outcomes = []
@@ -158,6 +180,7 @@ def main() -> None:
     options = parser.parse_args()
     cells = [(documents, kind) for documents in sorted(options.documents, reverse=True) for kind in options.kinds]
     outcomes: dict[tuple[int, str], Outcomes] = {cell: [] for cell in cells}
+    named = {documents: modes_of(documents, options.modes) for documents in options.documents}
     end = monotonic() + 60 * options.minutes
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -165,12 +188,16 @@ def main() -> None:
             options.workers, get_context("spawn"), open_model, (options.dtype, folder, options.device)
         ) as pool,
     ):
+        every = sorted({mode for modes in named.values() for mode in modes})
+        texts = calibrated(every, options.dtype, options.device, f"{folder}/calibration")
         for first in range(0, options.questions, ROUND):
             if monotonic() > end:
                 break
             count = min(ROUND, options.questions - first)
             running = {
-                (documents, kind): pool.submit(ask, documents, kind, first, count, modes_of(documents, options.modes))
+                (documents, kind): pool.submit(
+                    ask, documents, kind, first, count, {mode: texts[mode] for mode in named[documents]}
+                )
                 for documents, kind in cells
             }
             for cell, future in running.items():
@@ -182,6 +209,7 @@ def main() -> None:
                 "dtype": options.dtype,
                 "asked_for": options.questions,
                 "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+                "calibrated": texts.get("guided(0.2)"),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__},
                 "cells": [summed_up(*cell, outcomes[cell]) for cell in sorted(cells, key=lambda cell: cell[0])],
                 "sources": sources_of([each for cell in cells for each in outcomes[cell]]),

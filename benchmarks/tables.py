@@ -429,7 +429,7 @@ def quality_table(report: dict[str, Any]) -> str:
     modes = list(report["cells"][-1]["modes"])
     lines = [
         f"braid-tiny, {report['dtype']}; {_asked(report)} a row that the model has never seen. Right answers, %; in "
-        "brackets, what `anchored` gets right and this mode does not:",
+        f"brackets, what `anchored` gets right and this mode does not{_calibrated(report)}:",
         "",
         f"| question | documents | {' | '.join(modes)} |",
         f"| --- | ---: |{' ---: |' * len(modes)}",
@@ -438,6 +438,12 @@ def quality_table(report: dict[str, Any]) -> str:
         shown = [_right(cell["modes"][mode], brackets=mode not in ("exact", "anchored")) for mode in modes]
         lines.append(f"| {_KINDS[cell['kind']]} | {cell['documents']} | {' | '.join(shown)} |")
     return "\n".join([*lines, *_below_isolated(report)])
+
+
+def _calibrated(report: dict[str, Any]) -> str:
+    """What calibration made of a mode."""
+    found = report.get("calibrated")
+    return f". Calibrated, `guided(0.2)` is `{found}`" if found else ""
 
 
 def _below_isolated(report: dict[str, Any]) -> list[str]:
