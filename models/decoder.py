@@ -260,10 +260,12 @@ class Decoder:
             layer, memory = self._layers[index], kv[index]
             queries = self._qkv(layer, hidden, nowhere, step, memory)
             if index in layers:
-                _, lse = cascade_attention_lse(queries, by_segment, memory, scale)
+                attended, lse = cascade_attention_lse(queries, by_segment, memory, scale)
                 shares.append(torch.softmax(lse, -1).mean(1))
+            else:
+                attended = cascade_attention(queries, step.plan, memory, scale)
             if index < layers[-1]:
-                hidden = self._finish_layer(layer, hidden, queries, step, memory)
+                hidden = self._after_attention(layer, hidden, attended)
         return torch.stack(shares).mean(0)
 
     def plan(self, batch: Batch, page_size: int) -> Step:
@@ -298,8 +300,11 @@ class Decoder:
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute attention, output projection and MLP, and add each to the residual: [tokens, hidden]."""
-        backends = self.backends
         attended = cascade_attention(queries, step.plan, memory, self.config.head_dim**-0.5)
+        return self._after_attention(layer, hidden, attended)
+
+    def _after_attention(self, layer: Layer, hidden: Tensor, attended: Tensor) -> Tensor:
+        backends = self.backends
         hidden = out_proj(attended.flatten(1), layer.out, layer.out_bias, hidden, backend=backends.out_proj)
         mixed = norm_swiglu(hidden, layer.mlp_norm, layer.gate_up, self._eps, backend=backends.swiglu)
         return out_proj(mixed, layer.down, None, hidden, backend=backends.out_proj)

@@ -44,6 +44,8 @@ class TorchPlan:
         wide = torch.promote_types(queries.dtype, torch.float32)
         most = max((plan.segments for plan in self.requests), default=0)
         lse = queries.new_full((*queries.shape[:2], most), float("-inf"), dtype=wide)
+        if self.flash is not None:
+            return flash_attention(queries, self.flash, kv, scale, lse), lse
         return _attention(queries, self.requests, kv, scale, lse), lse
 
     def bytes_read(self, kv: Tensor) -> int:
@@ -66,8 +68,8 @@ def plan_for_torch(
     plans = [plan for request in requests if (plan := plan_request(positions, request, rotary, limit, page_size))]
     flash = None
     shifts = any(slot is not None for plan in plans for slot in plan.shifts)
-    if positions.device.type == "cpu" and dtype in FLASH_DTYPES and not by_segment and not shifts:
-        flash = tuple(plan_flash(plan, dtype, page_size, group) for plan in plans)
+    if positions.device.type == "cpu" and dtype in FLASH_DTYPES and not shifts:
+        flash = tuple(plan_flash(plan, dtype, page_size, group, by_segment=by_segment) for plan in plans)
     return TorchPlan(tuple(plans), by_segment, flash)
 
 

@@ -97,9 +97,12 @@ class FlashPlan:
     blind: Tensor | None = None
 
 
-def plan_flash(base: RequestPlan, dtype: torch.dtype, page_size: int, group: int) -> FlashPlan:
-    """Cut a request's plan for queries of `dtype`, `group` query heads for each KV head."""
-    if len(base.hidden) > _FEW_ROWS:
+def plan_flash(
+    base: RequestPlan, dtype: torch.dtype, page_size: int, group: int, *, by_segment: bool = False
+) -> FlashPlan:
+    """Cut a request's plan for queries of `dtype`, `group` query heads for each KV head; `by_segment` into tiles,
+    whose log-sum-exps are those of segments."""
+    if by_segment or len(base.hidden) > _FEW_ROWS:
         cos, sin = _doubled(base.cos.transpose(0, 1), base.sin.transpose(0, 1))
         return FlashPlan(base, False, cos, sin, len(base.hidden), tiles=_tiles(base, dtype))
     firsts = accumulate((span // page_size for span in base.spans[:-1]), initial=0)
@@ -198,13 +201,18 @@ def _mask(hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | N
     return mask, blind if blind.any() else None
 
 
-def flash_attention(queries: Tensor, plans: Sequence[FlashPlan], kv: Tensor, scale: float) -> Tensor:
-    """What `cascade_attention_reference` computes, for float32 and bfloat16 on the CPU; arguments as there."""
+def flash_attention(
+    queries: Tensor, plans: Sequence[FlashPlan], kv: Tensor, scale: float, lse: Tensor | None = None
+) -> Tensor:
+    """What `cascade_attention_reference` computes, for float32 and bfloat16 on the CPU; arguments as there. `lse`,
+    [tokens, q_heads, segments], is filled in place where plans are cut by segment."""
     out = torch.zeros_like(queries)
     for plan in plans:
         rows = queries[plan.base.rows].transpose(0, 1).unflatten(0, (kv.shape[2], -1))
-        attend = _over_pages if plan.few else _over_tiles
-        mixed = attend(rows, plan, kv, scale)
+        if plan.few:
+            mixed = _over_pages(rows, plan, kv, scale)
+        else:
+            mixed = _over_tiles(rows, plan, kv, scale, None if lse is None else lse[plan.base.rows])
         out[plan.base.rows].unflatten(1, mixed.shape[:2]).copy_(mixed.permute(2, 0, 1, 3))
     return out
 
@@ -253,8 +261,9 @@ def _over_pages(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> T
     return together
 
 
-def _over_tiles(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> Tensor:
-    """Many rows: a segment at a time, merged as it comes. Returns [kv_heads, group, rows, head_dim], float32."""
+def _over_tiles(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float, kept: Tensor | None) -> Tensor:
+    """Many rows: a segment at a time, merged as it comes; its log-sum-exps are kept, [rows, q_heads, segments]. Returns
+    [kv_heads, group, rows, head_dim], float32."""
     kv_heads, group, count, head_dim = queries.shape
     q_heads = kv_heads * group
     turned = queries.new_empty(len(plan.cos), *queries.shape)
@@ -270,6 +279,8 @@ def _over_tiles(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> T
         mask = None if tile.mask is None else tile.mask[None, None]
         out, lse = _flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)
         lse = lse[0] if tile.blind is None else lse[0].masked_fill(tile.blind, float("-inf"))
+        if kept is not None:
+            kept[tile.rows, :, plan.base.places[tile.segment]] = lse.t()
         before, both = total[:, tile.rows], torch.logaddexp(total[:, tile.rows], lse[..., None])
         safe = both.masked_fill(both == float("-inf"), 0.0)
         merged[:, tile.rows] *= torch.exp(before - safe)
