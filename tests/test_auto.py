@@ -149,7 +149,7 @@ def test_auto_is_no_mode_to_measure(random_braid: Braid) -> None:
 # the layers that guided looks at
 
 
-@pytest.mark.parametrize(("near", "other"), [(0, 8), (8, 0)])
+@pytest.mark.parametrize(("near", "other"), [(0, 12), (12, 0)])
 def test_the_distance_and_the_layers_with_the_lowest_kl_are_taken(
     near: int, other: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,7 +224,7 @@ def test_calibration_goes_on_where_it_stopped(other: Callable[..., Braid], monke
 
         monkeypatch.setattr(type(braid), "compose", watched)
         braid.fidelity(chunks, ASKED, ["guided(0.2)"], calibrate=True, max_new_tokens=4)
-    assert composed.count("guided(0.15, near=8)") == 1, "the first question is known"
+    assert composed.count("guided(0.15, near=12)") == 1, "the first question is known"
 
 
 def test_layers_are_looked_at_alone(random_braid: Braid) -> None:

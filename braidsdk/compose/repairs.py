@@ -28,6 +28,9 @@ SHRINKING = 16
 MOST_K = 1 << 20
 """`linked(k)` takes no more: longer than any window."""
 
+MOST_NEAR = 64
+"""Nor does `near` of `guided`: longer than most sentences."""
+
 
 @dataclass(frozen=True)
 class Linked:
@@ -53,8 +56,8 @@ class Guided:
     Attributes:
         ratio: how many, as a share of the chunks' tokens.
         layers: indices of the layers whose attention counts. Empty for those from 54 to 88 % of the model's depth.
-        near: a token counts as much as the one that the question attends to most among those at most so many tokens
-            away in the same chunk. None for 0.
+        near: an attended token also counts for those at most so many tokens away in the same chunk, at a distance d
+            times 1 - d / (near + 1); the greatest counts. At most `MOST_NEAR`; None for 0.
         shift: see `SHIFT`.
 
     Without `layers` and `near` both are what `Braid.fidelity(calibrate=True)` found for the model, if it did.
@@ -168,17 +171,16 @@ def _number(rule: type[Repair], name: str, value: str, mode: str) -> float:
         number = math.nan
     if name == "ratio" and not 0 <= number <= 1:
         raise InputError(f"ratio of mode {rule.name!r} must be from 0 to 1; got {shown(mode)}.")
-    if name != "ratio" and not 0 <= number <= MOST_K:
-        raise InputError(
-            f"{name} of mode {rule.name!r} must be a whole number from 0 to {MOST_K:,}; got {shown(mode)}."
-        )
+    most = MOST_NEAR if name == "near" else MOST_K
+    if name != "ratio" and not 0 <= number <= most:
+        raise InputError(f"{name} of mode {rule.name!r} must be a whole number from 0 to {most:,}; got {shown(mode)}.")
     return number
 
 
 def _form(rule: type[Repair]) -> str:
     return {
         "linked": "the form linked(k), with a whole number of tokens",
-        "guided": "the form guided(ratio), perhaps with layers=19/20/22 and near=8, with a ratio from 0 to 1",
+        "guided": "the form guided(ratio), perhaps with layers=19/20/22 and near=12, with a ratio from 0 to 1",
         "random": "the form random(ratio), with a ratio from 0 to 1",
         "blended": "the form blended(ratio) or blended(ratio, layer=1), with a ratio from 0 to 1",
     }[rule.name]

@@ -218,9 +218,10 @@ def _chosen(
 
 
 def _widened(scores: Tensor, near: int) -> Tensor:
-    """For each token the highest score among those at most so many tokens away: [tokens]."""
-    reach = min(near, len(scores))
-    return torch.nn.functional.max_pool1d(scores[None], 2 * reach + 1, stride=1, padding=reach)[0]
+    """For each token the highest score among those at most so many tokens away, less by the distance: [tokens]. Scores
+    are not negative."""
+    weights = 1 - torch.arange(-near, near + 1, device=scores.device).abs() / (near + 1)
+    return (torch.nn.functional.pad(scores, (near, near)).unfold(0, 2 * near + 1, 1) * weights).amax(1)
 
 
 def _all_tokens(composition: Composition, context: Sequence[PagedSegment], scratch: Tensor) -> Run:

@@ -17,7 +17,7 @@ QUESTIONS = 30
 TAKEN = 3
 """Layers that are taken, or all of a model with fewer."""
 
-NEAR = (0, 8)
+NEAR = (0, 12)
 """Distances that are tried, in tokens. A fact is a sentence of so many in some models' eyes; in others its words do."""
 
 

@@ -126,11 +126,12 @@ class Simulation:
                 now[:, others] += moved * len(of_chunk) / (len(of_chunk) + 16)
 
     def widened(self, scores: Tensor, near: int) -> Tensor:
-        """For each token of a chunk the highest score at most so far away, within the chunk."""
+        """For each token of a chunk the highest score at most so far away, within the chunk, less by the distance."""
         found = scores.clone()
         for start, size in zip(self.starts, self.sizes, strict=True):
             for at in range(start, start + size):
-                found[at] = scores[max(start, at - near) : min(start + size, at + near + 1)].max()
+                others = range(max(start, at - near), min(start + size, at + near + 1))
+                found[at] = max(scores[other] * (1 - abs(at - other) / (near + 1)) for other in others)
         return found
 
     def chosen(self, mode: str, kept: list[list[Tensor]], tail: Tensor) -> list[int]:
@@ -356,6 +357,7 @@ def test_modes_are_read_from_text(text: str, rule: object) -> None:
         ("guided(0.2, 3, 4, 5)", InputError, "the form guided"),
         ("guided(0.2, near=-1)", InputError, "near of mode 'guided' must be a whole number"),
         ("guided(0.2, near=x)", InputError, "near of mode"),
+        ("guided(0.2, near=65)", InputError, "from 0 to 64"),
         ("guided(0.2", UnknownModeError, "mode must be one of"),
         ("linked(1.5)", InputError, "k of mode 'linked' must be a whole number"),
         ("linked(-1)", InputError, "k of mode"),
