@@ -3,15 +3,18 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 from braidsdk.errors import ClosedError
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Threads(ThreadPoolExecutor):
     """Threads that take no more jobs once the interpreter exits, and say so."""
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a job in a thread.
 
         Raises:
