@@ -23,11 +23,13 @@ class FreePages:
         return chain.from_iterable(range(*run) for run in self._runs)
 
     def take(self, wanted: int) -> list[int]:
-        """Take so many pages, at most all: the shortest run that has enough; without one the longest, and so on."""
+        """Take so many pages, at most all: of the first run that has enough; without one the longest, and so on."""
         taken: list[int] = []
         while lacking := wanted - len(taken):
-            lengths = [stop - start for start, stop in self._runs]
-            at = min(range(len(lengths)), key=lambda at: (lengths[at] < lacking, abs(lengths[at] - lacking)))
+            fits = (at for at, (start, stop) in enumerate(self._runs) if stop - start >= lacking)
+            at = next(fits, None)
+            if at is None:
+                at = max(range(len(self._runs)), key=lambda at: self._runs[at][1] - self._runs[at][0])
             start, stop = self._runs.pop(at)
             cut = min(stop, start + lacking)
             taken += range(start, cut)
