@@ -481,7 +481,7 @@ class Braid:
             not_found: phrases by which an answer says that it is not in the documents, in place of
                 `braidsdk.fidelity.scores.NOT_FOUND`.
             calibrate: first find how `guided` chooses best in this model, and keep it for it: whether tokens near an
-                attended one count like it, and the layers whose attention it looks at. It takes 30 questions at most,
+                attended one count too, and the layers whose attention it looks at. It takes 30 questions at most,
                 of those that the sample leaves where there are so many, and repairs each of them once for every layer
                 of the model, and twice more.
             on_progress: called with the questions done and those to be done, in this thread. What it raises ends it.

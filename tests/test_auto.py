@@ -149,11 +149,11 @@ def test_auto_is_no_mode_to_measure(random_braid: Braid) -> None:
 # the layers that guided looks at
 
 
-@pytest.mark.parametrize(("near", "other"), [(0, 12), (12, 0)])
+@pytest.mark.parametrize(("near", "other", "worse"), [(0, 12, 0.5), (12, 0, 0.5), (0, 12, 0.0)])
 def test_the_distance_and_the_layers_with_the_lowest_kl_are_taken(
-    near: int, other: int, monkeypatch: pytest.MonkeyPatch
+    near: int, other: int, worse: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kl = {f"guided(0.15, near={near})": [0.5, 0.5], f"guided(0.15, near={other})": [1.0, 0.5]}
+    kl = {f"guided(0.15, near={near})": [0.5, 0.5], f"guided(0.15, near={other})": [0.5 + worse, 0.5]}
     of_layers = ([5.0, 1.0], [2.0, 2.0], [1.0, 9.0], [0.0, 5.0], [2.0, 0.5])
     kl |= {f"guided(0.15, layers={layer}, near={near})": each for layer, each in enumerate(of_layers)}
     asked: list[str] = []

@@ -18,7 +18,7 @@ TAKEN = 3
 """Layers that are taken, or all of a model with fewer."""
 
 NEAR = (0, 12)
-"""Distances that are tried, in tokens. A fact is a sentence of so many in some models' eyes; in others its words do."""
+"""Distances that are tried, in tokens. Some models need the words around an attended one, others lose by them."""
 
 
 def calibration(bench: Bench, cases: Sequence[Case], layers: int, on_progress: Callable[[int, int], None]) -> Guided:
@@ -39,17 +39,18 @@ def calibration(bench: Bench, cases: Sequence[Case], layers: int, on_progress: C
         BraidError: what `Context.ask` raises.
     """
 
-    def ranked(rules: Sequence[Guided], before: int) -> list[Guided]:
-        modes = {str(rule): rule for rule in rules}
-        found = bench.divergences(cases, list(modes), lambda done, total: on_progress(before + done, 2 * total))
-        means = {mode: fmean(found[mode]) for mode in modes}
-        if len(set(means.values())) == 1:
-            raise InputError(
-                "calibrate must have questions over at least two context chunks, because the first one behind the "
-                "system prompt is never repaired; these tell no way of choosing from another. Ask over more chunks."
-            )
-        return [modes[mode] for mode in sorted(modes, key=lambda mode: means[mode])]
+    def means(rules: Sequence[Guided], before: int) -> list[float]:
+        modes = [str(rule) for rule in rules]
+        found = bench.divergences(cases, modes, lambda done, total: on_progress(before + done, 2 * total))
+        return [fmean(found[mode]) for mode in modes]
 
-    near = ranked([Guided(near=near) for near in NEAR], 0)[0].near
-    best = ranked([Guided(layers=(layer,), near=near) for layer in range(layers)], len(cases))[:TAKEN]
-    return Guided(layers=tuple(sorted(layer for rule in best for layer in rule.layers)), near=near)
+    of_distances = means([Guided(near=near) for near in NEAR], 0)
+    near = NEAR[of_distances.index(min(of_distances))]  # of equal ones the shorter
+    of_layers = means([Guided(layers=(layer,), near=near) for layer in range(layers)], len(cases))
+    if len(set(of_layers)) == 1:
+        raise InputError(
+            "calibrate must have questions over at least two context chunks, because the first one behind the system "
+            "prompt is never repaired; these tell no layer from another. Ask over more chunks."
+        )
+    best = sorted(range(layers), key=of_layers.__getitem__)[:TAKEN]
+    return Guided(layers=tuple(sorted(best)), near=near)
