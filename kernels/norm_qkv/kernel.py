@@ -56,6 +56,9 @@ def norm_qkv_kernel(
     if q_norm_ptr is not None:
         head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM, BLOCK_D)
     wait_for_inputs(USE_PDL)
+    places = ()  # of all rows, on their way while the products are computed
+    for m in tl.static_range(ROWS):
+        places = places + _load_place(cos_ptr, sin_ptr, slots_ptr, row0 + m, d, rows, HEAD_DIM, BLOCK_D)
     products = gemv(
         hidden_ptr,
         norm_ptr,
@@ -85,7 +88,7 @@ def norm_qkv_kernel(
             first = tl.load(packed_ptr + at, real, other=0.0, cache_modifier=".cg")
             second = tl.load(packed_ptr + at + HEAD_DIM // 2, real, other=0.0, cache_modifier=".cg")
             _finish_head(
-                first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
+                first, second, head_norm, places[3 * m], places[3 * m + 1], places[3 * m + 2], queries_ptr, kv_ptr,
                 head, row0 + m, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_D, PAGE, 0,
             )  # fmt: skip
 
@@ -127,6 +130,7 @@ def finish_heads_kernel(
         head_norm = _load_head_norm(q_norm_ptr, k_norm_ptr, head, d, Q_HEADS, HEAD_DIM, BLOCK_D)
     wait_for_inputs(USE_PDL)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    slot, cos, sin = _load_place(cos_ptr, sin_ptr, slots_ptr, row, d, rows, HEAD_DIM, BLOCK_D)
     column, real = head * HEAD_DIM + d, _of_a_head(row < rows, d, HEAD_DIM, BLOCK_D)
     at = row.to(tl.int64) * N + column
     first = sum_parts(parts_ptr, at, real, rows, N, SPLITS)
@@ -135,7 +139,7 @@ def finish_heads_kernel(
         first += _load_half(bias_ptr + column, d, HEAD_DIM, BLOCK_D).to(tl.float32)
         second += _load_half(bias_ptr + column + HALF, d, HEAD_DIM, BLOCK_D).to(tl.float32)
     _finish_head(
-        first, second, head_norm, cos_ptr, sin_ptr, slots_ptr, queries_ptr, kv_ptr,
+        first, second, head_norm, slot, cos, sin, queries_ptr, kv_ptr,
         head, row, d, rows, pages, eps, Q_HEADS, KV_HEADS, HEAD_DIM, BLOCK_D, PAGE, 1,
     )  # fmt: skip
 
@@ -168,13 +172,25 @@ def _load_head_norm(
 
 
 @triton.jit
+def _load_place(cos_ptr, sin_ptr, slots_ptr, row, d, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of these rows the slot, -1 where there is none, and cosines and sines of the dimensions `d` of half a head."""
+    real = row < rows
+    angles, there = row.to(tl.int64) * (HEAD_DIM // 2) + d, _of_a_head(real, d, HEAD_DIM, BLOCK_D)
+    return (
+        tl.load(slots_ptr + row, real, other=-1),
+        tl.load(cos_ptr + angles, there, other=0.0),
+        tl.load(sin_ptr + angles, there, other=0.0),
+    )
+
+
+@triton.jit
 def _finish_head(
     first,
     second,
     head_norm,
-    cos_ptr,
-    sin_ptr,
-    slots_ptr,
+    slot,
+    cos,
+    sin,
     queries_ptr,
     kv_ptr,
     head,
@@ -194,8 +210,9 @@ def _finish_head(
 
     Where `head_norm` is None, nothing is normed.
 
-    `row` and `d` say which rows, and which dimensions of half a head: a number and a vector, or [ROWS, 1] and
-    [1, BLOCK_D / 2]. AXIS is that of the dimensions; products beyond the head's are zero.
+    `slot`, `cos` and `sin` are from `_load_place`. `row` and `d` say which rows, and which dimensions of half a head: a
+    number and a vector, or [ROWS, 1] and [1, BLOCK_D / 2]. AXIS is that of the dimensions; products beyond the head's
+    are zero.
     """
     HALF: tl.constexpr = HEAD_DIM // 2
     dtype: tl.constexpr = queries_ptr.dtype.element_ty
@@ -212,13 +229,9 @@ def _finish_head(
         tl.store(out, first.to(dtype), there)
         tl.store(out + HALF, second.to(dtype), there)
     else:
-        slot = tl.load(slots_ptr + row, real, other=-1)
         there = _of_a_head(slot >= 0, d, HEAD_DIM, BLOCK_D)
         part, kv_head = 0, head - Q_HEADS
         if kv_head < KV_HEADS:
-            angles = row.to(tl.int64) * HALF + d
-            cos = tl.load(cos_ptr + angles, there, other=0.0)
-            sin = tl.load(sin_ptr + angles, there, other=0.0)
             turned = first * cos - second * sin
             second = second * cos + first * sin
             first = turned
