@@ -26,7 +26,7 @@ from braidsdk.kernels.attention.launch import TritonPlan, plan_for_triton
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.attention.reference import cascade_attention_reference
-from braidsdk.kernels.attention.static import Room, StaticPlan
+from braidsdk.kernels.attention.static import Room, StaticPlan, changed
 from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.head import greedy, norm_head
 from braidsdk.kernels.head.reference import norm_head_reference
@@ -294,6 +294,7 @@ def _questions(
         kv_heads=shape.kv_heads,
         page_size=PAGE,
         room=Room(),
+        changes=changed(requests),
     )
     if plan.load(requests):
         raise ValueError("the tables of a graph are too small for the self-test")
@@ -315,7 +316,7 @@ def _batch(
         if live.join(slot, request.segments):
             raise ValueError("the tables of a running batch are too small for the self-test")
     live.upload()
-    return live.plan(positions, *rotary.table(limit))
+    return live.plan(positions, *rotary.table(limit), changes=live.changes)
 
 
 def _running(bench: Bench, size: int, *, changed: bool = False) -> _Call:
@@ -424,12 +425,20 @@ CASES = (
             f"{_of(rows, 1)}{where}, with hidden keys and shifts",
             partial(_attention, rows=rows, users=1, plan=plan, changed=True),
         )
-        for rows, where, plan in ((64, "", _pass), (300, "", _pass), (16, ", in a graph", _questions))
+        for rows, where, plan in (
+            (64, "", _pass),
+            (300, "", _pass),
+            (1, ", in a graph", _questions),
+            (16, ", in a graph", _questions),
+        )
     ),
-    Case(
-        "attention",
-        "running batch, products of 32 rows, with hidden keys and shifts",
-        partial(_running, size=32, changed=True),
+    *(
+        Case(
+            "attention",
+            f"running batch, products of {size} rows, with hidden keys and shifts",
+            partial(_running, size=size, changed=True),
+        )
+        for size in (16, 32, 64)
     ),
     *(Case("norm_qkv", _counted(rows, "row"), partial(_norm_qkv, rows=rows)) for rows in ROWS),
     *(

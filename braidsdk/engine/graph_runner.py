@@ -50,9 +50,13 @@ class _Pending:
         return found
 
 
+REPAIRED_TOKENS = 2048
+"""Tokens computed again for one request that graphs compute, as many of them at a time as a graph takes. More of them
+take a pass without, and so do those with shifts, which come of all of them at once."""
+
+
 class GraphRunner:
-    """`runner.Runner` over CUDA graphs. Texts, repairs, and questions longer than a graph takes, go through passes
-    without."""
+    """`runner.Runner` over CUDA graphs. Texts, and questions longer than a graph takes, go through passes without."""
 
     ahead = True
 
@@ -75,7 +79,9 @@ class GraphRunner:
         questions: list[Piece] = []
         plain: list[Piece] = []
         for piece in pieces:
-            if piece.logits or piece.run.places is not None or len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]:
+            if piece.run.places is not None and not piece.run.shifts and len(piece.run.token_ids) <= REPAIRED_TOKENS:
+                self._repair(piece.run)
+            elif piece.logits or piece.run.places is not None or len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]:
                 plain.append(piece)
             elif piece.row:
                 questions.append(piece)
@@ -96,18 +102,26 @@ class GraphRunner:
             self._place_rows()
         first = next(iter(self._rows))
         if len(self._rows) == 1 and first.slot == 0:
-            captured = self.graphs.decoding(1, drawn=drawn)
+            changes = any(segment.changed for segment in first.context)
+            captured = self.graphs.decoding(1, drawn=drawn, changes=changes)
             if captured is not self._planned:
                 captured = self.graphs.plan_one(_request(first.run((0,)), slice(0, 1), first.reserved), drawn=drawn)
                 self._planned = captured
         else:
             attention = self._attention()
-            captured = self.graphs.decoding(attention.rows, drawn=drawn)
+            captured = self.graphs.decoding(attention.rows, drawn=drawn, changes=attention.changes)
             attention.upload()  # after a pass may have been recorded
         captured.graph.replay()
         for row in self._rows:
             row.done += 1
         pending.add(self.graphs.batch.chosen, [(row, row.slot) for row in self._rows])
+
+    def _repair(self, run: Run) -> None:
+        """Tokens that are computed again, by graphs: their launches are what takes long."""
+        rest: Run | None = run
+        while rest:
+            part, rest = rest.cut(graphs.QUESTION_ROWS[-1])
+            self._compute([Piece(part)])
 
     def _prefill(self, pieces: Sequence[Piece], pending: _Pending) -> None:
         """A pass without a graph."""
@@ -146,7 +160,7 @@ class GraphRunner:
         state[3] = -1
         for at, (piece, request) in enumerate(zip(pieces, requests, strict=True)):
             run, rows = piece.run, request.rows
-            frames = np.arange(run.start, run.start + len(run.token_ids))
+            frames = run.frame.numpy()
             state[0, rows] = frames + run.origin
             state[1, rows] = frames
             state[2, rows] = run.token_ids
@@ -250,5 +264,6 @@ def _groups(questions: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:
     """What rows see; of the tail as much as is reserved: the kernel looks at positions."""
-    stop = reserved or run.start + len(run.token_ids)
-    return Request(rows, (*run.context, PagedSegment(run.pages, 0, stop, run.origin)))
+    last = int(run.frame[-1])
+    context = [segment for segment in run.context if segment.origin + segment.start <= run.origin + last]
+    return Request(rows, (*context, PagedSegment(run.pages, 0, reserved or last + 1, run.origin, run.hidden)))

@@ -3,7 +3,7 @@
 A graph reads all that changes from tables and counters on the device, so one graph per number of rows serves every
 context, and growing text needs no new one. Rows of the running batch lie in memory that all decoding graphs share, each
 in its slot. Tokens are chosen on the device too: where all requests are greedy, the likeliest alone; else by a graph of
-its own, which samples and counts repetitions for each request.
+its own, which samples and counts repetitions for each request. Where some keys are hidden or shifted there is one more.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from time import perf_counter
 from typing import Any
 
@@ -24,7 +25,7 @@ from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention.launch import TritonPlan
 from braidsdk.kernels.attention.live import LivePlan
 from braidsdk.kernels.attention.live_tables import LiveRoom
-from braidsdk.kernels.attention.static import Room, StaticPlan
+from braidsdk.kernels.attention.static import Room, StaticPlan, changed
 from braidsdk.kernels.head import greedy
 from braidsdk.kernels.measure import measuring
 from braidsdk.kernels.paging import Request
@@ -114,8 +115,9 @@ class Graphs:
 
     def __init__(self, model: Model, pool: Pool) -> None:
         self._model, self._pool = model, pool
-        self._questions: dict[tuple[int, int, bool], QuestionPass] = {}
-        self._decodings: dict[tuple[int, bool], DecodingPass] = {}
+        # By tokens, or rows; requests; whether some are not greedy; whether some see hidden or shifted keys.
+        self._questions: dict[tuple[int, int, bool, bool], QuestionPass] = {}
+        self._decodings: dict[tuple[int, bool, bool], DecodingPass] = {}
         self._room = Room()
         self._memory_pool: Any = None
         self._stream = torch.cuda.Stream(model.device)
@@ -157,19 +159,20 @@ class Graphs:
         many = len(requests) > 1
         size = _bucket(TOGETHER_ROWS if many else QUESTION_ROWS, requests[-1].rows.stop)
         while True:
-            captured = self._question(size, TOGETHER if many else 1, drawn)
+            captured = self._question(size, TOGETHER if many else 1, drawn, changed(requests))
             if (room := captured.plan.load(requests)) is None:
                 return captured
             self._grow(room)
 
-    def decoding(self, rows: int, *, drawn: bool) -> DecodingPass:
-        """The pass for the next token of rows in slots below `rows`; `drawn`: some are not greedy."""
-        return self._decoding(_bucket(DECODE_ROWS, rows), drawn)
+    def decoding(self, rows: int, *, drawn: bool, changes: bool) -> DecodingPass:
+        """The pass for the next token of rows in slots below `rows`; `drawn`: some are not greedy; `changes`: some see
+        keys that are hidden or shifted."""
+        return self._decoding(_bucket(DECODE_ROWS, rows), drawn, changes)
 
     def plan_one(self, request: Request, *, drawn: bool) -> DecodingPass:
         """The pass for the next token of one row, its attention planned."""
         while True:
-            captured = self._decoding(1, drawn)
+            captured = self._decoding(1, drawn, changed([request]))
             if captured.plan is None or (room := captured.plan.load([request])) is None:
                 return captured
             self._grow(room)
@@ -182,25 +185,27 @@ class Graphs:
         """
         for tokens in PREFILL_ROWS:
             yield partial(self._prefill, tokens)
-        for drawn in (False, True):
+        for drawn, changes in product((False, True), repeat=2):
             for rows in QUESTION_ROWS:
-                yield partial(self._question, rows, 1, drawn)
+                yield partial(self._question, rows, 1, drawn, changes)
             for rows in TOGETHER_ROWS if requests > 1 else ():
-                yield partial(self._question, rows, TOGETHER, drawn)
+                yield partial(self._question, rows, TOGETHER, drawn, changes)
             for rows in DECODE_ROWS:
                 if rows <= _bucket(DECODE_ROWS, requests):
-                    yield partial(self._decoding, rows, drawn)
+                    yield partial(self._decoding, rows, drawn, changes)
         yield torch.cuda.current_stream(self._model.device).synchronize
 
     def launches(self) -> dict[str, int]:
         """Kernels that a replay of each captured pass launches, by what it computes."""
-        passes = [(f"{n} questions of {rows}" if n > 1 else f"question of {rows}", drawn, captured.graph)
-                  for (rows, n, drawn), captured in sorted(self._questions.items())]  # fmt: skip
+        passes = [(f"{n} questions of {rows}" if n > 1 else f"question of {rows}", drawn, changes, captured.graph)
+                  for (rows, n, drawn, changes), captured in sorted(self._questions.items())]  # fmt: skip
         passes += [
-            (f"decoding of {rows}", drawn, captured.graph)
-            for (rows, drawn), captured in sorted(self._decodings.items())
+            (f"decoding of {rows}", drawn, changes, captured.graph)
+            for (rows, drawn, changes), captured in sorted(self._decodings.items())
         ]
-        return {f"{name}{', drawn' if drawn else ''}": _kernels(graph) for name, drawn, graph in passes}
+        return {
+            name + ", drawn" * drawn + ", repaired" * changes: _kernels(graph) for name, drawn, changes, graph in passes
+        }
 
     def _prefill(self, tokens: int) -> None:
         pages = self._pool.take(tokens)
@@ -215,33 +220,33 @@ class Graphs:
         self._questions.clear()
         self._decodings = {key: each for key, each in self._decodings.items() if not each.plan}
 
-    def _question(self, rows: int, requests: int, drawn: bool) -> QuestionPass:
-        if (rows, requests, drawn) not in self._questions:
+    def _question(self, rows: int, requests: int, drawn: bool, changes: bool) -> QuestionPass:
+        if (rows, requests, drawn, changes) not in self._questions:
             device, vocab = self._model.device, self._model.config.vocab_size
             state = torch.zeros(5, rows, dtype=torch.int64, device=device)
             state[3] = -1
             chosen = torch.zeros(2, requests, dtype=torch.int64, device=device)
             seen = torch.zeros(requests, vocab, dtype=torch.bool, device=device) if drawn else None
             choices = None if seen is None else Choices.greedy(seen)
-            plan = self._plan(state[0])
+            plan = self._plan(state[0], changes)
 
             def run() -> None:
                 self._pass(state[2], state[1], state[3], state[4, :requests], plan.plan, choices, chosen)
 
             graph = self._record(run, f"question of {rows}")
-            self._questions[rows, requests, drawn] = QuestionPass(graph, state, chosen, choices, plan)
-        return self._questions[rows, requests, drawn]
+            self._questions[rows, requests, drawn, changes] = QuestionPass(graph, state, chosen, choices, plan)
+        return self._questions[rows, requests, drawn, changes]
 
-    def _decoding(self, rows: int, drawn: bool) -> DecodingPass:
-        if (rows, drawn) not in self._decodings:
+    def _decoding(self, rows: int, drawn: bool, changes: bool) -> DecodingPass:
+        if (rows, drawn, changes) not in self._decodings:
             batch = self.batch
             mine = (batch.state, batch.chosen, batch.choices.draws, batch.choices.seen)
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
             wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
-            alone = self._plan(state[0]) if rows == 1 else None
+            alone = self._plan(state[0], changes) if rows == 1 else None
             cos, sin = self._model.rotary.table(self._model.config.window)
-            plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin)
+            plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin, changes=changes)
 
             def run() -> None:
                 slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
@@ -262,10 +267,10 @@ class Graphs:
             finally:
                 for part, value in zip(mine, kept, strict=True):
                     part.copy_(value)
-            self._decodings[rows, drawn] = DecodingPass(graph, wanted, alone)
-        return self._decodings[rows, drawn]
+            self._decodings[rows, drawn, changes] = DecodingPass(graph, wanted, alone)
+        return self._decodings[rows, drawn, changes]
 
-    def _plan(self, positions: Tensor) -> StaticPlan:
+    def _plan(self, positions: Tensor, changes: bool) -> StaticPlan:
         config = self._model.config
         cos, sin = self._model.rotary.table(config.window)
         return StaticPlan(
@@ -277,6 +282,7 @@ class Graphs:
             kv_heads=config.kv_heads,
             page_size=self._pool.page_size,
             room=self._room,
+            changes=changes,
         )
 
     def _pass(
@@ -337,7 +343,7 @@ def workspace_bytes(model: Model) -> int:
     work += max(room.partials, ROW_SLOTS * live.partials) * (width + config.q_heads) * 4
     work += ROW_SLOTS * config.vocab_size * 5
     table = 4 * (6 * room.items + room.words + 4 * QUESTION_ROWS[-1])
-    graphs = 2 * (len(DECODE_ROWS) + len(QUESTION_ROWS) + len(TOGETHER_ROWS))
+    graphs = 4 * (len(DECODE_ROWS) + len(QUESTION_ROWS) + len(TOGETHER_ROWS))
     kept = config.window * (config.head_dim * 4 + ROW_SLOTS * 8) + ROW_SLOTS * config.vocab_size + 4 * live.words
     return 2 * work + graphs * (table + GRAPH_BYTES) + kept + LIBRARY_BYTES
 

@@ -19,14 +19,15 @@ No load from them is wider for being aligned."""
 
 @triton.jit
 def _unit(
-    item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
+    item, head, count, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
     changes, partials, lses, out, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, SHIFTS: tl.constexpr, FOLLOWED: tl.constexpr,
-    USE_PDL: tl.constexpr,
+    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, SHIFTS: tl.constexpr, MERGES: tl.constexpr,
+    FOLLOWED: tl.constexpr, PREFETCH: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One item, one KV head.
+    """One item, one KV head. With MERGES, it is of one row, which has `count` partial results; a single one is all of
+    the row's result.
 
     A segment's shift (mu, nu) adds q.mu to each of its scores, and nu to each of its values. So while its keys are
     walked, `top` is less by q.mu, and `mixed` by nu for each unit of `total`: the loop over keys knows nothing of it.
@@ -48,7 +49,6 @@ def _unit(
     q_head = head * GROUP + m % GROUP
     if DIRECT:
         row = first_row + member
-        place = row
     else:
         row = tl.load(rows + (first_row + member) * 2, mask=live, other=0)
         place = tl.load(rows + (first_row + member) * 2 + 1, mask=live, other=0) + tl.load(items + item * 6 + 4)
@@ -101,8 +101,13 @@ def _unit(
         listed = pages + first_page - span_start // PAGE
         first = start // PAGE
         ids = tl.load(listed + first + k, mask=(first + k) * PAGE < stop, other=0)
+        if HIDES and SHARED:
+            bits = _hidden(changes, change, first + k, stop, PAGE)
         if USE_PDL and first_unit and span == first_span:
             # All read so far was there before the kernels ahead of this one began.
+            for ahead in tl.static_range(PREFETCH):
+                page = tl.sum(tl.where(k == ahead, ids, 0), 0).to(tl.int64)
+                _prefetch(kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM), values_at, PAGE * HEAD_DIM)
             tl.extra.cuda.gdc_wait()
             if FOLLOWED:
                 tl.extra.cuda.gdc_launch_dependents()
@@ -125,6 +130,8 @@ def _unit(
             for some in range(first, (stop + PAGE - 1) // PAGE, LISTED):
                 if some > first:
                     ids = tl.load(listed + some + k, mask=(some + k) * PAGE < stop, other=0)
+                    if HIDES and SHARED:
+                        bits = _hidden(changes, change, some + k, stop, PAGE)
                 blocks = tl.minimum((stop + BLOCK_N - 1) // BLOCK_N - some * BLOCKS, LISTED * BLOCKS)
                 for index in tl.range(0, blocks, num_stages=STAGES):
                     page = tl.sum(tl.where(k == index // BLOCKS, ids, 0), 0).to(tl.int64)
@@ -140,17 +147,16 @@ def _unit(
                         visible &= (token >= start)[None, :]
                     else:
                         visible &= token[None, :] >= low[:, None]
-                    if HIDES and changed:
-                        if SHARED:
-                            word = tl.load(changes + change + token // 32, mask=inside, other=0)
-                            visible &= ((word >> (token % 32)) & 1)[None, :] == 0
-                        else:
-                            word = tl.load(
-                                changes + change[:, None] + (token // 32)[None, :],
-                                mask=inside[None, :] & (change >= 0)[:, None],
-                                other=0,
-                            )
-                            visible &= ((word >> (token % 32)[None, :]) & 1) == 0
+                    if HIDES and SHARED:
+                        bit = tl.sum(tl.where(k == index // BLOCKS, bits, 0), 0) >> (token % PAGE)
+                        visible &= (bit & 1)[None, :] == 0
+                    elif HIDES and changed:
+                        word = tl.load(
+                            changes + change[:, None] + (token // 32)[None, :],
+                            mask=inside[None, :] & (change >= 0)[:, None],
+                            other=0,
+                        )
+                        visible &= ((word >> (token % 32)[None, :]) & 1) == 0
                     score = tl.where(visible, score, float("-inf"))
                     new_top = tl.maximum(top, tl.max(score, 1))
                     finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -172,10 +178,13 @@ def _unit(
     divisor = tl.where(total == 0.0, 1.0, total)
     mixed = mixed / divisor[:, None]
     all_live = _both(live[:, None], d_real[None, :], PADDED)
-    if DIRECT:
-        at = (place.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=all_live)
-    else:
+    if DIRECT or MERGES:
+        at = (row.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + d[None, :]
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=all_live if DIRECT else all_live & (count == 1))
+    if not DIRECT:
+        if MERGES:
+            live &= count > 1
+            all_live &= count > 1
         at = place.to(tl.int64) * q_heads + q_head
         tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=all_live)
         tl.store(lses + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=live)
@@ -196,6 +205,34 @@ def _shift(
         shift = kv + at[:, None] + d[None, :]
         there = (slot >= 0)[:, None] & d_real[None, :]
     return shift, there
+
+
+@triton.jit
+def _hidden(changes, change, page, stop, PAGE: tl.constexpr):
+    """Which keys of pages are hidden, a bit each: int64, of the shape of `page`. None are where `change` is -1."""
+    tl.static_assert(PAGE <= 32 or PAGE == 64)
+    there = (change >= 0) & (page * PAGE < stop)
+    at = changes + change + page * PAGE // 32
+    bits = tl.load(at, mask=there, other=0).to(tl.uint32, bitcast=True).to(tl.int64) >> page * PAGE % 32
+    if PAGE == 64:
+        bits |= tl.load(at + 1, mask=there, other=0).to(tl.int64) << 32
+    return bits
+
+
+@triton.jit
+def _prefetch(tile, values_at, SIZE: tl.constexpr):
+    """Ask for a page's keys and values of one head, SIZE numbers each, which then are in the L2 cache."""
+    LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
+    line = tile + tl.arange(0, 128) % (SIZE // LINE) * LINE
+    for at in tl.static_range(2):
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [line + at * values_at],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
@@ -220,35 +257,38 @@ def _merge(
         d = d // BLOCK_D * HEAD_DIM + d % BLOCK_D
     top = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    for start in range(0, count, BLOCK):
-        at = (first + start + k).to(tl.int64) * q_heads + head
-        lse = tl.load(
-            lses + at[:, None] + h[None, :],
-            mask=(start + k < count)[:, None],
-            other=float("-inf"),
-            cache_modifier=CACHE,
-        )
-        new_top = tl.maximum(top, tl.max(lse, 0))
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(lse - finite_top[None, :]), 0)
-        top = new_top
-    finite_top = tl.where(top == float("-inf"), 0.0, top)
-    divisor = tl.where(total == 0.0, 1.0, total)
-    mixed = tl.zeros([HEADS * BLOCK_D], tl.float32)
+    mixed = tl.zeros([HEADS, BLOCK_D], tl.float32)
     for start in range(0, count, BLOCK):
         at = (first + start + k).to(tl.int64) * q_heads + head
         there = start + k < count
         lse = tl.load(lses + at[:, None] + h[None, :], mask=there[:, None], other=float("-inf"), cache_modifier=CACHE)
-        weight = tl.exp2(lse - finite_top[None, :]) / divisor[None, :]
         stored = _both(there[:, None], d_real[None, :], PADDED)
         part = tl.load(partials + at[:, None] * HEAD_DIM + d[None, :], mask=stored, other=0.0, cache_modifier=CACHE)
+        new_top = tl.maximum(top, tl.max(lse, 0))
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weight = tl.exp2(lse - finite_top[None, :])
+        decay = tl.exp2(top - finite_top)
+        total = total * decay + tl.sum(weight, 0)
         part = tl.reshape(part, (BLOCK, HEADS, BLOCK_D)) * weight[:, :, None]
-        mixed += tl.sum(tl.reshape(part, (BLOCK, HEADS * BLOCK_D)), 0)
+        mixed = mixed * decay[:, None] + tl.sum(part, 0)
+        top = new_top
+    mixed = tl.reshape(mixed / tl.where(total == 0.0, 1.0, total)[:, None], (HEADS * BLOCK_D,))
     out_at = out + (row.to(tl.int64) * q_heads + head) * HEAD_DIM + d
     if PADDED:
         tl.store(out_at, mixed.to(out.dtype.element_ty), mask=d_real)
     else:
         tl.store(out_at, mixed.to(out.dtype.element_ty))
+
+
+@triton.jit
+def _merged(item, items, rows, merges, MERGES: tl.constexpr):
+    """The row of an item that holds one, the row's first partial result, and how many it has."""
+    if MERGES:
+        row = tl.load(rows + tl.load(items + item * 6) * 2)
+        found = (row, tl.load(merges + row * 2), tl.load(merges + row * 2 + 1))
+    else:
+        found = (0, 0, 0)
+    return found
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -259,7 +299,7 @@ def cascade(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     FOLLOWED: tl.constexpr, FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr,
     SHIFTS: tl.constexpr, MERGES: tl.constexpr,
-    MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, PREFETCH: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
 
@@ -276,16 +316,14 @@ def cascade(
     for unit in range(start, stop, tl.num_programs(0)):
         item = unit // KV_HEADS
         head = unit % KV_HEADS
+        row, first, count = _merged(item, items, rows, merges, MERGES)  # known before what _unit waits for
         _unit(
-            item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames,
-            pages, changes, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M, BLOCK_N,
-            STAGES, DIRECT, SHARED, HIDES, SHIFTS, FOLLOWED, USE_PDL and not FOLLOWS,
+            item, head, count, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows,
+            frames, pages, changes, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M,
+            BLOCK_N, STAGES, DIRECT, SHARED, HIDES, SHIFTS, MERGES, FOLLOWED, PREFETCH, USE_PDL and not FOLLOWS,
         )  # fmt: skip
-        if MERGES:
+        if MERGES and count > 1:
             tl.debug_barrier()
-            row = tl.load(rows + tl.load(items + item * 6) * 2)
-            first = tl.load(merges + row * 2)
-            count = tl.load(merges + row * 2 + 1)
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if before == count - 1:
                 if MERGE_HEADS == GROUP:

@@ -57,6 +57,7 @@ BESIDE = Config(2, 4, 2, registers=128)
 DIRECT_CONFIG = Config(3, 4)
 """Where nothing is to be merged."""
 
+
 _EXACT = Config(1, 8, keys=16)
 """For float32: no tensor cores, and twice the shared memory. Every thread's multiplications are written out, their
 operands in registers: of a whole page they spill by kilobytes, and take long to compile."""
@@ -278,6 +279,7 @@ def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses
             MERGES=launch.merges,
             MERGE_BLOCK=32,
             MERGE_HEADS=group if group & (group - 1) == 0 and group <= 4 else 1,
+            PREFETCH=1,
             num_warps=config.warps,
             maxnreg=config.registers,
             **options,

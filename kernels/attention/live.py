@@ -60,16 +60,22 @@ class LivePlan:
         self._changed = True
 
     @property
+    def changes(self) -> bool:
+        """Whether a request sees keys that are hidden or shifted: what a graph must have been planned with then."""
+        return self._tables.changes
+
+    @property
     def rows(self) -> int:
         """What a graph must have at least: one past the last occupied slot."""
         return self._tables.rows
 
-    def plan(self, positions: Tensor, cos: Tensor, sin: Tensor) -> TritonPlan:
+    def plan(self, positions: Tensor, cos: Tensor, sin: Tensor, *, changes: bool = True) -> TritonPlan:
         """What a graph of as many rows as there are positions is captured with.
 
         Args:
             positions: absolute position of each row, int64 [rows]; read when the graph runs.
             cos, sin: of every position up to the largest, float32 [positions, head_dim / 2].
+            changes: whether keys may be hidden or shifted; a graph of none is faster.
 
         Raises:
             ValueError: there are more rows than slots.
@@ -102,8 +108,8 @@ class LivePlan:
             direct=False,
             shared=False,
             merges=False,
-            hides=True,
-            shifts=True,
+            hides=changes,
+            shifts=changes,
         )
         return TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
 

@@ -164,6 +164,11 @@ class LiveTables:
         return self.words_at + self._heap.top
 
     @property
+    def changes(self) -> bool:
+        """Whether some request's keys are hidden or shifted."""
+        return any(each.changes[1] for each in self._running.values())
+
+    @property
     def rows(self) -> int:
         """One past the last occupied slot."""
         return max(self._running, default=-1) + 1

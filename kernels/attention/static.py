@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.launch import CONFIGS, Launch, TritonPlan, block_m, block_rows, work_items
-from braidsdk.kernels.attention.tables import Tables, changes_of, page_ids
+from braidsdk.kernels.attention.tables import Tables, changes_of, page_ids, seen_pages
 from braidsdk.kernels.launch import counters
 from braidsdk.kernels.paging import Request
 
@@ -40,6 +40,11 @@ class Room:
         return Room(*(most if more <= most else 2 * more for most, more in sizes))
 
 
+def changed(requests: Sequence[Request]) -> bool:
+    """Whether requests see keys that are not all as they are stored."""
+    return any(segment.changed for request in requests for segment in request.segments)
+
+
 class StaticPlan:
     """A plan whose tables stay where they are, for a captured graph; what is in them may change between replays."""
 
@@ -54,6 +59,7 @@ class StaticPlan:
         kv_heads: int,
         page_size: int,
         room: Room,
+        changes: bool = True,
     ) -> None:
         """Args:
         rows: of the batch; without requests they attend to nothing.
@@ -63,8 +69,9 @@ class StaticPlan:
         kv_heads: KV heads.
         page_size: tokens per page.
         room: what the tables may hold.
+        changes: whether keys may be hidden or shifted; a graph of none is faster.
         """
-        self._page_size, self._room = page_size, room
+        self._page_size, self._room, self._changes = page_size, room, changes
         device, size = positions.device, block_m(group, rows)
         self._block_rows = block_rows(group, rows)
         self._work_items, self._long_item = work_items(device, kv_heads, size), CONFIGS[size].long_item
@@ -98,13 +105,19 @@ class StaticPlan:
             direct=False,
             shared=True,
             merges=rows == 1,
-            hides=True,
-            shifts=True,
+            hides=changes,
+            shifts=changes,
         )
         self.plan = TritonPlan(tables, launch, positions, cos, sin, counters("attention", device, rows * kv_heads))
 
     def load(self, requests: Sequence[Request]) -> Room | None:
-        """Plan for these requests; None, or the room that they need if they do not fit."""
+        """Plan for these requests; None, or the room that they need if they do not fit.
+
+        Raises:
+            ValueError: some keys are hidden or shifted, in a plan of none.
+        """
+        if not self._changes and changed(requests):
+            raise ValueError("expected keys as they are stored; make the plan with changes=True")
         host = self._tables(requests)
         if isinstance(host, Room):
             return host
@@ -123,16 +136,15 @@ class StaticPlan:
         for request in requests:
             shown, pages = [], 0
             for segment in request.segments:
-                if segment.stop > segment.start:
-                    ids, first, last = page_ids(segment.pages), segment.start // size, -(-segment.stop // size)
-                    shown.append((segment, ids, first, last, len(changes) + 1))
+                if runs := seen_pages(segment, size):
+                    shown.append((segment, page_ids(segment.pages), runs, len(changes) + 1))
                     if segment.changed:
-                        changes.extend(changes_of(segment, last * size))
-                    pages += last - first
+                        changes.extend(changes_of(segment, -(-segment.stop // size) * size))
+                    pages += sum([last - first for first, last in runs])
             start, stop = request.rows.start, request.rows.stop
             if pages and stop > start:
                 asked.append((start, stop, shown, pages))
-                words_of_pages += sum([len(ids) for _, ids, _, _, _ in shown])
+                words_of_pages += sum([len(ids) for _, ids, _, _ in shown])
                 frame_count += len(shown)
                 total += pages * -(-(stop - start) // most)
         per_item = max(1, -(-total // self._work_items))
@@ -148,19 +160,20 @@ class StaticPlan:
             count = -(-pages // per_item)
             first_span, done, at, end = span, 0, 0, pages // count
             ends = []  # of each item, the span behind its last
-            for segment, ids, page, last, change in shown:
+            for segment, ids, runs, change in shown:
                 frame, listed_at = -1 - len(frames) // 4, pages_at + len(listed)
                 change = changes_at + change if segment.changed else -1
                 frames.extend((segment.origin, segment.start, segment.stop, change))
                 listed.extend(ids)
-                while page < last:
-                    taken = min(last - page, end - at)
-                    spans.extend((listed_at + page, page * size, (page + taken) * size, frame))
-                    page, at, span = page + taken, at + taken, span + 1
-                    if at == end:
-                        ends.append(span)
-                        done += 1
-                        end = (done + 1) * pages // count
+                for page, last in runs:
+                    while page < last:
+                        taken = min(last - page, end - at)
+                        spans.extend((listed_at + page, page * size, (page + taken) * size, frame))
+                        page, at, span = page + taken, at + taken, span + 1
+                        if at == end:
+                            ends.append(span)
+                            done += 1
+                            end = (done + 1) * pages // count
             firsts = range(partial, partial + count * (stop - start), count)
             partial += count * (stop - start)
             for member in range(len(members) // 2, len(members) // 2 + stop - start, most):

@@ -138,10 +138,14 @@ def direct_tables(requests: Sequence[Request], rows: int, page_size: int, block_
         first_span = builder.spans
         for entry in _entries([request]):
             segment = entry.segments[0]
-            builder.span(entry, segment.start, segment.stop, builder.frames([(segment, 1)]), shared=True)
+            frame = builder.frames([(segment, 1)])
+            for first, last in seen_pages(segment, page_size):
+                stop = min(last * page_size, segment.stop)
+                builder.span(entry, max(first * page_size, segment.start), stop, frame, shared=True)
         if builder.spans == first_span:
             continue
-        for start in range(request.rows.start, request.rows.stop, block_rows):
+        # The last rows see most keys, and so take longest: they begin first.
+        for start in reversed(range(request.rows.start, request.rows.stop, block_rows)):
             builder.item(start, min(block_rows, request.rows.stop - start), first_span)
         covered += request.rows.stop - request.rows.start
     nothing = torch.zeros(0, 2, dtype=torch.int32)
@@ -232,6 +236,19 @@ def page_ids(pages: Tensor) -> "array[int]":
             _listed.clear()
         known = _listed[id(pages)] = (pages, array("i", pages.tolist()))
     return known[1]
+
+
+def seen_pages(segment: PagedSegment, page_size: int) -> list[tuple[int, int]]:
+    """Runs of a segment's pages that have a key which is not hidden: the first page's index, and one past the last."""
+    first, last = segment.start // page_size, -(-segment.stop // page_size)
+    if segment.hidden is None:
+        return [(first, last)] if first < last else []
+    seen = torch.zeros(last * page_size, dtype=torch.bool)
+    seen[segment.start : segment.stop] = ~segment.hidden[segment.start : segment.stop]
+    edges = torch.zeros(last + 2, dtype=torch.int8)
+    edges[1:-1] = seen.view(last, page_size).any(1)
+    ends = edges.diff().nonzero()[:, 0].tolist()
+    return list(zip(ends[::2], ends[1::2], strict=True))
 
 
 def changes_of(segment: PagedSegment, tokens: int) -> "array[int]":

@@ -157,6 +157,10 @@ def test_many_rows(case, group, head_dim, dtype) -> None:
         made.ask([anchor, PagedSegment(own, 0, tokens, 40)], list(range(40, 40 + tokens)))
     hidden = torch.rand(70) < 0.3
     made.ask([PagedSegment(made.entry(70), 2, 70, 10, hidden)], [5, 50, 90])
+    gone = torch.arange(300) // PAGE % 2 == 1  # every other page
+    unread = made.entry(300)
+    made.kv[:, unread[1::2]] = float("nan")
+    made.ask([PagedSegment(unread, 5, 300, 0, gone)], [20, 70, 400])
     made.ask([], [1])
     made.check()
 

@@ -234,8 +234,10 @@ def test_after_a_request_with_hidden_keys_its_slot_has_none(new_batch) -> None:
     for _ in range(2):
         batch.join(0, [shared])
         batch.seat(1, [hides, PagedSegment(batch.entry(5), 0, 5, 100)], 104)
+        assert batch.plan.changes
         batch.check(2)
         batch.leave(1)
+        assert not batch.plan.changes
         batch.join(1, [shared])
         batch.check(2)
         for slot in (0, 1):

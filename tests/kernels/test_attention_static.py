@@ -19,7 +19,7 @@ PAGE, LIMIT, ROWS = 16, 2048, 12
 class Questions:
     """Paged memory with NaN wherever no token lies, and a plan that takes questions over its entries."""
 
-    def __init__(self, group: int, room: Room | None = None, rows: int = ROWS) -> None:
+    def __init__(self, group: int, room: Room | None = None, rows: int = ROWS, *, changes: bool = True) -> None:
         self.random = random.Random(torch.initial_seed())
         self.kv = torch.full((2, 128, 2, PAGE, 16), float("nan"))
         self.free, self.group = torch.randperm(128).tolist(), group
@@ -36,6 +36,7 @@ class Questions:
             kv_heads=2,
             page_size=PAGE,
             room=room or Room(),
+            changes=changes,
         )
 
     def entry(self, tokens: int) -> torch.Tensor:
@@ -99,6 +100,30 @@ def test_keys_are_hidden_and_shifted_for_one_question_and_not_for_the_next(
         changed.append(Request(request.rows, segments))
     for requests in (plain, changed, [plain[0], *changed[1:]], plain):
         asking.check(requests)
+
+
+def test_pages_of_hidden_keys_are_not_read(seed: int, poisoned: None) -> None:
+    asking = Questions(2)
+    shared = [(asking.entry(tokens), tokens) for tokens in (40, 150, 9)]
+    (plain,) = asking.ask((5, shared))
+    hidden = torch.zeros(150, dtype=torch.bool)
+    hidden[PAGE + 3 : 5 * PAGE] = hidden[-(150 % PAGE) :] = True
+    first, second, third, own = plain.segments
+    unread = second.pages[torch.tensor([2, 3, 4, 150 // PAGE])]
+    asking.kv[:, unread] = float("nan")
+    all_hidden = replace(third, hidden=torch.ones(9, dtype=torch.bool))
+    asking.check([Request(plain.rows, (first, replace(second, hidden=hidden), all_hidden, own))])
+
+
+def test_a_plan_of_unchanged_keys_takes_no_others(seed: int, poisoned: None) -> None:
+    asking = Questions(2, changes=False)
+    shared = [(asking.entry(tokens), tokens) for tokens in (40, 100)]
+    (plain,) = asking.ask((3, shared))
+    asking.check([plain])
+    one, two, own = plain.segments
+    for changed in (replace(one, shift=PAGE), replace(one, hidden=torch.zeros(40, dtype=torch.bool))):
+        with pytest.raises(ValueError, match="changes=True"):
+            asking.plan.load([Request(plain.rows, (changed, two, own))])
 
 
 def test_a_request_without_rows_takes_no_part(seed: int, poisoned: None) -> None:
