@@ -251,7 +251,7 @@ class Model(Protocol):
         ...
 
     def compute(
-        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
+        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | slice | None
     ) -> Tensor | None:
         """Do the same as `forward` with a plan that is made already. It uses only the device, so that a CUDA graph can
         capture it.
@@ -259,7 +259,7 @@ class Model(Protocol):
         Args:
             token_ids, slots: as in `Batch`. A token with a negative slot is computed and not appended.
             step: what the layers share.
-            kv, logit_rows: as in `forward`.
+            kv, logit_rows: as in `forward`; or the rows as a slice, which copies nothing.
 
         Returns:
             The same as `forward`.

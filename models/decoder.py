@@ -197,7 +197,7 @@ class Decoder:
         slots: Tensor,
         step: Step,
         kv: Tensor,
-        logit_rows: Tensor | None,
+        logit_rows: Tensor | slice | None,
         last: Step | None = None,
     ) -> Tensor | None:
         """`forward`, planned; see `models.base.Model.compute`."""

@@ -78,12 +78,10 @@ class DecodingPass:
 
     Attributes:
         graph: one pass.
-        wanted: all of its rows, int64; the graph reads it, so it must live as long.
         plan: its attention, if it is of one row; else all of them read the batch's own.
     """
 
     graph: torch.cuda.CUDAGraph
-    wanted: Tensor
     plan: StaticPlan | None
 
 
@@ -237,7 +235,6 @@ class Graphs:
             batch = self.batch
             mine = (batch.state, batch.chosen, batch.choices.draws, batch.choices.seen)
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
-            wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
             alone = self._plan(state[0]) if rows == 1 else None
             cos, sin = self._model.rotary.table(self._model.config.window)
@@ -250,7 +247,7 @@ class Graphs:
                 if drawn:
                     shape, draws = (part[:, :rows].contiguous() for part in (all_choices.shape, all_choices.draws))
                     choices = Choices(shape, draws, all_choices.seen[:rows])
-                self._pass(chosen[0], state[1], slots, wanted, plan, choices, chosen)
+                self._pass(chosen[0], state[1], slots, slice(None), plan, choices, chosen)
                 if choices:
                     all_choices.draws[:, :rows] = choices.draws
                 state[:2].add_(state[2])
@@ -262,7 +259,7 @@ class Graphs:
             finally:
                 for part, value in zip(mine, kept, strict=True):
                     part.copy_(value)
-            self._decodings[rows, drawn] = DecodingPass(graph, wanted, alone)
+            self._decodings[rows, drawn] = DecodingPass(graph, alone)
         return self._decodings[rows, drawn]
 
     def _plan(self, positions: Tensor) -> StaticPlan:
@@ -284,7 +281,7 @@ class Graphs:
         token_ids: Tensor,
         frames: Tensor,
         slots: Tensor,
-        wanted: Tensor,
+        wanted: Tensor | slice,
         plan: TritonPlan,
         choices: Choices | None,
         chosen: Tensor,
