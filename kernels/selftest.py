@@ -385,11 +385,11 @@ def _choice(bench: Bench) -> _Call:
         if copy:
             return sample(of, choices, backend="triton")[0]
         right = [
-            finite & (ids == likeliest)
+            finite * (ids == likeliest)
             for ids, finite in (greedy(of, backend="triton"), sample(of, choices, backend="triton"))
         ]
         right += [
-            finite & (ids == likeliest[:1])
+            finite * (ids == likeliest[:1])
             for ids, finite in (greedy(one, backend="triton"), sample(one, first, backend="triton"))
         ]
         return torch.cat(right)

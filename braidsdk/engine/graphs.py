@@ -365,9 +365,10 @@ def left_for_entries(model: Model, budget_bytes: int) -> int:
 
 def choose_into(logits: Tensor, choices: Choices | None, out: Tensor) -> None:
     """Ids, and whether logits are finite, into `out`, int64 [2, rows]."""
-    ids, finite = sample(logits, choices, backend="triton") if choices else greedy(logits, backend="triton")
-    out[0] = ids
-    out[1] = finite
+    if choices:
+        sample(logits, choices, out=out, backend="triton")
+    else:
+        greedy(logits, out=out, backend="triton")
 
 
 def _kernels(graph: torch.cuda.CUDAGraph) -> int:
