@@ -37,6 +37,8 @@ from braidsdk.kernels.out_proj.reference import out_proj_reference
 from braidsdk.kernels.paging import PagedSegment, Request
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.sample import Choices, sample
+from braidsdk.kernels.step import begin_step, end_step
+from braidsdk.kernels.step.reference import begin_step_reference, end_step_reference
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
 from braidsdk.kernels.weight import GROUP, Int8, dense, in_one_piece, quantised
@@ -224,6 +226,31 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
     return _Call(run, truth, moved, copies)
 
 
+def _step(bench: Bench, rows: int) -> _Call:
+    """What the first layer reads of each row, its slot given or looked up; and where rows are after it."""
+    shape, device = bench.shape, bench.device
+    moved = 2 * rows * shape.hidden * bench.dtype.itemsize
+    copies = bench.copies(moved)
+    embeddings, angles = bench.random(copies, 2 * rows, shape.hidden), torch.rand(PAGE, shape.head_dim // 2).to(device)
+    token_ids, frames = torch.arange(1, 2 * rows, 2, device=device), torch.arange(rows, device=device) % PAGE
+    table = torch.arange(rows * PAGE, device=device).view(rows, -1)
+
+    def whole(begin: Callable[..., tuple[Tensor, ...]], end: Callable[[Tensor], None]) -> Tensor:
+        state = frames.repeat(2, 1)
+        found: list[Tensor] = []
+        for slots in (frames, table):
+            found += begin(token_ids, state[1], slots, embeddings[0], angles, angles)
+        end(state)
+        return torch.cat([each.double().flatten() for each in (*found, state)])
+
+    def run(copy: int) -> Tensor:
+        if copy:
+            return begin_step(token_ids, frames, table, embeddings[copy], angles, angles, backend="triton")[0]
+        return whole(partial(begin_step, backend="triton"), partial(end_step, backend="triton"))
+
+    return _Call(run, partial(whole, begin_step_reference, end_step_reference), moved, copies)
+
+
 def _attention(bench: Bench, rows: int, users: int, plan: "_Plan", *, changed: bool = False) -> _Call:
     """`changed`: every other request has hidden keys and shifts."""
     shape, device = bench.shape, bench.device
@@ -386,11 +413,11 @@ def _choice(bench: Bench) -> _Call:
         if copy:
             return sample(of, choices, backend="triton")[0]
         right = [
-            finite & (ids == likeliest)
+            finite * (ids == likeliest)
             for ids, finite in (greedy(of, backend="triton"), sample(of, choices, backend="triton"))
         ]
         right += [
-            finite & (ids == likeliest[:1])
+            finite * (ids == likeliest[:1])
             for ids, finite in (greedy(one, backend="triton"), sample(one, first, backend="triton"))
         ]
         return torch.cat(right)
@@ -404,6 +431,7 @@ def _of(rows: int, users: int = 1) -> str:
 
 CASES = (
     Case("head", "choice of tokens", _choice),
+    Case("head", "beginning and end of a step", partial(_step, rows=ROWS[-2])),
     *(Case("head", _counted(rows, "row"), partial(_head, rows=rows)) for rows in ROWS[:-1]),  # last rows are few
     *(
         Case("attention", _of(rows, users), partial(_attention, rows=rows, users=users, plan=_pass))

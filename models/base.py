@@ -178,6 +178,8 @@ class Model(Protocol):
     dtype: torch.dtype
     device: torch.device
     rotary: RotaryTable
+    embedding: Tensor
+    """The hidden state that each token starts with, [vocab_size, hidden]."""
     backends: Backends
     """What computes each operation."""
     geometry: Geometry
@@ -251,15 +253,16 @@ class Model(Protocol):
         ...
 
     def compute(
-        self, token_ids: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | None
+        self, hidden: Tensor, slots: Tensor, step: Step, kv: Tensor, logit_rows: Tensor | slice | None
     ) -> Tensor | None:
         """Do the same as `forward` with a plan that is made already. It uses only the device, so that a CUDA graph can
         capture it.
 
         Args:
-            token_ids, slots: as in `Batch`. A token with a negative slot is computed and not appended.
+            hidden: the tokens' embeddings, [tokens, hidden].
+            slots: as in `Batch`. A token with a negative slot is computed and not appended.
             step: what the layers share.
-            kv, logit_rows: as in `forward`.
+            kv, logit_rows: as in `forward`; or the rows as a slice, which copies nothing.
 
         Returns:
             The same as `forward`.

@@ -84,7 +84,7 @@ class Decoder:
         self.device = embedding.device
         self._eps = eps
         self.rotary = rotary
-        self._embedding = embedding
+        self.embedding = embedding
         self._layers = layers
         self._norm = norm
         self._head = head
@@ -188,20 +188,19 @@ class Decoder:
         last = None
         if logit_rows is not None and self.device.type == "cpu" and len(logit_rows) < len(batch.token_ids):
             last = self.plan(only_rows(batch, logit_rows), kv.shape[4])
-        return self.compute(batch.token_ids, batch.slots, step, kv, logit_rows, last)
+        return self.compute(self.embedding[batch.token_ids], batch.slots, step, kv, logit_rows, last)
 
     @torch.inference_mode()
     def compute(
         self,
-        token_ids: Tensor,
+        hidden: Tensor,
         slots: Tensor,
         step: Step,
         kv: Tensor,
-        logit_rows: Tensor | None,
+        logit_rows: Tensor | slice | None,
         last: Step | None = None,
     ) -> Tensor | None:
         """`forward`, planned; see `models.base.Model.compute`."""
-        hidden = self._embedding[token_ids]
         for layer, memory in zip(self._layers, kv, strict=True):
             queries = self._qkv(layer, hidden, slots, step, memory)
             if layer is self._layers[-1] and logit_rows is None:
@@ -226,7 +225,7 @@ class Decoder:
         seen = plan_request(batch.positions, request, self.rotary, batch.limit, page_size)
         if seen is None:
             raise ValueError("attended: expected a request with rows that see a key")
-        hidden, total = self._embedding[batch.token_ids], torch.zeros((), device=self.device)
+        hidden, total = self.embedding[batch.token_ids], torch.zeros((), device=self.device)
         for index, (layer, memory) in enumerate(zip(self._layers, kv, strict=True)):
             queries = self._qkv(layer, hidden, batch.slots, step, memory)
             if index in layers:
@@ -244,7 +243,7 @@ class Decoder:
     @torch.inference_mode()
     def fill(self, batch: Batch, kv: Tensor, layer: int) -> None:
         """Compute new tokens up to a layer's keys and values; see `models.base.Model.fill`."""
-        hidden, step = self._embedding[batch.token_ids], self.plan(batch, kv.shape[4])
+        hidden, step = self.embedding[batch.token_ids], self.plan(batch, kv.shape[4])
         for each, memory in zip(self._layers[: layer + 1], kv, strict=False):
             queries = self._qkv(each, hidden, batch.slots, step, memory)
             if each is not self._layers[layer]:
@@ -255,7 +254,7 @@ class Decoder:
         """How the attention of tokens is spread over segments; see `models.base.Model.attention_shares`."""
         step, by_segment = self.plan(batch, kv.shape[4]), self._plan(batch, kv.shape[4], by_segment=True)
         nowhere, scale = torch.full_like(batch.slots, -1), self.config.head_dim**-0.5
-        hidden, shares = self._embedding[batch.token_ids], []
+        hidden, shares = self.embedding[batch.token_ids], []
         for index in range(layers.stop):
             layer, memory = self._layers[index], kv[index]
             queries = self._qkv(layer, hidden, nowhere, step, memory)

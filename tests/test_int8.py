@@ -58,7 +58,7 @@ def test_products_are_in_int8_and_nothing_else(make_checkpoint: Callable[..., Pa
             assert torch.equal(made.values, quantised(weight).values)
         assert torch.equal(layer.mlp_norm, same.mlp_norm)
         assert torch.equal(layer.qkv.k_norm, same.qkv.k_norm)
-    assert torch.equal(model._embedding, plain._embedding)
+    assert torch.equal(model.embedding, plain.embedding)
     assert torch.equal(model._head.values, quantised(plain._head).values)
     assert model.fingerprint != plain.fingerprint
     assert model.geometry.int8

@@ -606,7 +606,7 @@ def test_every_packed_value_comes_from_the_file(
         assert torch.equal(plain(layer.down), want[f"{at}.mlp.down_proj.weight"])
         assert torch.equal(plain(layer.out), want[f"{at}.self_attn.o_proj.weight"])
         assert torch.equal(layer.qkv.k_norm, want[f"{at}.self_attn.k_norm.weight"])
-    assert torch.equal(loaded._embedding, want["model.embed_tokens.weight"])  # type: ignore[attr-defined]
+    assert torch.equal(loaded.embedding, want["model.embed_tokens.weight"])  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN packs no bfloat16 here")

@@ -234,10 +234,9 @@ class GraphRunner:
 
     def _place_rows(self) -> None:
         """Tell the device where each row is."""
-        state = np.zeros(self.graphs.batch.state.shape, np.int64)
-        state[3] = -1
+        state = np.full(self.graphs.batch.state.shape, -1)
         for row in self._rows:
-            state[:, row.slot] = row.origin + row.done, row.done, 1, 0
+            state[:, row.slot] = row.origin + row.done, row.done
         self.graphs.batch.state.copy_(torch.from_numpy(state).pin_memory(), non_blocking=True)
         self._changed = False
 

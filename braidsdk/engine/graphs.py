@@ -30,6 +30,7 @@ from braidsdk.kernels.head import greedy
 from braidsdk.kernels.measure import measuring
 from braidsdk.kernels.paging import Request
 from braidsdk.kernels.sample import Choices, sample
+from braidsdk.kernels.step import begin_step, end_step
 from braidsdk.models.base import Model, Step
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -79,12 +80,10 @@ class DecodingPass:
 
     Attributes:
         graph: one pass.
-        wanted: all of its rows, int64; the graph reads it, so it must live as long.
         plan: its attention, if it is of one row; else all of them read the batch's own.
     """
 
     graph: torch.cuda.CUDAGraph
-    wanted: Tensor
     plan: StaticPlan | None
 
 
@@ -93,9 +92,8 @@ class RunningBatch:
     """The running batch, in memory that all decoding graphs share.
 
     Attributes:
-        state: of each slot's row the absolute position, the position in its tail's frame, by how much both grow each
-            step (1, or 0 in an empty slot), and what is added to its place in memory (0, or -1, which is nowhere, in an
-            empty slot); int64 [4, slots].
+        state: of each slot's row the absolute position, and the position in its tail's frame, which is -1 in an empty
+            slot; int64 [2, slots]. Both grow at the end of each step.
         slots: where each token of a row's tail goes; int64 [slots, window].
         chosen: the id to go on from, which the next one takes the place of, and whether its logits were finite; int64
             [2, slots].
@@ -130,7 +128,7 @@ class Graphs:
             device, config = self._model.device, self._model.config
             seen = torch.zeros(ROW_SLOTS, config.vocab_size, dtype=torch.bool, device=device)
             self._batch = RunningBatch(
-                state=torch.zeros(4, ROW_SLOTS, dtype=torch.int64, device=device),
+                state=torch.full((2, ROW_SLOTS), -1, dtype=torch.int64, device=device),
                 slots=torch.full((ROW_SLOTS, config.window), -1, dtype=torch.int64, device=device),
                 chosen=torch.zeros(2, ROW_SLOTS, dtype=torch.int64, device=device),
                 choices=Choices.greedy(seen),
@@ -242,32 +240,29 @@ class Graphs:
             batch = self.batch
             mine = (batch.state, batch.chosen, batch.choices.draws, batch.choices.seen)
             kept = [part.clone() for part in mine]  # recording computes a token that nobody asked for
-            wanted = torch.arange(rows, device=self._model.device)
             chosen, state, all_choices = batch.chosen[:, :rows], batch.state[:, :rows], batch.choices
             alone = self._plan(state[0], changes) if rows == 1 else None
             cos, sin = self._model.rotary.table(self._model.config.window)
             plan = alone.plan if alone else batch.attention.plan(state[0], cos, sin, changes=changes)
 
             def run() -> None:
-                slots = batch.slots[:rows].gather(1, state[1][:, None])[:, 0]
-                slots = torch.addcmul(state[3], slots, state[2])
                 choices = None
                 if drawn:
                     shape, draws = (part[:, :rows].contiguous() for part in (all_choices.shape, all_choices.draws))
                     choices = Choices(shape, draws, all_choices.seen[:rows])
-                self._pass(chosen[0], state[1], slots, wanted, plan, choices, chosen)
+                self._pass(chosen[0], state[1], batch.slots[:rows], slice(None), plan, choices, chosen)
                 if choices:
                     all_choices.draws[:, :rows] = choices.draws
-                state[:2].add_(state[2])
+                end_step(state, backend="triton")
 
-            batch.state[2], batch.state[3] = 0, -1
+            batch.state[1] = -1
             batch.attention.blank()  # rows beyond this pass may be running, and it has no memory for their results
             try:
                 graph = self._record(run, f"decoding of {rows}")
             finally:
                 for part, value in zip(mine, kept, strict=True):
                     part.copy_(value)
-            self._decodings[rows, drawn, changes] = DecodingPass(graph, wanted, alone)
+            self._decodings[rows, drawn, changes] = DecodingPass(graph, alone)
         return self._decodings[rows, drawn, changes]
 
     def _plan(self, positions: Tensor, changes: bool) -> StaticPlan:
@@ -290,15 +285,15 @@ class Graphs:
         token_ids: Tensor,
         frames: Tensor,
         slots: Tensor,
-        wanted: Tensor,
+        wanted: Tensor | slice,
         plan: TritonPlan,
         choices: Choices | None,
         chosen: Tensor,
     ) -> None:
         """What a graph records of the model: a pass, and the choice of tokens into `chosen`."""
-        cos, sin = self._model.rotary.table(self._model.config.window)
-        step = Step(cos[frames], sin[frames], plan)
-        logits = self._model.compute(token_ids, slots, step, self._pool.kv, wanted)
+        table = self._model.rotary.table(self._model.config.window)
+        hidden, cos, sin, slots = begin_step(token_ids, frames, slots, self._model.embedding, *table, backend="triton")
+        logits = self._model.compute(hidden, slots, Step(cos, sin, plan), self._pool.kv, wanted)
         if logits is None:
             raise RuntimeError("the model gave no logits although rows were asked for")
         choose_into(logits, choices, chosen)
@@ -374,9 +369,10 @@ def left_for_entries(model: Model, budget_bytes: int) -> int:
 
 def choose_into(logits: Tensor, choices: Choices | None, out: Tensor) -> None:
     """Ids, and whether logits are finite, into `out`, int64 [2, rows]."""
-    ids, finite = sample(logits, choices, backend="triton") if choices else greedy(logits, backend="triton")
-    out[0] = ids
-    out[1] = finite
+    if choices:
+        sample(logits, choices, out=out, backend="triton")
+    else:
+        greedy(logits, out=out, backend="triton")
 
 
 def _kernels(graph: torch.cuda.CUDAGraph) -> int:

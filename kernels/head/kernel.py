@@ -51,15 +51,15 @@ def norm_head_kernel(
         tl.store(at, products[m], (row0 + m < rows) & (n < VOCAB))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["finite_at"])
 def greedy_kernel(
     logits_ptr,
     tops_ptr,
     top_ids_ptr,
     finite_parts_ptr,
     counters_ptr,
-    ids_ptr,
-    finite_ptr,
+    out_ptr,
+    finite_at,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -68,7 +68,8 @@ def greedy_kernel(
 ):
     """PARTS programs a row find the best of BLOCK logits each; the last to arrive, the best of those.
 
-    tops, top_ids, finite_parts: [rows, PARTS]. PARTS_BLOCK >= PARTS, a power of two.
+    tops, top_ids, finite_parts: [rows, PARTS]; out: int64, ids, and `finite_at` behind them whether rows are finite.
+    PARTS_BLOCK >= PARTS, a power of two.
     """
     wait_for_inputs(USE_PDL)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -88,5 +89,5 @@ def greedy_kernel(
         top_ids = tl.load(top_ids_ptr + parts_at, p < PARTS, other=VOCAB, cache_modifier=".cg")
         finite = tl.load(finite_parts_ptr + parts_at, p < PARTS, other=1, cache_modifier=".cg")
         best = tl.min(tl.where(tops == tl.max(tops, 0), top_ids, VOCAB), 0)
-        tl.store(ids_ptr + row, best.to(tl.int64))
-        tl.store(finite_ptr + row, tl.min(finite, 0) == 1)
+        tl.store(out_ptr + row, best.to(tl.int64))
+        tl.store(out_ptr + finite_at + row, tl.min(finite, 0).to(tl.int64))

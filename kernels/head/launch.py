@@ -48,11 +48,9 @@ def norm_head_triton(hidden: Tensor, norm: Tensor, head: Tensor | Int8, eps: flo
     return logits
 
 
-def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
+def greedy_triton(logits: Tensor, out: Tensor) -> None:
     """What `op.greedy` computes."""
     (rows, vocab), device = logits.shape, logits.device
-    ids = torch.empty(rows, dtype=torch.int64, device=device)
-    finite = torch.empty(rows, dtype=torch.bool, device=device)
     if rows:
         from braidsdk.kernels.head.kernel import greedy_kernel
 
@@ -65,8 +63,8 @@ def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
             top_ids,
             finite_parts,
             counters("greedy", device, rows),
-            ids,
-            finite,
+            out,
+            out.stride(0),
             vocab,
             _GREEDY_BLOCK,
             parts,
@@ -74,4 +72,3 @@ def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=8,
             **launch_options(device),
         )
-    return ids, finite

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.backends import Backend
-from braidsdk.kernels.checks import check_shape, check_tensors
+from braidsdk.kernels.checks import check_like, check_shape, check_tensors
 from braidsdk.kernels.head.eager import norm_head_torch
 from braidsdk.kernels.head.launch import greedy_triton, norm_head_triton
 from braidsdk.kernels.head.native import norm_head_native
@@ -20,7 +20,7 @@ BACKENDS: dict[Backend, Callable[..., Tensor]] = {
     "triton": norm_head_triton,
 }
 
-GREEDY: dict[Backend, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+GREEDY: dict[Backend, Callable[[Tensor, Tensor], None]] = {
     "torch": greedy_reference,
     "triton": greedy_triton,
 }
@@ -52,22 +52,28 @@ def norm_head(hidden: Tensor, norm: Tensor, head: Weight, eps: float, *, backend
     return BACKENDS[backend](hidden, norm, head, eps)
 
 
-def greedy(logits: Tensor, *, backend: Backend = "torch") -> tuple[Tensor, Tensor]:
+def greedy(logits: Tensor, *, out: Tensor | None = None, backend: Backend = "torch") -> Tensor:
     """The likeliest token of each row, the lowest id among equals. No backend synchronises with the host.
 
     Args:
         logits: [rows, vocab_size]; for Triton contiguous, float32.
+        out: takes the result; its rows may lie apart. Without it, the result is a new tensor.
         backend: "torch" or "triton"; neither falls back to the other.
 
     Returns:
-        Ids, int64 [rows], and whether all of a row is finite, bool [rows]. The id of a row that is not means nothing,
-        but lies within the vocabulary.
+        Ids, and 1 where all of a row is finite, else 0; int64 [2, rows]. The id of a row that is not means nothing, but
+        lies within the vocabulary.
 
     Raises:
         RuntimeError: Triton can't run here.
-        ValueError: Triton was asked for, and the logits are not as above.
+        ValueError: `out` is not as the result, or Triton was asked for, and the logits are not as above.
     """
     check_tensors("greedy", backend, logits)
     if backend == "triton" and logits.dtype != torch.float32:
         raise ValueError(f"greedy: backend='triton' needs float32, got {logits.dtype}; pass backend='torch'.")
-    return GREEDY[backend](logits)
+    if out is None:
+        out = torch.empty(2, len(logits), dtype=torch.int64, device=logits.device)
+    check_shape("greedy", "out", out, 2, len(logits))
+    check_like("greedy", out[0], torch.int64, logits.device, "out")
+    GREEDY[backend](logits, out)
+    return out

@@ -6,11 +6,11 @@ from torch import Tensor
 from braidsdk.kernels.sample.reference import Choices, exponential, kept_reference, scored
 
 
-def sample_torch(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+def sample_torch(logits: Tensor, choices: Choices, out: Tensor) -> None:
     """What `op.sample` computes."""
-    finite = logits.isfinite().all(-1)
+    ids, finite = out
+    finite.copy_(logits.isfinite().all(-1))
     shapes, draws = choices.shape.t().tolist(), choices.draws.t().tolist()
-    ids = torch.empty(len(logits), dtype=torch.int64)
     for row, (scores, shape, draw, good) in enumerate(zip(logits, shapes, draws, finite.tolist(), strict=True)):
         temperature, top_p, min_p, penalty = shape
         top_k, seed, step = map(int, draw)
@@ -28,6 +28,4 @@ def sample_torch(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
         kept, scores = kept[can], scores[can]
         noise = -exponential(seed, step, kept).log()
         ids[row] = kept[(scores - scores.max() + noise).argmax()]
-    ids = ids.to(logits.device)
     choices.count_on(ids)
-    return ids, finite

@@ -316,7 +316,7 @@ def _noise(seed, step, first, COUNT: tl.constexpr):
     return -tl.log(exponential)
 
 
-@triton.jit(do_not_specialize=["ROWS"])
+@triton.jit(do_not_specialize=["ROWS", "finite_at"])
 def draw(
     logits_ptr,
     shape_ptr,
@@ -328,8 +328,8 @@ def draw(
     part_bests_ptr,
     part_ids_ptr,
     counters_ptr,
-    ids_ptr,
-    finite_ptr,
+    out_ptr,
+    finite_at,
     ROWS,
     VOCAB: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -340,7 +340,8 @@ def draw(
     USE_PDL: tl.constexpr,
 ):
     """PARTS programs a row find the best of BLOCK chunks each; the last to arrive, the best of those. A greedy row's is
-    known already. part_bests, part_ids: [rows, PARTS].
+    known already. part_bests, part_ids: [rows, PARTS]; out: int64, ids, and `finite_at` behind them whether rows are
+    finite.
     """
     wait_for_inputs(USE_PDL)
     row, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -376,8 +377,8 @@ def draw(
             ids = tl.load(part_ids_ptr + row * PARTS + p, p < PARTS, other=VOCAB, cache_modifier=".cg")
             best_id = tl.minimum(tl.min(tl.where(bests == tl.max(bests, 0), ids, VOCAB), 0), VOCAB - 1)
     if decided:
-        tl.store(ids_ptr + row, best_id.to(tl.int64))
-        tl.store(finite_ptr + row, finite == 1)
+        tl.store(out_ptr + row, best_id.to(tl.int64))
+        tl.store(out_ptr + finite_at + row, finite.to(tl.int64))
         tl.store(draws_ptr + 2 * ROWS + row, step + 1)
         if penalty != 1.0:
             tl.store(seen_ptr + row * VOCAB + best_id, 1)

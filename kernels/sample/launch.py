@@ -25,14 +25,12 @@ class Bounds:
     bounds: Tensor
 
 
-def sample_triton(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
+def sample_triton(logits: Tensor, choices: Choices, out: Tensor) -> None:
     """What `op.sample` computes, without a host synchronisation; mass is summed in units of 2^-40 of the likeliest
     token's.
     """
     rows, vocab = logits.shape
     device = logits.device
-    ids = torch.empty(rows, dtype=torch.int64, device=device)
-    finite = torch.empty(rows, dtype=torch.bool, device=device)
     if rows:
         found = find_bounds(logits, choices)
         from braidsdk.kernels.sample import kernel
@@ -49,8 +47,8 @@ def sample_triton(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
             torch.empty(rows, parts, dtype=torch.float32, device=device),
             torch.empty(rows, parts, dtype=torch.int32, device=device),
             counters("sample", device, rows),
-            ids,
-            finite,
+            out,
+            out.stride(0),
             rows,
             vocab,
             _CHUNK,
@@ -61,7 +59,6 @@ def sample_triton(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
             num_warps=8,
             **launch_options(device),
         )
-    return ids, finite
 
 
 def find_bounds(logits: Tensor, choices: Choices) -> Bounds:

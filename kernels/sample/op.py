@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.backends import Backend
-from braidsdk.kernels.checks import check_shape
+from braidsdk.kernels.checks import check_like, check_shape
 from braidsdk.kernels.sample.eager import sample_torch
 from braidsdk.kernels.sample.launch import sample_triton
 from braidsdk.kernels.sample.reference import Choices
 
-BACKENDS: dict[Backend, Callable[[Tensor, Choices], tuple[Tensor, Tensor]]] = {
+BACKENDS: dict[Backend, Callable[[Tensor, Choices, Tensor], None]] = {
     "torch": sample_torch,
     "triton": sample_triton,
 }
 
 
-def sample(logits: Tensor, choices: Choices, *, backend: Backend = "torch") -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, choices: Choices, *, out: Tensor | None = None, backend: Backend = "torch") -> Tensor:
     """Choose a token per row, each row in its own way. Random numbers depend on seed, step and token id alone, not on
     the batch, the backend or the device.
 
@@ -28,11 +28,12 @@ def sample(logits: Tensor, choices: Choices, *, backend: Backend = "torch") -> t
     Args:
         logits: float32 [rows, vocab_size]; contiguous for Triton.
         choices: of these rows; changed as told there.
+        out: takes the result; its rows may lie apart. Without it, the result is a new tensor.
         backend: "torch" or "triton"; neither falls back to the other. Both choose the same tokens but for rounding.
 
     Returns:
-        Ids, int64 [rows], and whether all of a row is finite, bool [rows]. The id of a row that is not means nothing,
-        but lies within the vocabulary.
+        Ids, and 1 where all of a row is finite, else 0; int64 [2, rows]. The id of a row that is not means nothing, but
+        lies within the vocabulary.
 
     Raises:
         RuntimeError: Triton can't run here.
@@ -44,4 +45,9 @@ def sample(logits: Tensor, choices: Choices, *, backend: Backend = "torch") -> t
     check_shape("sample", "seen", choices.seen, rows, vocab)
     if logits.dtype != torch.float32:
         raise ValueError(f"sample: expected float32 logits, got {logits.dtype}; convert them first.")
-    return BACKENDS[backend](logits, choices)
+    if out is None:
+        out = torch.empty(2, rows, dtype=torch.int64, device=logits.device)
+    check_shape("sample", "out", out, 2, rows)
+    check_like("sample", out[0], torch.int64, logits.device, "out")
+    BACKENDS[backend](logits, choices, out)
+    return out

@@ -45,8 +45,8 @@ class Choices:
         self.seen[marked, ids[marked]] = True
 
 
-def sample_reference(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
-    """What `op.sample` computes; arguments and results as there.
+def sample_reference(logits: Tensor, choices: Choices, out: Tensor) -> None:
+    """What `op.sample` computes; arguments as there.
 
     Sampled by the Gumbel-max trick (Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030): the largest of score plus
     noise, the noise of each token being its own function of seed, step and id.
@@ -62,9 +62,9 @@ def sample_reference(logits: Tensor, choices: Choices) -> tuple[Tensor, Tensor]:
             noise = -exponential(int(seed), int(step), torch.arange(len(scores))).log().to(scores.device)
             scores = torch.where(kept, scores - scores.max() + noise, -math.inf)
         chosen.append((scores == scores.max()).nonzero()[0, 0])
-    ids = torch.stack(chosen)
-    choices.count_on(ids)
-    return ids, finite
+    out[0] = torch.stack(chosen)
+    out[1] = finite
+    choices.count_on(out[0])
 
 
 def scored(logits: Tensor, seen: Tensor, penalty: float, temperature: float) -> Tensor:

@@ -67,11 +67,9 @@ def test_greedy_takes_the_lowest_id_among_equals(vocab, rows, backend, device, s
     places = torch.stack([torch.randperm(vocab)[:3] for _ in range(rows)]).to(device)
     logits.scatter_(1, places, 9.0)
     for _ in range(3):  # counters are left as they were found
-        ids, finite = greedy(logits, backend=backend)
-        assert ids.dtype == torch.int64
-        assert torch.equal(ids, places.amin(1))
-        assert finite.dtype == torch.bool
-        assert finite.all()
+        chosen = greedy(logits, backend=backend)
+        assert chosen.dtype == torch.int64
+        assert torch.equal(chosen, torch.stack((places.amin(1), torch.ones_like(places[:, 0]))))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -92,6 +90,22 @@ def test_greedy_of_nothing_but_nan_lies_within_the_vocabulary(backend, device) -
     ids, finite = greedy(torch.full((2, 4099), float("nan"), device=device), backend=backend)
     assert ids.tolist() == [0, 0]
     assert not finite.any()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_writes_columns_of_a_larger_tensor_and_no_others(rows, backend, device, seed) -> None:
+    logits = torch.randn(rows, 300, device=device)
+    logits[-1, 5] = float("nan")
+    room = torch.full((2, 7), -5, device=device)
+    out = room[:, :rows]
+    assert greedy(logits, out=out, backend=backend) is out
+    assert torch.equal(out[:, :-1], greedy(logits)[:, :-1])
+    assert out[1, -1] == 0
+    assert (room[:, rows:] == -5).all()
+    for wrong in (room, out.int(), out.t()[:1]):
+        with pytest.raises(ValueError, match="greedy: expected out"):
+            greedy(logits, out=wrong, backend=backend)
 
 
 def test_greedy_wants_float32(device) -> None:

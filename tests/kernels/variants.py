@@ -49,7 +49,7 @@ def main(dtype: str) -> None:
         dtype=getattr(torch, dtype),
         choose=lambda *_: Backends.all("triton"),
     )
-    model._embedding = model._head = model._embedding.clone()  # on a GPU no weight lies in its file, at any address
+    model.embedding = model._head = model.embedding.clone()  # on a GPU no weight lies in its file, at any address
     pool, config = Pool.for_model(model, 2**26), model.config
     shape = config.geometry(model.dtype)
     with torch.inference_mode():
