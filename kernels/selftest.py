@@ -34,9 +34,11 @@ from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.norm_qkv.reference import norm_qkv_reference
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.out_proj.reference import out_proj_reference
-from braidsdk.kernels.paging import PagedSegment, Request
+from braidsdk.kernels.paging import PagedSegment, Request, Shift
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.sample import Choices, sample
+from braidsdk.kernels.shift import apply_shifts, plan_shifts
+from braidsdk.kernels.shift.reference import apply_shifts_reference
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.kernels.swiglu.reference import norm_swiglu_reference
 from braidsdk.kernels.weight import GROUP, Int8, dense, in_one_piece, quantised
@@ -220,6 +222,34 @@ def _norm_qkv(bench: Bench, rows: int) -> _Call:
         memory, turn = torch.zeros_like(kv, dtype=torch.float64), angles.double()
         queries = norm_qkv_reference(hidden.double(), wide, EPS, turn.cos(), turn.sin(), memory, slots)
         return torch.cat((queries.flatten(), memory.flatten()))
+
+    return _Call(run, truth, moved, copies)
+
+
+def _shifts(bench: Bench, tokens: Sequence[int]) -> _Call:
+    """A shift for each number of tokens."""
+    shape, device, total = bench.shape, bench.device, sum(tokens)
+    moved = 2 * 2 * total * shape.kv_heads * shape.head_dim * bench.dtype.itemsize
+    copies = bench.copies(moved)
+    pages = -(-(2 * total + len(tokens)) // PAGE)
+    kv = bench.random(copies, 2, pages, shape.kv_heads, PAGE, shape.head_dim)
+    slots = torch.randperm(pages * PAGE)
+    parts = list(zip(slots[:total].split(list(tokens)), slots[total : 2 * total].split(list(tokens)), strict=True))
+    targets = slots[2 * total :][: len(tokens)]
+    shifts = [Shift(*part, int(targets[at]), 300 * at, 0.8) for at, part in enumerate(parts)]
+    inv_freq = 1.0 / (1e6 ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim))
+    planned, wide = (
+        plan_shifts(shifts, RotaryTable(inv_freq, 1.0, dtype, device)) for dtype in (torch.float32, torch.float64)
+    )
+    clean, on_device = kv[0].double(), targets.to(device)
+
+    def run(copy: int) -> Tensor:
+        apply_shifts(kv[copy], planned, backend="triton")
+        return kv[copy][:, on_device // PAGE, :, on_device % PAGE]
+
+    def truth() -> Tensor:
+        apply_shifts_reference(clean, wide)
+        return clean[:, on_device // PAGE, :, on_device % PAGE]
 
     return _Call(run, truth, moved, copies)
 
@@ -432,6 +462,7 @@ CASES = (
         partial(_running, size=32, changed=True),
     ),
     *(Case("norm_qkv", _counted(rows, "row"), partial(_norm_qkv, rows=rows)) for rows in ROWS),
+    Case("norm_qkv", "3 shifts", partial(_shifts, tokens=(77, 1, 500))),
     *(
         Case("out_proj", f"{_counted(rows, 'row')} after {follows}", partial(_out_proj, rows=rows, follows=follows))
         for follows in ("attention", "swiglu")

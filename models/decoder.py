@@ -17,6 +17,7 @@ from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
+from braidsdk.kernels.shift import apply_shifts, plan_shifts
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.kernels.weight import GROUP, Weight, quantised, whole
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
@@ -271,7 +272,8 @@ class Decoder:
     def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
-        return Step(cos, sin, self._plan(batch, page_size), batch.shifts)
+        shifts = plan_shifts(batch.shifts, self.rotary) if batch.shifts else None
+        return Step(cos, sin, self._plan(batch, page_size), shifts)
 
     def _plan(self, batch: Batch, page_size: int, *, by_segment: bool = False) -> Plan:
         """The plan of the attention; `by_segment` for the log-sum-exp of each segment, which the C kernels don't
@@ -294,8 +296,8 @@ class Decoder:
         """Compute the queries of new tokens, and write their keys and values to the memory."""
         backend = self.backends.norm_qkv
         queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, backend=backend)
-        for shift in step.shifts:
-            shift.apply(memory)
+        if step.shifts:
+            apply_shifts(memory, step.shifts, backend=backend)
         return queries
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:

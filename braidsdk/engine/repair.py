@@ -103,7 +103,6 @@ def choose(
 
 
 def repaired(
-    model: Model,
     pool: Pool,
     composition: Composition,
     context: Sequence[PagedSegment],
@@ -114,7 +113,7 @@ def repaired(
     """Lay out what computes the chosen tokens again.
 
     Args:
-        model, pool, composition, context, scratch: see `choose`.
+        pool, composition, context, scratch: see `choose`.
         chosen: positions that it chose, at least one.
         overlay: pages for what is chosen, and for shifts behind it.
     """
@@ -131,7 +130,7 @@ def repaired(
         if composition.repair and composition.repair.shift:
             index = torch.tensor([len(chosen) + len(shifts)])
             shift = int(slots_of(overlay, index, pool.page_size))
-            shifts.append(_shift(model, pool, segment, (~part).nonzero()[:, 0], scratch, shift))
+            shifts.append(_shift(pool, segment, (~part).nonzero()[:, 0], scratch, shift))
         hiding.append(replace(segment, hidden=~part, shift=shift))
     own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
     ids = composition.input_ids
@@ -176,13 +175,11 @@ def apart(
     return (*entries, *parts), tuple(owners)
 
 
-def _shift(model: Model, pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
+def _shift(pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
     """How these tokens of a segment move in the mean, into a slot."""
-    device, size = pool.kv.device, pool.page_size
-    cos, sin = model.rotary.at(torch.tensor([segment.origin], device=device), segment.origin + 1)
-    fresh, stored = slots_of(scratch, tokens + segment.origin, size), slots_of(segment.pages, tokens, size)
-    weight = len(tokens) / (len(tokens) + SHRINKING)
-    return Shift(fresh.to(device), stored.to(device), target, cos, sin, weight)
+    fresh = slots_of(scratch, tokens + segment.origin, pool.page_size)
+    stored = slots_of(segment.pages, tokens, pool.page_size)
+    return Shift(fresh, stored, target, segment.origin, len(tokens) / (len(tokens) + SHRINKING))
 
 
 def _chosen(
