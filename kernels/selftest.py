@@ -30,6 +30,8 @@ from braidsdk.kernels.attention.static import Room, StaticPlan
 from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.head import greedy, norm_head
 from braidsdk.kernels.head.reference import norm_head_reference
+from braidsdk.kernels.key_weights import plan_key_weights
+from braidsdk.kernels.key_weights.reference import largest_weights_reference
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.norm_qkv.reference import norm_qkv_reference
 from braidsdk.kernels.out_proj import out_proj
@@ -105,6 +107,11 @@ class Bench:
     def weight_bytes(self, out: int, size: int) -> int:
         """Of such a weight."""
         return out * size + out * -(-size // GROUP) * 4 if self.shape.int8 else out * size * self.dtype.itemsize
+
+    def rotary(self, dtype: torch.dtype) -> RotaryTable:
+        """Cosines and sines for heads of this size."""
+        inv_freq = 1.0 / (1e6 ** (torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim))
+        return RotaryTable(inv_freq, 1.0, dtype, self.device)
 
     def copies(self, moved: int) -> int:
         """How many make `moved` bytes of memory cold when they are used in turn."""
@@ -237,10 +244,7 @@ def _shifts(bench: Bench, tokens: Sequence[int]) -> _Call:
     parts = list(zip(slots[:total].split(list(tokens)), slots[total : 2 * total].split(list(tokens)), strict=True))
     targets = slots[2 * total :][: len(tokens)]
     shifts = [Shift(*part, int(targets[at]), 300 * at, 0.8) for at, part in enumerate(parts)]
-    inv_freq = 1.0 / (1e6 ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim))
-    planned, wide = (
-        plan_shifts(shifts, RotaryTable(inv_freq, 1.0, dtype, device)) for dtype in (torch.float32, torch.float64)
-    )
+    planned, wide = (plan_shifts(shifts, bench.rotary(dtype)) for dtype in (torch.float32, torch.float64))
     clean, on_device = kv[0].double(), targets.to(device)
 
     def run(copy: int) -> Tensor:
@@ -284,16 +288,51 @@ def _attention(bench: Bench, rows: int, users: int, plan: "_Plan", *, changed: b
     copies = bench.copies(moved)
     kv = bench.random(copies, 2, page, shape.kv_heads, PAGE, shape.head_dim)
     queries = bench.random(rows, shape.q_heads, shape.head_dim)
-    inv_freq = 1.0 / (1e6 ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim))
     scale, limit, at_rows = shape.head_dim**-0.5, max(positions) + 1, torch.tensor(positions, device=device)
-    planned = plan(shape, at_rows, requests, RotaryTable(inv_freq, 1.0, torch.float32, device), limit)
+    planned = plan(shape, at_rows, requests, bench.rotary(torch.float32), limit)
 
     def truth() -> Tensor:
-        wide = RotaryTable(inv_freq, 1.0, torch.float64, device)
+        wide = bench.rotary(torch.float64)
         plans = [made for each in requests if (made := plan_request(at_rows, each, wide, limit, PAGE))]
         return cascade_attention_reference(queries.double(), plans, kv[0].double(), scale)
 
     return _Call(lambda copy: planned.attend(queries, kv[copy], scale), truth, moved, copies)
+
+
+def _key_weights(bench: Bench, rows: int) -> _Call:
+    """Of segments with and without hidden keys and shifts."""
+    shape, device = bench.shape, bench.device
+    lengths, segments, page, origin = (500, 1, 700), [], 0, 0
+    for at, tokens in enumerate(lengths):
+        pages = torch.arange(page, page + -(-tokens // PAGE))
+        hidden, shift = (torch.rand(tokens) < 0.3, len(lengths)) if at == 0 else (None, None)
+        segments.append(PagedSegment(pages, 0, tokens, origin, hidden, shift))
+        origin, page = origin + tokens, page + len(pages)
+    moved = page * PAGE * shape.kv_heads * shape.head_dim * bench.dtype.itemsize
+    copies = bench.copies(moved)
+    kv = bench.random(copies, 2, page, shape.kv_heads, PAGE, shape.head_dim)
+    queries = bench.random(rows, shape.q_heads, shape.head_dim)
+    positions, request = torch.arange(origin - rows, origin, device=device), Request(slice(0, rows), tuple(segments))
+    planned = plan_key_weights(
+        positions,
+        request,
+        bench.rotary(torch.float32),
+        limit=origin,
+        page_size=PAGE,
+        group=shape.q_heads // shape.kv_heads,
+        kv_heads=shape.kv_heads,
+        dtype=bench.dtype,
+        backend="triton",
+    )
+    scale = shape.head_dim**-0.5
+
+    def truth() -> Tensor:
+        seen = plan_request(positions, request, bench.rotary(torch.float64), origin, PAGE)
+        if seen is None:
+            raise RuntimeError("rows see nothing")
+        return largest_weights_reference(queries.double(), seen, kv[0].double(), scale)
+
+    return _Call(lambda copy: planned.attend(queries, kv[copy], scale)[1], truth, moved, copies)
 
 
 _Plan = Callable[[Geometry, Tensor, Sequence[Request], RotaryTable, int], TritonPlan]
@@ -461,6 +500,7 @@ CASES = (
         "running batch, products of 32 rows, with hidden keys and shifts",
         partial(_running, size=32, changed=True),
     ),
+    Case("attention", "largest weight of each key", partial(_key_weights, rows=32)),
     *(Case("norm_qkv", _counted(rows, "row"), partial(_norm_qkv, rows=rows)) for rows in ROWS),
     Case("norm_qkv", "3 shifts", partial(_shifts, tokens=(77, 1, 500))),
     *(
