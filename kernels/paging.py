@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from braidsdk.kernels.rope import rotate
-
 
 @dataclass(frozen=True)
 class PagedSegment:
@@ -77,30 +75,15 @@ class Shift:
     """The mean by which some tokens of an entry move when they are computed again, kept as a key and a value.
 
     Attributes:
-        fresh: slots of these tokens as computed again, int64 [tokens], keys rotated by `turn` more than in the entry.
-        stored: their slots in the entry, int64 [tokens].
+        fresh: slots of these tokens as computed again, int64 [tokens], on the CPU.
+        stored: their slots in the entry, int64 [tokens], on the CPU.
         target: the slot that gets it.
-        cos, sin: the rotation from the entry's frame to that of `fresh`, [1, head_dim / 2], of a length that is not 1
-            if the model's rotations scale.
+        turn: by how many positions keys are rotated more in `fresh` than in the entry.
         weight: factor on the mean.
     """
 
     fresh: Tensor
     stored: Tensor
     target: int
-    cos: Tensor
-    sin: Tensor
+    turn: int
     weight: float
-
-    def apply(self, kv: Tensor) -> None:
-        """Compute it from one layer's memory, [2, pages, kv_heads, page_size, head_dim], and write it there."""
-        size = kv.shape[3]
-        (fresh_keys, keys), (fresh_values, values) = (
-            [half[slots // size, :, slots % size].to(self.cos.dtype) for slots in (self.fresh, self.stored)]
-            for half in kv
-        )
-        scale = self.cos.square() + self.sin.square()  # rotating back, and undoing the length
-        turned = rotate(fresh_keys, self.cos / scale, -self.sin / scale)
-        page, offset = divmod(self.target, size)
-        kv[0, page, :, offset] = ((turned - keys).mean(0) * self.weight).to(kv.dtype)
-        kv[1, page, :, offset] = ((fresh_values - values).mean(0) * self.weight).to(kv.dtype)

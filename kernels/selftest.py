@@ -30,13 +30,17 @@ from braidsdk.kernels.attention.static import Room, StaticPlan, changed
 from braidsdk.kernels.backends import Geometry
 from braidsdk.kernels.head import greedy, norm_head
 from braidsdk.kernels.head.reference import norm_head_reference
+from braidsdk.kernels.key_weights import plan_key_weights
+from braidsdk.kernels.key_weights.reference import largest_weights_reference
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.norm_qkv.reference import norm_qkv_reference
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.out_proj.reference import out_proj_reference
-from braidsdk.kernels.paging import PagedSegment, Request
+from braidsdk.kernels.paging import PagedSegment, Request, Shift
 from braidsdk.kernels.rope import RotaryTable
 from braidsdk.kernels.sample import Choices, sample
+from braidsdk.kernels.shift import apply_shifts, plan_shifts
+from braidsdk.kernels.shift.reference import apply_shifts_reference
 from braidsdk.kernels.step import begin_step, end_step
 from braidsdk.kernels.step.reference import begin_step_reference, end_step_reference
 from braidsdk.kernels.swiglu import norm_swiglu
@@ -105,6 +109,11 @@ class Bench:
     def weight_bytes(self, out: int, size: int) -> int:
         """Of such a weight."""
         return out * size + out * -(-size // GROUP) * 4 if self.shape.int8 else out * size * self.dtype.itemsize
+
+    def rotary(self, dtype: torch.dtype) -> RotaryTable:
+        """Cosines and sines for heads of this size."""
+        inv_freq = 1.0 / (1e6 ** (torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim))
+        return RotaryTable(inv_freq, 1.0, dtype, self.device)
 
     def copies(self, moved: int) -> int:
         """How many make `moved` bytes of memory cold when they are used in turn."""
@@ -251,6 +260,31 @@ def _step(bench: Bench, rows: int) -> _Call:
     return _Call(run, partial(whole, begin_step_reference, end_step_reference), moved, copies)
 
 
+def _shifts(bench: Bench, tokens: Sequence[int]) -> _Call:
+    """A shift for each number of tokens."""
+    shape, device, total = bench.shape, bench.device, sum(tokens)
+    moved = 2 * 2 * total * shape.kv_heads * shape.head_dim * bench.dtype.itemsize
+    copies = bench.copies(moved)
+    pages = -(-(2 * total + len(tokens)) // PAGE)
+    kv = bench.random(copies, 2, pages, shape.kv_heads, PAGE, shape.head_dim)
+    slots = torch.randperm(pages * PAGE)
+    parts = list(zip(slots[:total].split(list(tokens)), slots[total : 2 * total].split(list(tokens)), strict=True))
+    targets = slots[2 * total :][: len(tokens)]
+    shifts = [Shift(*part, int(targets[at]), 300 * at, 0.8) for at, part in enumerate(parts)]
+    planned, wide = (plan_shifts(shifts, bench.rotary(dtype)) for dtype in (torch.float32, torch.float64))
+    clean, on_device = kv[0].double(), targets.to(device)
+
+    def run(copy: int) -> Tensor:
+        apply_shifts(kv[copy], planned, backend="triton")
+        return kv[copy][:, on_device // PAGE, :, on_device % PAGE]
+
+    def truth() -> Tensor:
+        apply_shifts_reference(clean, wide)
+        return clean[:, on_device // PAGE, :, on_device % PAGE]
+
+    return _Call(run, truth, moved, copies)
+
+
 def _attention(bench: Bench, rows: int, users: int, plan: "_Plan", *, changed: bool = False) -> _Call:
     """`changed`: every other request has hidden keys and shifts."""
     shape, device = bench.shape, bench.device
@@ -281,16 +315,51 @@ def _attention(bench: Bench, rows: int, users: int, plan: "_Plan", *, changed: b
     copies = bench.copies(moved)
     kv = bench.random(copies, 2, page, shape.kv_heads, PAGE, shape.head_dim)
     queries = bench.random(rows, shape.q_heads, shape.head_dim)
-    inv_freq = 1.0 / (1e6 ** (torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim))
     scale, limit, at_rows = shape.head_dim**-0.5, max(positions) + 1, torch.tensor(positions, device=device)
-    planned = plan(shape, at_rows, requests, RotaryTable(inv_freq, 1.0, torch.float32, device), limit)
+    planned = plan(shape, at_rows, requests, bench.rotary(torch.float32), limit)
 
     def truth() -> Tensor:
-        wide = RotaryTable(inv_freq, 1.0, torch.float64, device)
+        wide = bench.rotary(torch.float64)
         plans = [made for each in requests if (made := plan_request(at_rows, each, wide, limit, PAGE))]
         return cascade_attention_reference(queries.double(), plans, kv[0].double(), scale)
 
     return _Call(lambda copy: planned.attend(queries, kv[copy], scale), truth, moved, copies)
+
+
+def _key_weights(bench: Bench, rows: int) -> _Call:
+    """Of segments with and without hidden keys and shifts."""
+    shape, device = bench.shape, bench.device
+    lengths, segments, page, origin = (500, 1, 700), [], 0, 0
+    for at, tokens in enumerate(lengths):
+        pages = torch.arange(page, page + -(-tokens // PAGE))
+        hidden, shift = (torch.rand(tokens) < 0.3, len(lengths)) if at == 0 else (None, None)
+        segments.append(PagedSegment(pages, 0, tokens, origin, hidden, shift))
+        origin, page = origin + tokens, page + len(pages)
+    moved = page * PAGE * shape.kv_heads * shape.head_dim * bench.dtype.itemsize
+    copies = bench.copies(moved)
+    kv = bench.random(copies, 2, page, shape.kv_heads, PAGE, shape.head_dim)
+    queries = bench.random(rows, shape.q_heads, shape.head_dim)
+    positions, request = torch.arange(origin - rows, origin, device=device), Request(slice(0, rows), tuple(segments))
+    planned = plan_key_weights(
+        positions,
+        request,
+        bench.rotary(torch.float32),
+        limit=origin,
+        page_size=PAGE,
+        group=shape.q_heads // shape.kv_heads,
+        kv_heads=shape.kv_heads,
+        dtype=bench.dtype,
+        backend="triton",
+    )
+    scale = shape.head_dim**-0.5
+
+    def truth() -> Tensor:
+        seen = plan_request(positions, request, bench.rotary(torch.float64), origin, PAGE)
+        if seen is None:
+            raise RuntimeError("rows see nothing")
+        return largest_weights_reference(queries.double(), seen, kv[0].double(), scale)
+
+    return _Call(lambda copy: planned.attend(queries, kv[copy], scale)[1], truth, moved, copies)
 
 
 _Plan = Callable[[Geometry, Tensor, Sequence[Request], RotaryTable, int], TritonPlan]
@@ -468,7 +537,9 @@ CASES = (
         )
         for size in (16, 32, 64)
     ),
+    Case("attention", "largest weight of each key", partial(_key_weights, rows=32)),
     *(Case("norm_qkv", _counted(rows, "row"), partial(_norm_qkv, rows=rows)) for rows in ROWS),
+    Case("norm_qkv", "3 shifts", partial(_shifts, tokens=(77, 1, 500))),
     *(
         Case("out_proj", f"{_counted(rows, 'row')} after {follows}", partial(_out_proj, rows=rows, follows=follows))
         for follows in ("attention", "swiglu")

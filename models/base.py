@@ -17,6 +17,7 @@ from braidsdk.kernels.attention import Plan
 from braidsdk.kernels.backends import Backends, Geometry
 from braidsdk.kernels.paging import Request, Shift
 from braidsdk.kernels.rope import RotaryTable
+from braidsdk.kernels.shift import Shifts
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,13 @@ class Step:
     Attributes:
         cos, sin: cosines and sines for each new token in its segment's frame, [tokens, head_dim / 2].
         plan: the plan of the attention.
-        shifts: as in `Batch`.
+        shifts: those of the batch; None if it has none.
     """
 
     cos: Tensor
     sin: Tensor
     plan: Plan
-    shifts: tuple[Shift, ...] = ()
+    shifts: Shifts | None = None
 
 
 def only_rows(batch: Batch, rows: Tensor) -> Batch:

@@ -9,14 +9,14 @@ import xxhash
 from torch import Tensor
 
 from braidsdk.kernels.attention import Plan, cascade_attention, cascade_attention_lse, plan_attention
-from braidsdk.kernels.attention.plan import plan_request
-from braidsdk.kernels.attention.weights import largest_weights
 from braidsdk.kernels.backends import Backend, Backends, Geometry
 from braidsdk.kernels.head import norm_head
+from braidsdk.kernels.key_weights import plan_key_weights, weights_by_segment
 from braidsdk.kernels.norm_qkv import NormQKVWeights, norm_qkv
 from braidsdk.kernels.out_proj import out_proj
 from braidsdk.kernels.projection import pack
 from braidsdk.kernels.rope import RotaryTable
+from braidsdk.kernels.shift import apply_shifts, plan_shifts
 from braidsdk.kernels.swiglu import norm_swiglu
 from braidsdk.kernels.weight import GROUP, Weight, quantised, whole
 from braidsdk.models.base import Batch, ModelConfig, Step, only_rows
@@ -220,25 +220,33 @@ class Decoder:
     @torch.inference_mode()
     def attended(self, batch: Batch, kv: Tensor, layers: Sequence[int]) -> tuple[Tensor, ...]:
         """How much rows attend to each key; see `models.base.Model.attended`."""
-        step, page_size = self.plan(batch, kv.shape[4]), kv.shape[4]
-        (request,) = batch.requests
-        seen = plan_request(batch.positions, request, self.rotary, batch.limit, page_size)
-        if seen is None:
-            raise ValueError("attended: expected a request with rows that see a key")
-        hidden, total = self.embedding[batch.token_ids], torch.zeros((), device=self.device)
-        for index, (layer, memory) in enumerate(zip(self._layers, kv, strict=True)):
+        (request,), page_size = batch.requests, kv.shape[4]
+        seen = plan_key_weights(
+            batch.positions,
+            request,
+            self.rotary,
+            limit=batch.limit,
+            page_size=page_size,
+            group=self.config.q_heads // self.config.kv_heads,
+            kv_heads=self.config.kv_heads,
+            dtype=self.dtype,
+            backend=self.backends.attention,
+        )
+        cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
+        step = Step(cos, sin, seen.attention)
+        hidden, found = self.embedding[batch.token_ids], []
+        for index in range(max(layers) + 1):
+            layer, memory = self._layers[index], kv[index]
             queries = self._qkv(layer, hidden, batch.slots, step, memory)
             if index in layers:
-                total = total + largest_weights(queries, seen, memory, self.config.head_dim**-0.5)
-            if index == max(layers):
-                break
-            hidden = self._finish_layer(layer, hidden, queries, step, memory)
-        found = [total.new_zeros(0) for _ in request.segments]
-        for place, part in zip(seen.places, total.split(list(seen.spans)), strict=True):
-            segment = request.segments[place]
-            skipped = segment.start % page_size
-            found[place] = part[skipped : skipped + segment.stop - segment.start]
-        return tuple(found)
+                attended, weights = seen.attend(queries, memory, self.config.head_dim**-0.5)
+                found.append(weights)
+            else:
+                attended = cascade_attention(queries, step.plan, memory, self.config.head_dim**-0.5)
+            if index < max(layers):
+                hidden = self._after_attention(layer, hidden, attended)
+        total = torch.stack(found).amax(1).sum(0)
+        return weights_by_segment(total, request.segments, page_size)
 
     @torch.inference_mode()
     def fill(self, batch: Batch, kv: Tensor, layer: int) -> None:
@@ -270,7 +278,8 @@ class Decoder:
     def plan(self, batch: Batch, page_size: int) -> Step:
         """What all layers of a forward pass share."""
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
-        return Step(cos, sin, self._plan(batch, page_size), batch.shifts)
+        shifts = plan_shifts(batch.shifts, self.rotary) if batch.shifts else None
+        return Step(cos, sin, self._plan(batch, page_size), shifts)
 
     def _plan(self, batch: Batch, page_size: int, *, by_segment: bool = False) -> Plan:
         """The plan of the attention; `by_segment` for the log-sum-exp of each segment, which the C kernels don't
@@ -293,8 +302,8 @@ class Decoder:
         """Compute the queries of new tokens, and write their keys and values to the memory."""
         backend = self.backends.norm_qkv
         queries = norm_qkv(hidden, layer.qkv, self._eps, step.cos, step.sin, memory, slots, backend=backend)
-        for shift in step.shifts:
-            shift.apply(memory)
+        if step.shifts:
+            apply_shifts(memory, step.shifts, backend=backend)
         return queries
 
     def _finish_layer(self, layer: Layer, hidden: Tensor, queries: Tensor, step: Step, memory: Tensor) -> Tensor:

@@ -355,7 +355,7 @@ class Loop:
             there = held.kept and not self.residency.to_compute(request)
             try:
                 repair = task.repair = repaired(
-                    self.model, self.pool, composition, context, chosen.positions, held.scratch, held.overlay_pages
+                    self.pool, composition, context, chosen.positions, held.scratch, held.overlay_pages
                 )
                 if there:
                     put_back(self.pool, repair)

@@ -27,8 +27,8 @@ from braidsdk.compose.repairs import (
     Linked,
     Random,
     first_tokens,
+    most_tokens,
     random_tokens,
-    ranked,
     repairable,
 )
 from braidsdk.engine.attribution import layers_of
@@ -36,6 +36,9 @@ from braidsdk.engine.batch import Run, make_batch
 from braidsdk.kernels.paging import PagedSegment, Shift, slots_of
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
+
+_MOVED_AT_ONCE = 1 << 14
+"""Tokens whose keys are compared together; bounds what memory that takes."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,6 @@ def choose(
 
 
 def repaired(
-    model: Model,
     pool: Pool,
     composition: Composition,
     context: Sequence[PagedSegment],
@@ -114,7 +116,7 @@ def repaired(
     """Lay out what computes the chosen tokens again.
 
     Args:
-        model, pool, composition, context, scratch: see `choose`.
+        pool, composition, context, scratch: see `choose`.
         chosen: positions that it chose, at least one.
         overlay: pages for what is chosen, and for shifts behind it.
     """
@@ -131,7 +133,7 @@ def repaired(
         if composition.repair and composition.repair.shift:
             index = torch.tensor([len(chosen) + len(shifts)])
             shift = int(slots_of(overlay, index, pool.page_size))
-            shifts.append(_shift(model, pool, segment, (~part).nonzero()[:, 0], scratch, shift))
+            shifts.append(_shift(pool, segment, (~part).nonzero()[:, 0], scratch, shift))
         hiding.append(replace(segment, hidden=~part, shift=shift))
     own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
     ids = composition.input_ids
@@ -176,13 +178,11 @@ def apart(
     return (*entries, *parts), tuple(owners)
 
 
-def _shift(model: Model, pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
+def _shift(pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
     """How these tokens of a segment move in the mean, into a slot."""
-    device, size = pool.kv.device, pool.page_size
-    cos, sin = model.rotary.at(torch.tensor([segment.origin], device=device), segment.origin + 1)
-    fresh, stored = slots_of(scratch, tokens + segment.origin, size), slots_of(segment.pages, tokens, size)
-    weight = len(tokens) / (len(tokens) + SHRINKING)
-    return Shift(fresh.to(device), stored.to(device), target, cos, sin, weight)
+    fresh = slots_of(scratch, tokens + segment.origin, pool.page_size)
+    stored = slots_of(segment.pages, tokens, pool.page_size)
+    return Shift(fresh, stored, target, segment.origin, len(tokens) / (len(tokens) + SHRINKING))
 
 
 def _chosen(
@@ -206,22 +206,54 @@ def _chosen(
             run = Run(composition.tail, tuple(context), pages, 0, composition.tail_origin)
             layers = several or layers_of(model.config.layers)
             found = model.attended(make_batch([run], pool), pool.kv, layers)
-            scores = [_widened(found[place], near or 0).tolist() for place in places]
-            return ranked(composition, scores), len(composition.tail) * (max(layers) + 1)
+            sizes = [len(composition.segments[place].token_ids) for place in places]
+            scores = widened(torch.cat([found[place] for place in places]), sizes, near or 0)
+            return highest(composition, scores), len(composition.tail) * (max(layers) + 1)
         case Blended(layer=layer):
             run = _all_tokens(composition, context, scratch)
             for piece in _pieces(run, step_tokens):
                 model.fill(make_batch([piece], pool), pool.kv, layer)
-            scores = [_moved(model, pool, composition, place, context[place], scratch, layer) for place in places]
-            return ranked(composition, scores), len(run.token_ids) * (layer + 1)
+            return highest(composition, _moved(model, pool, composition, context, scratch, layer)), len(
+                run.token_ids
+            ) * (layer + 1)
     raise RuntimeError(f"no repair {rule!r}")
 
 
-def _widened(scores: Tensor, near: int) -> Tensor:
-    """For each token the highest score among those at most so many tokens away, less by the distance: [tokens]. Scores
-    are not negative."""
+def highest(composition: Composition, scores: Tensor) -> list[int]:
+    """What `ranked` chooses, on the scores' device.
+
+    Args:
+        composition: it has a rule.
+        scores: of all repairable segments' tokens, one segment behind the other, [tokens].
+    """
+    segments = [composition.segments[index] for index in repairable(composition)]
+    positions = torch.cat([torch.arange(each.origin, each.origin + len(each.token_ids)) for each in segments])
+    order = scores.sort(descending=True, stable=True).indices
+    best = order[: most_tokens(composition)].sort().values.cpu()
+    found: list[int] = positions[best].tolist()
+    return found
+
+
+def widened(scores: Tensor, sizes: Sequence[int], near: int) -> Tensor:
+    """For each token the highest score among those of its segment at most so many tokens away, less by the distance.
+
+    Args:
+        scores: of the segments' tokens, none negative, one segment behind the other, [tokens].
+        sizes: tokens of each segment.
+        near: how far away, in tokens.
+
+    Returns:
+        [tokens].
+    """
+    if not near:
+        return scores
+    # Nothing is nearer to another segment than so many zeros. `places` is where each token's neighbourhood begins.
+    segment = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    places = (torch.arange(len(segment)) + segment * near).to(scores.device)
+    padded = scores.new_zeros(len(segment) + (len(sizes) + 1) * near)
+    padded[places + near] = scores
     weights = 1 - torch.arange(-near, near + 1, device=scores.device).abs() / (near + 1)
-    return (torch.nn.functional.pad(scores, (near, near)).unfold(0, 2 * near + 1, 1) * weights).amax(1)
+    return (padded.unfold(0, 2 * near + 1, 1) * weights).amax(1)[places]
 
 
 def _all_tokens(composition: Composition, context: Sequence[PagedSegment], scratch: Tensor) -> Run:
@@ -245,24 +277,21 @@ def _moved(
     model: Model,
     pool: Pool,
     composition: Composition,
-    place: int,
-    segment: PagedSegment,
+    context: Sequence[PagedSegment],
     scratch: Tensor,
     layer: int,
-) -> list[float]:
-    """By how much each token's key moved at a layer: the squared distance from the entry's key, turned to where the
-    token stands, to the one that was computed behind everything before it."""
-    device, size = pool.kv.device, pool.page_size
-    tokens = torch.arange(len(composition.segments[place].token_ids))
-    before, after = (
-        pool.kv[layer, 0, slots // size, :, slots % size]
-        for slots in (
-            slots_of(segment.pages, tokens, size).to(device),
-            slots_of(scratch, tokens + segment.origin, size).to(device),
-        )
-    )
-    origin = torch.full((len(tokens),), segment.origin, device=device)
-    cos, sin = model.rotary.at(origin, segment.origin + 1)
-    turned = rotate(before.to(cos.dtype), cos, sin) / model.rotary.attention_factor
-    moved: Tensor = (turned - after.to(cos.dtype)).square().sum((1, 2))
-    return moved.tolist()
+) -> Tensor:
+    """By how much each repairable token's key moved at a layer: the squared distance from the entry's key, turned to
+    where the token stands, to the one that was computed behind everything before it, [tokens]."""
+    size, columns = pool.page_size, []
+    for place in repairable(composition):
+        segment, tokens = context[place], torch.arange(len(composition.segments[place].token_ids))
+        fresh, stored = slots_of(scratch, tokens + segment.origin, size), slots_of(segment.pages, tokens, size)
+        columns.append(torch.stack((fresh, stored, torch.full_like(tokens, segment.origin))))
+    found = []
+    for part in torch.cat(columns, 1).to(pool.kv.device).split(_MOVED_AT_ONCE, 1):
+        after, before = (pool.kv[layer, 0, slots // size, :, slots % size] for slots in part[:2])
+        cos, sin = model.rotary.at(part[2], composition.tail_origin)
+        turned = rotate(before.to(cos.dtype), cos, sin) / model.rotary.attention_factor
+        found.append((turned - after.to(cos.dtype)).square().sum((1, 2)))
+    return torch.cat(found)

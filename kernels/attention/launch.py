@@ -125,6 +125,12 @@ class TritonPlan:
         out = _attend(queries, self, kv, scale, lses=lses[:-1])
         return out, merged_lse(lses, self.tables.by_segment)
 
+    def attend_with_partials(self, queries: Tensor, kv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Attention, and the log-sum-exp of each partial result, to base 2, float32 [partials, q_heads]; those of a row
+        are where `tables.merges` says. For a plan that is not `direct`."""
+        lses = torch.empty(self.launch.partials, queries.shape[1], dtype=torch.float32, device=kv.device)
+        return _attend(queries, self, kv, scale, lses=lses), lses
+
     def bytes_read(self, kv: Tensor) -> int:
         return len(self.tables.pages) * page_bytes(kv)
 

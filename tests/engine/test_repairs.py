@@ -13,10 +13,12 @@ from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
 from braidsdk import Braid, Chunk
 from braidsdk.cache.pool import Pool
+from braidsdk.compose.composition import Composition, Segment
 from braidsdk.compose.modes import parse_mode
-from braidsdk.compose.repairs import Blended, Guided, Linked, Random
+from braidsdk.compose.repairs import Blended, Guided, Linked, Random, ranked
 from braidsdk.engine import loop
 from braidsdk.engine.attribution import layers_of
+from braidsdk.engine.repair import highest, widened
 from braidsdk.errors import BraidError, InputError, UnknownModeError
 
 ASK = "What is the capital of Aistonia?"
@@ -192,6 +194,39 @@ def test_equals_the_simulation(
     assert float((logits - truth).abs().max()) < 1e-4 * float(truth.abs().max())
     anchored, _ = simulation.run("linked(0)")
     assert float((anchored - truth).abs().max()) > 1e-2 * float(truth.abs().max()), "the repair changes nothing"
+
+
+@pytest.mark.parametrize("near", [0, 1, 5, 64])
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 0.3, 1.0])
+def test_the_highest_scores_are_chosen_as_python_ranks_them(near: int, ratio: float) -> None:
+    """Also scores with many ties. What has none stands around these chunks: system prompt, first chunk, past turn."""
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    segments, origin = [], 0
+    for size in (11, 2, 200, 1, 64, 30):
+        everything = tuple(range(len(segments)))
+        turn = size == 30
+        after = everything if turn else everything[:1]
+        segments.append(Segment(None, (5,) * size, origin, after, keep=False, is_turn=turn))
+        origin += size
+    composition = Composition("x", tuple(segments), tail=(1, 2), repair=Guided(ratio, near=near))
+    sizes = [200, 1, 64]
+    for scores in (torch.rand(sum(sizes)), torch.randint(0, 4, (sum(sizes),)) / 4, torch.zeros(sum(sizes))):
+        by_segment = [one.tolist() for one in scores.split(sizes)]
+        around = [
+            [
+                max(
+                    values[other] * float(1 - torch.tensor(abs(at - other)) / (near + 1))
+                    for other in range(max(0, at - near), min(len(values), at + near + 1))
+                )
+                for at in range(len(values))
+            ]
+            for values in by_segment
+        ]
+        rounded = [torch.tensor(values, dtype=torch.float32).tolist() for values in around]
+        chosen = highest(composition, widened(scores, sizes, near))
+        assert chosen == ranked(composition, rounded), f"torch.manual_seed({seed})"
+        assert len(chosen) == min(math.ceil(ratio * 267), sum(sizes))
 
 
 @pytest.mark.parametrize("mode", ["guided(1)", "linked(1000)", "blended(1)", "guided(1)+shift", "random(1)"])
