@@ -4,7 +4,7 @@ Kernels are interpreted. On a GPU see test_gpu.py.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,8 @@ from braidsdk import Braid, Context
 from braidsdk.cache import pool
 from braidsdk.engine import graph_runner, graphs
 from braidsdk.engine import runner as eager_runner
-from braidsdk.engine.batch import Run
 from braidsdk.engine.graph_runner import GraphRunner
-from braidsdk.engine.runner import Chosen, EagerRunner, Runner
+from braidsdk.engine.runner import Chosen, EagerRunner, Piece, Runner
 from braidsdk.kernels.attention.live_tables import LiveRoom
 from braidsdk.kernels.attention.static import Room
 from braidsdk.kernels.backends import Backends
@@ -197,14 +196,15 @@ def test_logits_of_repaired_rows_are_those_of_single_passes(
         braid.ask_many(asked, max_new_tokens=4)
         return seen[:4]
 
-    honest = GraphRunner._repair
+    honest = GraphRunner._compute
 
-    def repair(runner: GraphRunner, run: Run) -> None:
-        before = len(seen)
-        honest(runner, run)  # its graphs choose tokens that nobody wants
-        del seen[before:]
+    def compute(runner: GraphRunner, pieces: Sequence[Piece]) -> torch.Tensor:
+        before, chosen = len(seen), honest(runner, pieces)
+        if not pieces[0].row:  # a repair: its graph chooses a token that nobody wants
+            del seen[before:]
+        return chosen
 
-    monkeypatch.setattr(GraphRunner, "_repair", repair)
+    monkeypatch.setattr(GraphRunner, "_compute", compute)
     ask()  # passes are recorded
     monkeypatch.setattr(graphs, "choose_into", noting(graphs.choose_into))
     monkeypatch.setattr(eager_runner, "choose", noting(eager_runner.choose))

@@ -50,13 +50,9 @@ class _Pending:
         return found
 
 
-REPAIRED_TOKENS = 2048
-"""Tokens computed again for one request that graphs compute, as many of them at a time as a graph takes. More of them
-take a pass without, and so do those with shifts, which come of all of them at once."""
-
-
 class GraphRunner:
-    """`runner.Runner` over CUDA graphs. Texts, and questions longer than a graph takes, go through passes without."""
+    """`runner.Runner` over CUDA graphs. Texts, repairs with shifts, and questions and repairs longer than a graph takes
+    go through passes without."""
 
     ahead = True
 
@@ -79,9 +75,10 @@ class GraphRunner:
         questions: list[Piece] = []
         plain: list[Piece] = []
         for piece in pieces:
-            if piece.run.places is not None and not piece.run.shifts and len(piece.run.token_ids) <= REPAIRED_TOKENS:
-                self._repair(piece.run)
-            elif piece.logits or piece.run.places is not None or len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]:
+            long = len(piece.run.token_ids) > graphs.QUESTION_ROWS[-1]
+            if piece.run.places is not None and not piece.run.shifts and not long:
+                self._compute([piece])
+            elif piece.logits or piece.run.places is not None or long:
                 plain.append(piece)
             elif piece.row:
                 questions.append(piece)
@@ -115,13 +112,6 @@ class GraphRunner:
         for row in self._rows:
             row.done += 1
         pending.add(self.graphs.batch.chosen, [(row, row.slot) for row in self._rows])
-
-    def _repair(self, run: Run) -> None:
-        """Tokens that are computed again, by graphs: their launches are what takes long."""
-        rest: Run | None = run
-        while rest:
-            part, rest = rest.cut(graphs.QUESTION_ROWS[-1])
-            self._compute([Piece(part)])
 
     def _prefill(self, pieces: Sequence[Piece], pending: _Pending) -> None:
         """A pass without a graph."""

@@ -54,8 +54,8 @@ CONFIGS = {
 BESIDE = Config(2, 4, 2, registers=128)
 """For items of few rows beside larger ones: in what those leave of registers and shared memory two programs fit."""
 
-DIRECT_CONFIG = Config(3, 4)
-"""Where nothing is to be merged."""
+DIRECT_M, DIRECT_CONFIG = 128, Config(2, 8)
+"""Where nothing is to be merged: with many rows each read of keys is shared by more of them."""
 
 
 _EXACT = Config(1, 8, keys=16)
@@ -144,20 +144,21 @@ def plan_for_triton(
     page_size: int,
     group: int,
     kv_heads: int,
-    dtype: torch.dtype | None = None,  # noqa: ARG001 (all backends plan from the same arguments)
+    dtype: torch.dtype | None = None,
     by_segment: bool = False,
 ) -> TritonPlan:
     """Cut a pass into work. Arguments as in `op.plan_attention`; `positions` may lie on either side."""
     cos, sin = rotary.table(limit)
     device, rows = cos.device, len(positions)
     direct = rows >= MANY_ROWS and not by_segment
+    size = block_m(group, rows) if dtype in (None, torch.float32) else DIRECT_M
     if direct:
-        tables = direct_tables(requests, rows, page_size, block_rows(group, rows))
+        tables = direct_tables(requests, rows, page_size, size // group)
     else:
         tables = _split(requests, rows, page_size, group, kv_heads, device, by_segment)
     large = 0 if direct else int(tables.counts[1])
     launch = Launch(
-        block_m=block_m(group, tables.most_rows),
+        block_m=size if direct else block_m(group, tables.most_rows),
         programs=max(1, (large or len(tables.items)) * kv_heads),
         small_programs=(len(tables.items) - large) * kv_heads if large else 0,
         partials=tables.partials,
