@@ -13,7 +13,7 @@ For the engine's thread, which is in inference mode.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
@@ -39,6 +39,9 @@ from braidsdk.models.base import Model
 
 _MOVED_AT_ONCE = 1 << 14
 """Tokens whose keys are compared together; bounds what memory that takes."""
+
+_COPIED_AT_ONCE = 1 << 11
+"""Tokens whose keys and values are copied together, likewise."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +124,24 @@ def repaired(
         overlay: pages for what is chosen, and for shifts behind it.
     """
     positions = torch.tensor(chosen, dtype=torch.int64)
-    unchosen = torch.ones(composition.tail_origin, dtype=torch.bool)
-    unchosen[positions] = False
-    hiding: list[PagedSegment] = []
-    shifts: list[Shift] = []
-    for segment, part in zip(context, unchosen.split([len(s.token_ids) for s in composition.segments]), strict=True):
-        if part.all():
-            hiding.append(segment)
-            continue
-        shift = None
-        if composition.repair and composition.repair.shift:
-            index = torch.tensor([len(chosen) + len(shifts)])
-            shift = int(slots_of(overlay, index, pool.page_size))
-            shifts.append(_shift(pool, segment, (~part).nonzero()[:, 0], scratch, shift))
-        hiding.append(replace(segment, hidden=~part, shift=shift))
+    hidden = torch.zeros(composition.tail_origin, dtype=torch.bool)
+    hidden[positions] = True
+    ends = [*(segment.origin for segment in context), composition.tail_origin]
+    bounds = torch.searchsorted(positions, torch.tensor(ends)).tolist()
+    changed = [at for at in range(len(context)) if bounds[at + 1] > bounds[at]]
+    hiding = list(context)
+    for at in changed:
+        hiding[at] = replace(context[at], hidden=hidden[ends[at] : ends[at + 1]])
+    shifts: tuple[Shift, ...] = ()
+    if composition.repair and composition.repair.shift:
+        counts = [bounds[at + 1] - bounds[at] for at in changed]
+        shifts = _shifts(pool, [context[at] for at in changed], counts, positions, scratch, overlay)
+        for at, shift in zip(changed, shifts, strict=True):
+            hiding[at] = replace(hiding[at], shift=shift.target)
+    unchosen = ~hidden
     own = PagedSegment(scratch, 0, composition.tail_origin, 0, unchosen)
     ids = composition.input_ids
-    run = Run(tuple(ids[at] for at in chosen), tuple(hiding), scratch, 0, 0, positions, unchosen, tuple(shifts))
+    run = Run(tuple([ids[at] for at in chosen]), tuple(hiding), scratch, 0, 0, positions, unchosen, shifts)
     return Repaired(positions, tuple(hiding), run, own, overlay)
 
 
@@ -152,14 +156,15 @@ def put_back(pool: Pool, repair: Repaired) -> None:
 
 
 def _copy(pool: Pool, source: tuple[Tensor, Tensor], target: tuple[Tensor, Tensor]) -> None:
-    """Copy keys and values of tokens, given by pages and their indices there."""
-    size = pool.page_size
-    (from_page, from_at), (to_page, to_at) = (
-        (pages[places // size].to(pool.kv.device), (places % size).to(pool.kv.device))
-        for pages, places in (source, target)
-    )
-    for memory in pool.kv:
-        memory[:, to_page, :, to_at] = memory[:, from_page, :, from_at]
+    """Copy keys and values of tokens, given by pages and their indices there, in all layers at once."""
+    layers, _, pages, heads, size, head_dim = pool.kv.shape
+    slots = torch.stack([slots_of(*each, size) for each in (source, target)]).to(pool.kv.device)
+    outer, head = (torch.arange(count, device=pool.kv.device) for count in (2 * layers, heads))
+    flat = pool.kv.view(-1, head_dim)
+    for part in slots.split(_COPIED_AT_ONCE, 1):
+        page, offset = part[:, None, :, None] // size, part[:, None, :, None] % size
+        taken, put = ((((outer[:, None, None] * pages + page) * heads + head) * size) + offset).flatten(1)
+        flat.index_copy_(0, put, flat.index_select(0, taken))
 
 
 def apart(
@@ -178,11 +183,28 @@ def apart(
     return (*entries, *parts), tuple(owners)
 
 
-def _shift(pool: Pool, segment: PagedSegment, tokens: Tensor, scratch: Tensor, target: int) -> Shift:
-    """How these tokens of a segment move in the mean, into a slot."""
-    fresh = slots_of(scratch, tokens + segment.origin, pool.page_size)
-    stored = slots_of(segment.pages, tokens, pool.page_size)
-    return Shift(fresh, stored, target, segment.origin, len(tokens) / (len(tokens) + SHRINKING))
+def _shifts(
+    pool: Pool,
+    segments: Sequence[PagedSegment],
+    counts: Sequence[int],
+    positions: Tensor,
+    scratch: Tensor,
+    overlay: Tensor,
+) -> tuple[Shift, ...]:
+    """How these segments' tokens, so many of each at these positions, move in the mean, into slots behind them."""
+    size = pool.page_size
+    pages = torch.cat([segment.pages for segment in segments])
+    before = accumulate((len(segment.pages) * size for segment in segments[:-1]), initial=0)
+    places = torch.tensor([at - segment.origin for at, segment in zip(before, segments, strict=True)])  # on `pages`
+    stored = slots_of(pages, positions + places.repeat_interleave(torch.tensor(counts)), size).split(list(counts))
+    fresh = slots_of(scratch, positions, size).split(list(counts))
+    behind = torch.arange(len(positions), len(positions) + len(segments))
+    return tuple(
+        Shift(new, old, target, segment.origin, count / (count + SHRINKING))
+        for new, old, target, segment, count in zip(
+            fresh, stored, slots_of(overlay, behind, size).tolist(), segments, counts, strict=True
+        )
+    )
 
 
 def _chosen(

@@ -251,16 +251,19 @@ def seen_pages(segment: PagedSegment, page_size: int) -> list[tuple[int, int]]:
     return list(zip(ends[::2], ends[1::2], strict=True))
 
 
+_BITS = torch.tensor([1 << bit for bit in range(31)] + [-(1 << 31)], dtype=torch.int32)
+"""Of a word."""
+
+
 def changes_of(segment: PagedSegment, tokens: int) -> "array[int]":
     """What is added to a segment's keys, and which of them are hidden, for so many tokens of its entry: the slot of its
     shift or -1; then bit i % 32 of word i / 32 is set where key i is hidden."""
-    bits = torch.zeros(-(-tokens // 32), 32, dtype=torch.int64)
+    bits = torch.zeros(-(-tokens // 32), 32, dtype=torch.bool)
     if segment.hidden is not None:
         hidden = segment.hidden[:tokens]
         bits.view(-1)[: len(hidden)] = hidden
-    words = (bits << torch.arange(32)).sum(1)
-    words = torch.where(words >= 2**31, words - 2**32, words)
-    return array("i", (-1 if segment.shift is None else segment.shift, *words.tolist()))
+    words = (bits * _BITS).sum(1, dtype=torch.int32).tolist()
+    return array("i", (-1 if segment.shift is None else segment.shift, *words))
 
 
 class _Part(NamedTuple):

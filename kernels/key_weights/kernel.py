@@ -7,7 +7,7 @@ from braidsdk.kernels.attention.kernel import LOG2_E
 from braidsdk.kernels.few_rows import wait_for_inputs
 
 
-@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("pages", "changes", "merges"))
+@triton.jit(do_not_specialize=("rows",), do_not_specialize_on_alignment=("positions", "pages", "changes", "merges"))
 def key_weights_kernel(
     queries, kv, positions, cosines, sines, pages, changes, merges, lses, weights, rows, keys, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,

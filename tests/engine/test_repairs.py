@@ -16,7 +16,7 @@ from braidsdk.cache.pool import Pool
 from braidsdk.compose.composition import Composition, Segment
 from braidsdk.compose.modes import parse_mode
 from braidsdk.compose.repairs import Blended, Guided, Linked, Random, ranked
-from braidsdk.engine import loop
+from braidsdk.engine import loop, repair
 from braidsdk.engine.attribution import layers_of
 from braidsdk.engine.repair import highest, widened
 from braidsdk.errors import BraidError, InputError, UnknownModeError
@@ -183,6 +183,7 @@ def test_equals_the_simulation(
         chunks = chunks_of(braid)
         braid.compose(chunks, mode="anchored").prepare()
         monkeypatch.setitem(loop.STEP_TOKENS, "cpu", step_tokens)
+        monkeypatch.setattr(repair, "_MOVED_AT_ONCE", step_tokens)
         braid._engine._loop.scheduler._step_tokens = step_tokens
         context = braid.compose(chunks, mode=mode)
         logits = context.next_token_logits(ASK).double()
@@ -258,8 +259,9 @@ def test_answers_go_on_from_what_was_repaired(mode: str, braid: Braid) -> None:
     assert answer.token_ids != braid.compose(chunks).ask(ASK, max_new_tokens=8, stop_ids=[]).token_ids
 
 
-def test_decoding_sees_the_overlay(random_braid: Braid) -> None:
+def test_decoding_sees_the_overlay(random_braid: Braid, monkeypatch: pytest.MonkeyPatch) -> None:
     """With everything repaired, whole answers are the exact ones: their tokens saw what was repaired."""
+    monkeypatch.setattr(repair, "_COPIED_AT_ONCE", 7)
     chunks = chunks_of(random_braid)
     asked = [f"What is {number}?" for number in range(6)]
     exact, anchored, repaired = (

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from braidsdk.kernels import native
 from braidsdk.kernels.attention import launch as attention
 from braidsdk.kernels.attention.plan import plan_request
 from braidsdk.kernels.key_weights import eager, launch, plan_key_weights, weights_by_segment
@@ -81,6 +82,16 @@ def test_backends_agree(kv_heads, group, head_dim, rows, backend, device, dtype,
     case.add(64, shift=int(shifts[0]) * PAGE + 8)
     case.segments.append(PagedSegment(case.entry(50), 0, 60, case.end))
     case.check(backend, [case.end + at for at in range(rows)] if rows > 1 else [case.end - 1])
+
+
+@pytest.mark.skipif(native.obstacle() is not None, reason="C kernels can't run here")
+def test_beside_the_attention_of_the_c_kernels(seed) -> None:
+    case = Case(2, 2, 64, torch.device("cpu"), torch.bfloat16)
+    case.add(100)
+    case.add(30, start=4)
+    positions = list(range(case.end - 3, case.end))
+    weights = [(torch.manual_seed(seed), case.check(backend, positions))[1] for backend in ("torch", "native")]
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
