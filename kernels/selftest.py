@@ -373,7 +373,14 @@ def _pass(
     """As a pass without a graph does."""
     group = shape.q_heads // shape.kv_heads
     return plan_for_triton(
-        positions, requests, rotary, limit=limit, page_size=PAGE, group=group, kv_heads=shape.kv_heads
+        positions,
+        requests,
+        rotary,
+        limit=limit,
+        page_size=PAGE,
+        group=group,
+        kv_heads=shape.kv_heads,
+        dtype=shape.torch_dtype,
     )
 
 
