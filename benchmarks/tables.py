@@ -485,18 +485,19 @@ def curves_table(report: dict[str, Any]) -> str:
 
 def repairs_table(report: dict[str, Any]) -> str:
     """What modes cost until the first token, as Markdown."""
+    on_gpu = report["kernels"] == "triton"
+    device = f"one {report['device']}" if on_gpu else f"{report['cores']} cores of {report['device']}"
     lines = [
-        f"{report['model']}, {report['chunks']} chunks of {report['chunk_tokens']} tokens, {report['cores']} cores of "
-        f"{report['device']}, {report['kernels']} kernels; medians:",
+        f"{report['model']}, {report['chunks']} chunks of {report['chunk_tokens']} tokens, {device}, "
+        f"{report['kernels']} kernels; medians:",
         "",
-        "| mode | budget, % | first token, s | of full prefill, % |",
+        f"| mode | budget, % | first token, {'ms' if on_gpu else 's'} | of full prefill, % |",
         "| --- | ---: | ---: | ---: |",
     ]
     for mode, found in report["modes"].items():
         budget = "" if found["budget"] is None else f"{100 * found['budget']:.0f}"
-        lines.append(
-            f"| {mode} | {budget} | {found['first_token_ms'] / 1000:.2f} | {100 * found['of_full_prefill']:.1f} |"
-        )
+        first = f"{found['first_token_ms']:.1f}" if on_gpu else f"{found['first_token_ms'] / 1000:.2f}"
+        lines.append(f"| {mode} | {budget} | {first} | {100 * found['of_full_prefill']:.1f} |")
     return "\n".join(lines)
 
 
@@ -589,6 +590,7 @@ TABLES = {
     "curves": (_QUALITY, "quality.json", curves_table),
     "real": (_QUALITY, "quality-real.json", real_table),
     "repairs": (_QUALITY, "repairs-cpu.json", repairs_table),
+    "repairs-gpu": (_QUALITY, "repairs-cuda.json", repairs_table),
     "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),

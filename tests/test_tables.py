@@ -247,6 +247,11 @@ def test_repairs_are_shown_beside_full_prefill() -> None:
     lines = tables.repairs_table({**report, "modes": {"full prefill": whole, "linked(16)": some}}).splitlines()
     assert lines[0] == "M, 16 chunks of 512 tokens, 2 cores of C, native kernels; medians:"
     assert lines[4:] == ["| full prefill |  | 40.00 | 100.0 |", "| linked(16) | 3 | 2.57 | 6.3 |"]
+    on_gpu = {**report, "device": "G", "kernels": "triton", "modes": {"linked(16)": some}}
+    first, _, header, _, line = tables.repairs_table(on_gpu).splitlines()
+    assert first == "M, 16 chunks of 512 tokens, one G, triton kernels; medians:"
+    assert header == "| mode | budget, % | first token, ms | of full prefill, % |"
+    assert line == "| linked(16) | 3 | 2570.0 | 6.3 |"
 
 
 def test_whether_speed_lasts_is_shown_by_the_first_and_the_last_questions() -> None:
