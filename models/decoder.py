@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import xxhash
@@ -225,12 +226,8 @@ class Decoder:
             batch.positions,
             request,
             self.rotary,
-            limit=batch.limit,
-            page_size=page_size,
-            group=self.config.q_heads // self.config.kv_heads,
-            kv_heads=self.config.kv_heads,
-            dtype=self.dtype,
             backend=self.backends.attention,
+            **self._geometry_of(batch, page_size),
         )
         cos, sin = self.rotary.at(batch.frame_positions, batch.limit)
         step = Step(cos, sin, seen.attention)
@@ -289,14 +286,21 @@ class Decoder:
             batch.positions,
             batch.requests,
             self.rotary,
-            limit=batch.limit,
-            page_size=page_size,
-            group=self.config.q_heads // self.config.kv_heads,
-            kv_heads=self.config.kv_heads,
-            dtype=self.dtype,
             backend="torch" if by_segment and backend == "native" else backend,
             by_segment=by_segment,
+            **self._geometry_of(batch, page_size),
         )
+
+    def _geometry_of(self, batch: Batch, page_size: int) -> dict[str, Any]:
+        """What planners of attention ask about a pass besides its requests."""
+        kv_heads = self.config.kv_heads
+        return {
+            "limit": batch.limit,
+            "page_size": page_size,
+            "group": self.config.q_heads // kv_heads,
+            "kv_heads": kv_heads,
+            "dtype": self.dtype,
+        }
 
     def _qkv(self, layer: Layer, hidden: Tensor, slots: Tensor, step: Step, memory: Tensor) -> Tensor:
         """Compute the queries of new tokens, and write their keys and values to the memory."""

@@ -235,9 +235,8 @@ def _chosen(
             run = _all_tokens(composition, context, scratch)
             for piece in _pieces(run, step_tokens):
                 model.fill(make_batch([piece], pool), pool.kv, layer)
-            return highest(composition, _moved(model, pool, composition, context, scratch, layer)), len(
-                run.token_ids
-            ) * (layer + 1)
+            scores = _moved(model, pool, composition, context, scratch, layer)
+            return highest(composition, scores), len(run.token_ids) * (layer + 1)
     raise RuntimeError(f"no repair {rule!r}")
 
 

@@ -19,15 +19,14 @@ No load from them is wider for being aligned."""
 
 @triton.jit
 def _unit(
-    item, head, count, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
+    item, head, first_unit, queries, kv, values_at, positions, cosines, sines, items, spans, rows, frames, pages,
     changes, partials, lses, out, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, SHIFTS: tl.constexpr, MERGES: tl.constexpr,
-    FOLLOWED: tl.constexpr, PREFETCH: tl.constexpr, USE_PDL: tl.constexpr,
+    DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr, SHIFTS: tl.constexpr, FOLLOWED: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One item, one KV head. With MERGES, it is of one row, which has `count` partial results; a single one is all of
-    the row's result.
+    """One item, one KV head.
 
     A segment's shift (mu, nu) adds q.mu to each of its scores, and nu to each of its values. So while its keys are
     walked, `top` is less by q.mu, and `mixed` by nu for each unit of `total`: the loop over keys knows nothing of it.
@@ -105,9 +104,6 @@ def _unit(
             bits = _hidden(changes, change, first + k, stop, PAGE)
         if USE_PDL and first_unit and span == first_span:
             # All read so far was there before the kernels ahead of this one began.
-            for ahead in tl.static_range(PREFETCH):
-                page = tl.sum(tl.where(k == ahead, ids, 0), 0).to(tl.int64)
-                _prefetch(kv + (page * KV_HEADS + head) * (PAGE * HEAD_DIM), values_at, PAGE * HEAD_DIM)
             tl.extra.cuda.gdc_wait()
             if FOLLOWED:
                 tl.extra.cuda.gdc_launch_dependents()
@@ -178,13 +174,10 @@ def _unit(
     divisor = tl.where(total == 0.0, 1.0, total)
     mixed = mixed / divisor[:, None]
     all_live = _both(live[:, None], d_real[None, :], PADDED)
-    if DIRECT or MERGES:
+    if DIRECT:
         at = (row.to(tl.int64) * q_heads + q_head)[:, None] * HEAD_DIM + d[None, :]
-        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=all_live if DIRECT else all_live & (count == 1))
-    if not DIRECT:
-        if MERGES:
-            live &= count > 1
-            all_live &= count > 1
+        tl.store(out + at, mixed.to(out.dtype.element_ty), mask=all_live)
+    else:
         at = place.to(tl.int64) * q_heads + q_head
         tl.store(partials + at[:, None] * HEAD_DIM + d[None, :], mixed, mask=all_live)
         tl.store(lses + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=live)
@@ -217,22 +210,6 @@ def _hidden(changes, change, page, stop, PAGE: tl.constexpr):
     if PAGE == 64:
         bits |= tl.load(at + 1, mask=there, other=0).to(tl.int64) << 32
     return bits
-
-
-@triton.jit
-def _prefetch(tile, values_at, SIZE: tl.constexpr):
-    """Ask for a page's keys and values of one head, SIZE numbers each, which then are in the L2 cache."""
-    LINE: tl.constexpr = 1024 // tile.dtype.element_ty.primitive_bitwidth
-    line = tile + tl.arange(0, 128) % (SIZE // LINE) * LINE
-    for at in tl.static_range(2):
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [line + at * values_at],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -299,7 +276,7 @@ def cascade(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     FOLLOWED: tl.constexpr, FOLLOWS: tl.constexpr, DIRECT: tl.constexpr, SHARED: tl.constexpr, HIDES: tl.constexpr,
     SHIFTS: tl.constexpr, MERGES: tl.constexpr,
-    MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, PREFETCH: tl.constexpr, USE_PDL: tl.constexpr,
+    MERGE_BLOCK: tl.constexpr, MERGE_HEADS: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """The work units of the items from counts[FROM] to counts[TO], spread over however many programs run.
 
@@ -318,11 +295,11 @@ def cascade(
         head = unit % KV_HEADS
         row, first, count = _merged(item, items, rows, merges, MERGES)  # known before what _unit waits for
         _unit(
-            item, head, count, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows,
+            item, head, unit == start, queries, kv, values_at, positions, cosines, sines, items, spans, rows,
             frames, pages, changes, partials, lses, out, scale, KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PAGE, BLOCK_M,
-            BLOCK_N, STAGES, DIRECT, SHARED, HIDES, SHIFTS, MERGES, FOLLOWED, PREFETCH, USE_PDL and not FOLLOWS,
+            BLOCK_N, STAGES, DIRECT, SHARED, HIDES, SHIFTS, FOLLOWED, USE_PDL and not FOLLOWS,
         )  # fmt: skip
-        if MERGES and count > 1:
+        if MERGES:
             tl.debug_barrier()
             before = tl.atomic_add(arrived + row * KV_HEADS + head, 1, sem="acq_rel", scope="gpu")
             if before == count - 1:

@@ -57,7 +57,6 @@ BESIDE = Config(2, 4, 2, registers=128)
 DIRECT_M, DIRECT_CONFIG = 128, Config(2, 8)
 """Where nothing is to be merged: with many rows each read of keys is shared by more of them."""
 
-
 _EXACT = Config(1, 8, keys=16)
 """For float32: no tensor cores, and twice the shared memory. Every thread's multiplications are written out, their
 operands in registers: of a whole page they spill by kilobytes, and take long to compile."""
@@ -286,7 +285,6 @@ def _attend(queries: Tensor, plan: TritonPlan, kv: Tensor, scale: float, *, lses
             MERGES=launch.merges,
             MERGE_BLOCK=32,
             MERGE_HEADS=group if group & (group - 1) == 0 and group <= 4 else 1,
-            PREFETCH=1,
             num_warps=config.warps,
             maxnreg=config.registers,
             **options,

@@ -53,6 +53,7 @@ class Case:
             page_size=PAGE,
             group=self.group,
             kv_heads=self.kv.shape[2],
+            dtype=self.kv.dtype,
         )
 
     def check(self, *, limit: int = 4096) -> None:
