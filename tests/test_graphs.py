@@ -176,7 +176,15 @@ def test_repaired_answers_are_those_of_single_passes(braid: Braid) -> None:
 
 
 @TWO_LAYERS
-@pytest.mark.parametrize("modes", [["guided(0.5)+shift"], ["linked(5)+shift", "guided(0.4)", "linked(8)+shift"]])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ["guided(0.5)+shift"],
+        ["linked(5)+shift", "guided(0.4)", "linked(8)+shift"],
+        ["linked(3)"],  # few enough for a graph
+        ["linked(2)", "guided(0.1)", "linked(3)"],
+    ],
+)
 def test_logits_of_repaired_rows_are_those_of_single_passes(
     braid: Braid, modes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
