@@ -78,9 +78,9 @@ def test_the_least_recently_used_entry_makes_room() -> None:
     entries = [put(pool, key(name)) for name in "abc"]
     pool.pin(entries[0])
     pool.unpin(entries[0])
-    pool.find(entries[1].key.digest)  # looking is no use
+    pool.find(entries[1].key)  # looking is no use
     pool.take(1)
-    assert [pool.find(each.key.digest) is not None for each in entries] == [True, False, True]
+    assert [pool.find(each.key) is not None for each in entries] == [True, False, True]
 
 
 def test_pinned_entries_stay_and_exhaustion_is_a_typed_error() -> None:
@@ -91,7 +91,7 @@ def test_pinned_entries_stay_and_exhaustion_is_a_typed_error() -> None:
     assert pool.room == 1
     with pytest.raises(PoolFullError, match="running calls leave"):
         pool.take(2 * PAGE)
-    assert all(pool.find(entry.key.digest) for entry in entries)
+    assert all(pool.find(entry.key) for entry in entries)
     for entry in entries:
         pool.unpin(entry)
     assert pool.room == 3
@@ -104,7 +104,7 @@ def test_an_entry_deleted_under_a_running_call_keeps_its_pages_until_the_call_en
     entry = put(pool, key("a"))
     pool.pin(entry)
     pool.drop_chunks({"a" * 32})
-    assert pool.find(entry.key.digest) is None
+    assert pool.find(entry.key) is None
     pool.integrity()
     with pytest.raises(PoolFullError):
         pool.take(1)
@@ -135,8 +135,8 @@ def test_dropping_a_chunk_drops_what_was_computed_with_sight_of_it() -> None:
     for each in (key("a"), seen, other):
         put(pool, each)
     pool.drop_chunks({"a" * 32})
-    assert pool.find(seen.digest) is None
-    assert pool.find(other.digest) is not None
+    assert pool.find(seen) is None
+    assert pool.find(other) is not None
 
 
 def test_what_can_never_fit_is_said_before_anything_happens() -> None:
@@ -194,8 +194,8 @@ def test_of_past_turns_only_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> 
     document = put(pool, key("d"))
     for each in turns:
         put(pool, each)
-    assert pool.find(document.key.digest)
-    assert [pool.find(each.digest) is not None for each in turns] == [False] * 6 + [True] * 2
+    assert pool.find(document.key)
+    assert [pool.find(each) is not None for each in turns] == [False] * 6 + [True] * 2
     assert pool.used_bytes == 3 * pool.page_bytes
 
 

@@ -119,9 +119,9 @@ class Pool:
         self.kv[:, :, :touched] = 0
         self.zero_padding = zero_padding
         self._free = FreePages(self.capacity_pages)
-        self._entries: OrderedDict[str, Resident] = OrderedDict()
-        self._turns: OrderedDict[str, Resident] = OrderedDict()
-        self._overlays: OrderedDict[str, Resident] = OrderedDict()
+        self._entries: OrderedDict[EntryKey, Resident] = OrderedDict()
+        self._turns: OrderedDict[EntryKey, Resident] = OrderedDict()
+        self._overlays: OrderedDict[EntryKey, Resident] = OrderedDict()
         self._pins: Counter[Resident] = Counter()
         self._evictable = 0  # pages of entries without a pin
 
@@ -156,9 +156,11 @@ class Pool:
         """Bytes that `tokens` tokens take, including the padding to whole pages."""
         return self.pages_for(tokens) * self.page_bytes
 
-    def find(self, digest: str) -> Resident | None:
-        """The entry with this key digest, loading or ready. Finding it does not count as a use. Any thread may ask."""
-        return self._entries.get(digest)
+    def find(self, key: EntryKey) -> Resident | None:
+        """The entry of this key, loading or ready. Finding it does not count as a use. Any thread may ask.
+
+        Whole keys are compared: xxh3 does not resist collisions, so two keys may have one digest."""
+        return self._entries.get(key)
 
     def check_fits(self, token_counts: Iterable[int]) -> None:
         """Check, before anything is loaded or computed, that entries with these numbers of tokens fit together.
@@ -220,22 +222,21 @@ class Pool:
 
     def add(self, entry: Resident) -> Resident:
         """Make an entry resident, loading or ready. Only the latest `KEPT_TURNS` past turns stay."""
-        digest = entry.key.digest
-        self._entries[digest] = entry
+        self._entries[entry.key] = entry
         self._evictable += len(entry.pages)
         if entry.key.level == LEVEL_QUERY:
-            self._turns[digest] = entry
+            self._turns[entry.key] = entry
             if len(self._turns) > KEPT_TURNS:
                 self._evict(self._turns.values())
         elif entry.key.level == LEVEL_OVERLAY:
-            self._overlays[digest] = entry
+            self._overlays[entry.key] = entry
         return entry
 
     def pin(self, entry: Resident) -> None:
         """Keep an entry until it is unpinned as often as it was pinned. It is now the most recently used one."""
         for entries in (self._entries, self._turns, self._overlays):
-            if entry.key.digest in entries:
-                entries.move_to_end(entry.key.digest)
+            if entry.key in entries:
+                entries.move_to_end(entry.key)
         if entry not in self._pins and entry.state is not State.DROPPED:
             self._evictable -= len(entry.pages)
         self._pins[entry] += 1
@@ -255,9 +256,9 @@ class Pool:
         if entry.state is State.DROPPED:
             return
         entry.state = State.DROPPED
-        del self._entries[entry.key.digest]
-        self._turns.pop(entry.key.digest, None)
-        self._overlays.pop(entry.key.digest, None)
+        del self._entries[entry.key]
+        self._turns.pop(entry.key, None)
+        self._overlays.pop(entry.key, None)
         if entry not in self._pins:
             self._evictable -= len(entry.pages)
             self.give_back(entry.pages)

@@ -65,8 +65,8 @@ class Need(Protocol):
         ...
 
     @property
-    def computes(self) -> frozenset[str]:
-        """Digests of entries that the store is known to lack. They are written even if they are resident."""
+    def computes(self) -> frozenset[EntryKey]:
+        """Keys of entries that the store is known to lack. They are written even if they are resident."""
         ...
 
 
@@ -207,11 +207,11 @@ class Residency(Generic[N]):
     def admit(self, request: N) -> bool:
         """Pin the entries that a request needs, and take pages for the missing ones and for its tail. Returns whether
         there was room; if not, nothing is pinned or taken."""
-        pool, unique = self.pool, {key.digest: key for key in request.keys}
-        found = {digest: entry for digest in unique if (entry := pool.find(digest))}
+        pool, unique = self.pool, dict.fromkeys(request.keys)
+        found = {key: entry for key in unique if (entry := pool.find(key))}
         for entry in found.values():
             pool.pin(entry)
-        absent = [key for digest, key in unique.items() if digest not in found]
+        absent = [key for key in unique if key not in found]
         own = (request.reserved, request.scratch, request.overlay)
         wanted = sum(map(pool.pages_for, (*(len(key.token_ids) for key in absent), *own)))
         if wanted > pool.room:
@@ -222,7 +222,7 @@ class Residency(Generic[N]):
         for key in absent:
             entry = pool.add(Resident(key, pool.take(len(key.token_ids))))
             pool.pin(entry)
-            found[key.digest] = entry
+            found[key] = entry
             self._making[entry] = _Making([], reading=False)
             new.append(entry)
         for entry in found.values():
@@ -230,7 +230,7 @@ class Residency(Generic[N]):
                 self._making[entry].holders.append(request)
         pages, scratch, overlay = map(pool.take, own)
         pool.clear(pages)
-        entries = tuple(found[key.digest] for key in request.keys)
+        entries = tuple(found[key] for key in request.keys)
         self._held[request] = Held(entries, pages, scratch, overlay, tuple(new))
         return True
 
@@ -260,9 +260,9 @@ class Residency(Generic[N]):
         returns."""
         held = self._held[request]
         for entry in held.entries:
-            if entry.key.digest in request.computes and entry not in self._writing:
+            if entry.key in request.computes and entry not in self._writing:
                 entry.stored = False  # the store was asked, and lacks it
-        to_read = [entry for entry in held.absent if entry.key.digest not in request.computes]
+        to_read = [entry for entry in held.absent if entry.key not in request.computes]
         if to_read:
             self._begin_read(to_read)
         self._check_ready(request)
@@ -273,7 +273,7 @@ class Residency(Generic[N]):
         held = self._held[request]
         held.ready = False
         if not any(entry.state is State.DROPPED for entry in held.entries):  # else a chunk was deleted meanwhile
-            entry = self.pool.find(key.digest)
+            entry = self.pool.find(key)
             if entry is None:
                 pages = self.pool.pages_for(len(key.token_ids))
                 entry = self.pool.add(Resident(key, held.overlay[:pages]))
@@ -340,7 +340,7 @@ class Residency(Generic[N]):
             key: names exactly those tokens.
         """
         held = self._held[request]
-        if self.pool.find(key.digest) or any(entry.state is State.DROPPED for entry in held.entries):
+        if self.pool.find(key) or any(entry.state is State.DROPPED for entry in held.entries):
             return  # the same turn is resident already; or a chunk was deleted, and nothing computed after it may stay
         pages = self.pool.pages_for(len(key.token_ids))
         if self.pool.zero_padding:  # also where tokens were cut off
@@ -418,8 +418,8 @@ class Residency(Generic[N]):
     def _read(self, entries: list[Resident]) -> None:
         """Load the entries that the store holds. Runs in an I/O thread."""
         started, loaded, count = perf_counter(), 0, 0
-        by_digest = {entry.key.digest: entry for entry in entries}
-        place = (lambda key: self._place(by_digest[key.digest])) if self._model.device.type == "cpu" else None
+        by_key = {entry.key: entry for entry in entries}
+        place = (lambda key: self._place(by_key[key])) if self._model.device.type == "cpu" else None
         left = list(entries)
         try:
             for found in self._store.stream([entry.key for entry in entries], place):

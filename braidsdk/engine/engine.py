@@ -172,7 +172,7 @@ class Engine:
         self.check_open()
         self.pool.check_fits(
             [
-                *{key.digest: len(key.token_ids) for key in request.keys}.values(),
+                *(len(key.token_ids) for key in set(request.keys)),
                 request.reserved,
                 request.scratch,
                 request.overlay,
@@ -230,7 +230,7 @@ class Engine:
     def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | None]:
         """Where each entry is, without loading or computing any. None means nowhere."""
         found = dict(zip(keys, self.store.look_up(keys), strict=True))
-        return [self.pool.find(key.digest) or found[key] for key in keys]
+        return [self.pool.find(key) or found[key] for key in keys]
 
     def check_chunks(self, composition: Composition) -> None:
         """Refuse a composition with a deleted chunk, and forget what was computed after it.

@@ -78,7 +78,7 @@ class Request(Job):
         params: how tokens are chosen; None generates none.
         then: what to do after its prefill, instead of generating tokens.
         forced: tokens of a given answer, which are computed behind the tail for `then`.
-        computes: digests of entries that the store is known to lack. They are written even if they are resident.
+        computes: keys of entries that the store is known to lack. They are written even if they are resident.
         counted: whether its entries count as hits and misses.
         fidelity: what was measured of its mode.
         streamed: whether its reader is woken for each token, or only at the end.

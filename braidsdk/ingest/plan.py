@@ -80,7 +80,7 @@ def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> 
         engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids)
         for key in planned.keys
     )
-    absent = [key for key in planned.keys if engine.pool.find(key.digest) is None]
+    absent = [key for key in planned.keys if engine.pool.find(key) is None]
     to_compute = sum(len(key.token_ids) for key in absent)
     expected = RegistrationEstimate(
         chunks=len(chunks),

@@ -82,7 +82,7 @@ def _request(engine: Engine, planned: Plan, group: Sequence[tuple[Chunk, EntryKe
         decodes=False,
         composition=composition,
         keys=(*planned.before, *(key for _, key in group)),
-        computes=frozenset(key.digest for key in (*before, *(key for _, key in group))),
+        computes=frozenset((*before, *(key for _, key in group))),
         counted=False,
     )
 

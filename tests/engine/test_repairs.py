@@ -278,7 +278,7 @@ def test_entries_stay_as_they_were(mode: str, random_braid: Braid, pool_of: Call
     context = random_braid.compose(chunks)
     before = context.next_token_logits(ASK)
     pool = pool_of(random_braid)
-    entries = [pool.find(key.digest) for key in context._keys]
+    entries = [pool.find(key) for key in context._keys]
     kept = [pool.kv[:, :, entry.pages].clone() for entry in entries if entry]
     used = pool.used_bytes
     random_braid.compose(chunks, mode=mode).ask(ASK, max_new_tokens=4)

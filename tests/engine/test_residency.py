@@ -3,7 +3,7 @@
 Whatever lies on a page is a number that says whose it is, so that a page with two owners is seen.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ KEYS = (key("a", 3), key("b", 8), key("c", 5), key("d", 1), key("e", 9, after=("
 OVERLAYS = tuple(key(None, tokens, after, LEVEL_OVERLAY) for tokens in (2, 6) for after in (("a",), ("b", "c")))
 """One or two pages each."""
 
-MARKS = {each.digest: float(place + 1) for place, each in enumerate((*KEYS, *OVERLAYS))}
+MARKS = {each: float(place + 1) for place, each in enumerate((*KEYS, *OVERLAYS))}
 """What lies on the pages of each."""
 
 
@@ -50,14 +50,14 @@ class Asked:
     keys: tuple[EntryKey, ...]
     keeps: tuple[bool, ...]
     reserved: int = 1
-    computes: frozenset[str] = frozenset()
+    computes: frozenset[EntryKey] = frozenset()
     scratch: int = 0
     overlay: int = 0
     state: str = "new"
     error: BaseException | None = None
 
-    def needs(self, digest: str) -> bool:
-        return any(each.digest == digest for each in self.keys)
+    def needs(self, wanted: EntryKey) -> bool:
+        return wanted in self.keys
 
 
 @dataclass
@@ -79,35 +79,35 @@ class ByHand:
 class FakeStore:
     """Which entries are kept, and what goes wrong with the next job."""
 
-    kept: set[str] = field(default_factory=set)
+    kept: set[EntryKey] = field(default_factory=set)
     read_fails_after: int | None = None
     write_fails: bool = False
-    read: list[str] = field(default_factory=list)
-    written: list[str] = field(default_factory=list)
+    read: list[EntryKey] = field(default_factory=list)
+    written: list[EntryKey] = field(default_factory=list)
 
     def stream(self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place]) -> Iterator[Entry | None]:
         places = [place(each) for each in keys]
         for count, (each, there) in enumerate(zip(keys, places, strict=True)):
-            self.read.append(each.digest)
+            self.read.append(each)
             if self.read_fails_after == count:
                 raise StoreError("The disk can't be read.")
-            if each.digest not in self.kept:
+            if each not in self.kept:
                 yield None
                 continue
-            mark = torch.tensor([MARKS[each.digest]]).numpy().tobytes()
+            mark = torch.tensor([MARKS[each]]).numpy().tobytes()
             for buffer in (buffer for layer in there.buffers for buffer in layer):
                 buffer[:] = mark * (len(buffer) // len(mark))
             yield Entry(each, None, PAGE, 1, {})
 
     def publish(self, publications: Sequence[tuple[EntryKey, Sequence[Any], object]]) -> None:
         for each, slabs, _ in publications:
-            self.written.append(each.digest)
+            self.written.append(each)
             for slab in slabs:
                 first = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)[:, :, :, 0]
-                assert (first == MARKS[each.digest]).all(), "written while something else lies there"
+                assert (first == MARKS[each]).all(), "written while something else lies there"
         if self.write_fails:
             raise StoreError("The disk is full.")
-        self.kept |= {each.digest for each, _, _ in publications}
+        self.kept |= {each for each, _, _ in publications}
 
 
 class Bench:
@@ -131,7 +131,7 @@ class Bench:
         self.posted: deque[Callable[[], None]] = deque()
         self.live: list[Asked] = []
         self.whole: set[Resident] = set()
-        self.computed: list[str] = []
+        self.computed: list[EntryKey] = []
 
     # the owner
 
@@ -169,9 +169,7 @@ class Bench:
     ) -> Asked:
         """Ask for the entries of these chunks; `fresh`: those that the store lacks are known to be lacking."""
         keys = tuple(each for name in chunks for each in KEYS if each.chunk_id == name)
-        lacking = (
-            frozenset(each.digest for each in keys if each.digest not in self.store.kept) if fresh else frozenset()
-        )
+        lacking = frozenset(each for each in keys if each not in self.store.kept) if fresh else frozenset()
         request = Asked(keys, (keep,) * len(keys), reserved, lacking, scratch, overlay)
         room, used = self.pool.room, self.pool.used_bytes
         if self.residency.admit(request):
@@ -193,8 +191,8 @@ class Bench:
         assert request.state == "ready"
         for entry in self.residency.to_compute(request)[:entries]:
             assert entry not in self.whole, "computed twice"
-            self.pool.kv[:, :, entry.pages] = MARKS[entry.key.digest]
-            self.computed.append(entry.key.digest)
+            self.pool.kv[:, :, entry.pages] = MARKS[entry.key]
+            self.computed.append(entry.key)
             self.whole.add(entry)
             self.residency.computed(entry)
         if not self.residency.to_compute(request):
@@ -205,7 +203,7 @@ class Bench:
 
     def finish(self, request: Asked) -> None:
         for entry, keep in zip(self.residency[request].entries, request.keeps, strict=True):
-            kept = entry.key.digest in self.store.kept
+            kept = entry.key in self.store.kept
             assert kept or not keep or entry.state is EntryState.DROPPED, "finished and not stored"
         self.end(request, "finished")
 
@@ -216,7 +214,7 @@ class Bench:
 
     def delete(self, *chunks: str) -> None:
         for entry in self.pool.drop_chunks(set(chunks)):
-            self.store.kept.discard(entry.key.digest)
+            self.store.kept.discard(entry.key)
 
     # threads and mail
 
@@ -251,7 +249,7 @@ class Bench:
         for entry in there & self.whole:
             if entry.key.level != LEVEL_QUERY:
                 first = self.pool.kv[:, :, entry.pages, :, 0]
-                assert (first == MARKS[entry.key.digest]).all(), "something else lies on its pages"
+                assert (first == MARKS[entry.key]).all(), "something else lies on its pages"
 
     def check_all_is_given_back(self) -> None:
         self.check()
@@ -294,7 +292,7 @@ def test_a_stored_entry_is_read_once_for_all_who_need_it(bench: Bench) -> None:
     for request in (first, second, third):
         bench.compute(request)
         assert request.state == "finished"
-    assert sorted(bench.store.read) == sorted(each.digest for each in KEYS[:2])
+    assert Counter(bench.store.read) == Counter(KEYS[:2])
     assert bench.store.written == bench.computed == []
 
 
@@ -311,7 +309,7 @@ def test_a_missing_entry_is_computed_by_the_first_and_the_others_wait_for_it(ben
     bench.write()
     bench.write()
     assert (first.state, second.state) == ("finished", "finished")
-    assert sorted(bench.computed) == sorted(bench.store.written) == sorted(each.digest for each in KEYS[:3])
+    assert Counter(bench.computed) == Counter(bench.store.written) == Counter(KEYS[:3])
 
 
 def test_requests_that_need_each_others_entries_do_not_wait_in_a_circle(bench: Bench) -> None:
@@ -335,13 +333,13 @@ def test_if_who_computes_an_entry_is_cancelled_the_next_takes_over(bench: Bench)
     bench.compute(third)
     bench.write()
     assert third.state == "finished"
-    assert bench.computed == [KEYS[1].digest]
+    assert bench.computed == [KEYS[1]]
 
 
 def test_an_entry_that_nobody_computes_any_more_is_forgotten(bench: Bench) -> None:
     request = bench.submit("b", fresh=True)
     bench.end(request)
-    assert bench.pool.find(KEYS[1].digest) is None
+    assert bench.pool.find(KEYS[1]) is None
     assert bench.pool.used_bytes == 0
 
 
@@ -412,8 +410,8 @@ def test_a_write_error_fails_only_who_waits_for_it_and_the_next_writes_again(ben
     bench.compute(again)
     bench.write()
     assert again.state == "finished"
-    assert KEYS[0].digest in bench.store.kept
-    assert bench.computed.count(KEYS[0].digest) == 1
+    assert KEYS[0] in bench.store.kept
+    assert bench.computed.count(KEYS[0]) == 1
 
 
 def test_what_was_computed_without_keeping_is_written_by_the_first_who_keeps_it(bench: Bench) -> None:
@@ -421,7 +419,7 @@ def test_what_was_computed_without_keeping_is_written_by_the_first_who_keeps_it(
     assert not bench.writers.jobs
     bench.compute(bench.submit("a"))
     bench.write()
-    assert bench.store.written == [KEYS[0].digest]
+    assert bench.store.written == [KEYS[0]]
 
 
 def test_an_entry_that_the_store_has_lost_is_written_again_from_memory(bench: Bench) -> None:
@@ -432,14 +430,14 @@ def test_an_entry_that_the_store_has_lost_is_written_again_from_memory(bench: Be
     bench.compute(again)
     bench.write()
     assert again.state == "finished"
-    assert bench.store.written == [KEYS[0].digest] * 2
-    assert bench.computed == [KEYS[0].digest]
+    assert bench.store.written == [KEYS[0]] * 2
+    assert bench.computed == [KEYS[0]]
 
 
 def test_a_deleted_chunk_is_not_found_again_and_its_pages_come_back_with_the_last_request(bench: Bench) -> None:
     running, reading = bench.submit("a", "e", fresh=True), bench.submit("e", "b")
     bench.delete("a")
-    assert all(bench.pool.find(KEYS[place].digest) is None for place in (0, 4)), "e was computed with sight of a"
+    assert all(bench.pool.find(KEYS[place]) is None for place in (0, 4)), "e was computed with sight of a"
     bench.read()
     bench.compute(running)
     assert reading.state == "ready", "it may still use what it holds"
@@ -449,7 +447,7 @@ def test_a_deleted_chunk_is_not_found_again_and_its_pages_come_back_with_the_las
     bench.write()
     bench.write()
     assert running.state == reading.state == "finished"
-    assert bench.pool.find(KEYS[4].digest) is None
+    assert bench.pool.find(KEYS[4]) is None
 
 
 def test_a_turn_stays_resident_only_if_nothing_that_it_has_seen_was_deleted(bench: Bench) -> None:
@@ -460,13 +458,13 @@ def test_a_turn_stays_resident_only_if_nothing_that_it_has_seen_was_deleted(benc
         if deleted:
             bench.delete("a", "turn")
         bench.residency.adopt_turn(request, turn)
-        assert (bench.pool.find(turn.digest) is None) == deleted
+        assert (bench.pool.find(turn) is None) == deleted
         bench.end(request)
         bench.check()
 
 
 def test_hits_and_misses_are_counted_once_per_request(bench: Bench) -> None:
-    bench.store.kept = {KEYS[0].digest}
+    bench.store.kept = {KEYS[0]}
     request = bench.submit("a", "b", "a")
     bench.read()
     bench.residency.count(request)
@@ -494,8 +492,8 @@ def test_an_overlay_is_computed_by_the_first_and_read_by_the_next(bench: Bench) 
     bench.compute(third)
     assert (first.state, third.state) == ("writing", "writing")
     bench.write()
-    assert bench.store.written[-1] == overlay.digest
-    bench.pool.drop(bench.pool.find(overlay.digest))  # type: ignore[arg-type]
+    assert bench.store.written[-1] == overlay
+    bench.pool.drop(bench.pool.find(overlay))  # type: ignore[arg-type]
     again = bench.submit("b", scratch=2, overlay=2)
     bench.keep_overlay(again, overlay)
     bench.read()
@@ -503,7 +501,7 @@ def test_an_overlay_is_computed_by_the_first_and_read_by_the_next(bench: Bench) 
     assert bench.residency.to_compute(again) == []
     bench.compute(again)
     assert again.state == "finished"
-    assert bench.computed.count(overlay.digest) == 1
+    assert bench.computed.count(overlay) == 1
 
 
 def test_an_overlay_that_can_not_be_written_is_left_out(bench: Bench) -> None:
@@ -516,7 +514,7 @@ def test_an_overlay_that_can_not_be_written_is_left_out(bench: Bench) -> None:
     bench.store.write_fails = True
     bench.write()
     assert request.state == "finished"
-    assert OVERLAYS[0].digest not in bench.store.kept
+    assert OVERLAYS[0] not in bench.store.kept
     bench.store.write_fails = False
 
 
@@ -527,7 +525,7 @@ def test_an_overlay_of_a_deleted_chunk_is_not_kept(bench: Bench) -> None:
     bench.delete("b")
     bench.keep_overlay(request, OVERLAYS[1])
     assert request.state == "ready"
-    assert bench.pool.find(OVERLAYS[1].digest) is None
+    assert bench.pool.find(OVERLAYS[1]) is None
     assert len(bench.residency[request].overlay_pages) == 1
 
 
@@ -541,8 +539,8 @@ def test_overlays_are_evicted_before_entries_that_were_used_earlier(bench: Bench
     bench.write()
     assert bench.pool.room == 12, "a page for each of them"
     bench.end(bench.submit("d", reserved=10 * PAGE, fresh=True))
-    assert bench.pool.find(KEYS[0].digest)
-    assert bench.pool.find(OVERLAYS[0].digest) is None
+    assert bench.pool.find(KEYS[0])
+    assert bench.pool.find(OVERLAYS[0]) is None
 
 
 # all of it at random
