@@ -12,10 +12,10 @@
     rebuild.py  rebuilds the index from the files
     store.py    ChunkStore, which puts these together
 
-The store keeps bytes with a dtype and a shape. It knows no torch, no model and no mode.
+The store keeps named tensors as bytes with a dtype and a shape. It knows no torch, no model, no codec and no mode.
 """
 
-from braidsdk.store.blobs import Place, Slab
+from braidsdk.store.blobs import Array, Tensors
 from braidsdk.store.chunks import ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, Hit
 from braidsdk.store.keys import (
@@ -34,6 +34,7 @@ from braidsdk.store.store import ChunkStore, Deleted, Publication, StoreStats
 __all__ = [
     "ALGORITHM_VERSION",
     "FORMAT_VERSION",
+    "Array",
     "ChunkRow",
     "ChunkStore",
     "Deleted",
@@ -45,10 +46,9 @@ __all__ = [
     "Miss",
     "ModelIdentity",
     "NewChunk",
-    "Place",
     "Publication",
-    "Slab",
     "StoreStats",
+    "Tensors",
     "chunk_id",
     "differences",
     "sha256_of_tokens",

@@ -1,29 +1,30 @@
 """Reads, writes and verifies one KV entry as one immutable, self-describing safetensors file.
 
-Knows nothing about the index or where files lie.
+Knows nothing about the index or where files lie, and nothing about what the tensors mean: names, dtypes and shapes are
+those of the codec that the key names.
 
-The tensors are `layer.000`, `layer.001`, ..., each [2 (K, V), pages, kv_heads, page_size, head_dim], and `token_ids`,
-int32 [tokens]. The metadata are `key` (the key record), `chunk` (id, namespace, level, text; or null), `page_size`,
-`tokens`, `provenance`, `created`, and `digest`. The digest is xxh3_128 over all other metadata, over every tensor's
-name, dtype and shape, and over every tensor's bytes. safetensors itself has no checksum, so without the digest most
-flipped bits would go unnoticed.
+The tensors are the codec's, and `token_ids`, int32 [tokens], in the order of `ordered`. The metadata are `digest`,
+`payload`, `format`, `key` (the key record), `chunk` (id, namespace, level, text; or null), `provenance`, `created` and
+`tokens`.
+safetensors has no checksum, so without these two most flipped bits would go unnoticed: `payload` is xxh3_128 over all
+tensors' bytes in the order of the file, and `digest` is xxh3_128 over the file's bytes up to the first tensor, with
+zeros in its own place. That place is always the same, so a header is verified before it is parsed, and only what was
+written here is parsed.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
+import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, TensorSpec, serialize_file
 
 from braidsdk.errors import InputError
 from braidsdk.store.keys import FORMAT_VERSION, EntryKey, canonical_json
@@ -46,7 +47,39 @@ _CODES = {
 }
 _CODE_OF_DTYPE = {name: code for code, (name, _) in _CODES.items()}
 ITEM_BYTES = dict(_CODES.values())
-"""Bytes per element for each dtype that a slab may have, by torch name."""
+"""Bytes per element for each dtype that a tensor may have, by torch name."""
+
+_START = b'{"__metadata__":{"digest":"'
+_DIGEST = slice(8 + len(_START), 8 + len(_START) + 32)
+"""Where the digest stands in every file."""
+
+_PIECES = 1024
+"""The most pieces of memory that Linux reads or writes in one call."""
+
+_BATCH_BYTES = 2**20
+"""Bytes that are hashed right after they are read, or before they are written."""
+
+_RECORD = {
+    "format": int,
+    "algorithm": int,
+    "model": dict,
+    "namespace": str,
+    "chunk_id": (str, type(None)),
+    "level": int,
+    "after": list,
+    "after_sha256": str,
+}
+_MODEL = {
+    "weights": str,
+    "tokenizer": str,
+    "dtype": str,
+    "codec": str,
+    "layers": int,
+    "kv_heads": int,
+    "head_dim": int,
+    "rope": str,
+}
+_CHUNK = {"id": str, "namespace": str, "level": int, "text": str}
 
 
 class DamagedFile(Exception):  # noqa: N818 - internal, and it names a state of the file
@@ -54,68 +87,78 @@ class DamagedFile(Exception):  # noqa: N818 - internal, and it names a state of 
 
 
 @dataclass(frozen=True)
-class Slab:
-    """The keys and values of one layer.
+class Array:
+    """A tensor's dtype, shape and bytes.
 
     Attributes:
         dtype: torch name, such as "bfloat16".
-        shape: [2 (K, V), pages, kv_heads, page_size, head_dim].
-        data: the elements, C-contiguous. If they were read from the store, this is a writable view of one buffer for
-            the whole file.
+        shape: its dimensions.
+        buffers: contiguous memory that holds its elements in C order, one piece after the other. It is writable if the
+            tensor is to be read into it.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    data: memoryview
+    buffers: Sequence[memoryview]
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return self.data.nbytes
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Place:
-    """The caller's memory, into which an entry can be read directly, without a buffer in between.
-
-    Attributes:
-        dtype: torch name of the elements.
-        shape: shape of each layer's slab.
-        buffers: for each layer, writable and contiguous memory that its slab's bytes fill in order. Together the
-            buffers are as long as the slab.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    buffers: Sequence[Sequence[memoryview]]
+Tensors = Mapping[str, Array]
+"""The tensors of an entry by their names, without the token ids."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything in a file except the tensors' bytes. `key` is the key record, `chunk` the chunk record or None."""
+    """Everything in a file except the tensors' bytes.
+
+    Attributes:
+        key: the key record.
+        chunk: the chunk record, or None.
+        provenance: what computed it.
+        created: when, ISO 8601.
+        digest: xxh3_128 over the header, in hex. It covers the digest of the tensors too.
+        payload: xxh3_128 over the tensors, in hex.
+        tensors: dtype, shape and first byte within the file of each tensor, in the order of the file.
+    """
 
     key: dict[str, Any]
     chunk: dict[str, Any] | None
-    page_size: int
-    tokens: int
     provenance: dict[str, Any]
     created: str
     digest: str
-    metadata: dict[str, str]
-    tensors: dict[str, tuple[str, tuple[int, ...], int, int]]  # name -> code, shape, begin, end within the file
+    payload: str
+    tensors: dict[str, tuple[str, tuple[int, ...], int]]
+
+    @property
+    def begin(self) -> int:
+        """The first byte behind the header."""
+        return min(at for _, _, at in self.tensors.values())
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.tensors[TOKEN_IDS][1][0]
 
     @property
     def nbytes(self) -> int:
         """Bytes of KV: all tensors except the token ids."""
-        return sum(end - begin for name, (_, _, begin, end) in self.tensors.items() if name != TOKEN_IDS)
+        return sum(
+            math.prod(shape) * ITEM_BYTES[dtype]
+            for name, (dtype, shape, _) in self.tensors.items()
+            if name != TOKEN_IDS
+        )
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A verified file. `slabs` is None if they were read into the caller's memory."""
+    """A verified file."""
 
     header: Header
-    slabs: tuple[Slab, ...] | None
+    tensors: Tensors
     token_bytes: bytes
 
 
@@ -124,7 +167,7 @@ def write(
     *,
     key: EntryKey,
     chunk: Mapping[str, Any] | None,
-    slabs: Sequence[Slab],
+    tensors: Tensors,
     provenance: Mapping[str, Any],
     created: str,
     mode: int,
@@ -132,248 +175,316 @@ def write(
     """Write an entry durably to a new file, and return its digest. After an error nothing is left at `path`.
 
     Raises:
-        InputError: the slabs are not those of the key's model, or the provenance is not JSON.
+        InputError: a tensor has an unknown dtype or not the bytes of its shape, or the provenance is not flat JSON.
         OSError: the disk is full or fails.
     """
-    check_slabs(key, slabs)
+    _check(tensors)
+    everything = {**tensors, TOKEN_IDS: Array("int32", (len(key.token_ids),), [memoryview(key.token_bytes)])}
+    names = ordered(everything)
     metadata = {
+        "digest": "0" * 32,
+        "payload": "0" * 32,
         "format": str(FORMAT_VERSION),
         "key": key.record_json,
         "chunk": canonical_json(chunk),
-        "page_size": str(slabs[0].shape[3]),
-        "tokens": str(len(key.token_ids)),
         "provenance": _provenance_json(provenance),
         "created": created,
+        "tokens": str(len(key.token_ids)),
     }
-    tensors = {f"layer.{i:03d}": (_CODE_OF_DTYPE[s.dtype], s.shape, s.data.cast("B")) for i, s in enumerate(slabs)}
-    tensors[TOKEN_IDS] = ("I32", (len(key.token_ids),), memoryview(key.token_bytes))
-    state = _described(metadata, {name: (code, shape) for name, (code, shape, _) in tensors.items()})
-    for _, (_, _, view) in sorted(tensors.items()):
-        state.update(view)
-    metadata["digest"] = state.hexdigest()
-    arrays = {name: np.frombuffer(view, dtype=np.uint8) for name, (_, _, view) in tensors.items()}  # keeps them alive
-    specs = {
-        name: TensorSpec(
-            dtype=_CODES[code][0], shape=shape, data_ptr=arrays[name].ctypes.data, data_len=arrays[name].nbytes
-        )
-        for name, (code, shape, _) in tensors.items()
-    }
+    begin = len(_header(metadata, everything, names))
+    state = xxhash.xxh3_128()
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
         try:
-            serialize_file(specs, path, metadata=metadata)
-        except SafetensorError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            os.fchmod(descriptor, mode)  # safetensors leaves 0600
-            os.fsync(descriptor)  # safetensors leaves it to the page cache
+            os.fchmod(descriptor, mode)
+            at = begin
+            for batch in _batches(everything[name].buffers for name in names):
+                for buffer in batch:
+                    state.update(buffer)
+                at = _write_all(descriptor, batch, at)
+            header = bytearray(_header({**metadata, "payload": state.hexdigest()}, everything, names))
+            header[_DIGEST] = _digest_of(header)
+            _write_all(descriptor, [memoryview(header)], 0)
+            os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except BaseException:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             path.unlink()
         raise
-    return metadata["digest"]
+    return header[_DIGEST].decode()
 
 
-def check_slabs(key: EntryKey, slabs: Sequence[Slab]) -> None:
-    """Refuse slabs that can't be an entry of this key.
-
-    Raises:
-        InputError: the number of layers, a shape, a dtype or a size is wrong.
-    """
-    model = key.model
-    if len(slabs) != model.layers:
-        raise InputError(
-            f"slabs must hold {model.layers} slabs, one per layer; got {len(slabs)}. Pass every layer's slab."
-        )
-    for layer, slab in enumerate(slabs):
-        if slab.dtype not in ITEM_BYTES:
-            raise InputError(
-                f"The dtype of layer {layer} must be one of {', '.join(sorted(ITEM_BYTES))}; got {slab.dtype!r}. "
-                "Convert the tensor first."
-            )
-        if not slab.data.c_contiguous or slab.data.nbytes != math.prod(slab.shape) * ITEM_BYTES[slab.dtype]:
-            raise InputError(
-                f"The data of layer {layer} must be contiguous and fill {list(slab.shape)} {slab.dtype}; got "
-                f"{slab.data.nbytes} bytes. Make the tensor contiguous first."
-            )
-        ok = len(slab.shape) == 5 and (slab.shape[0], slab.shape[2], slab.shape[4]) == (
-            2,
-            model.kv_heads,
-            model.head_dim,
-        )
-        if not ok or slab.shape != slabs[0].shape or slab.shape[1] * slab.shape[3] < len(key.token_ids):
-            raise InputError(
-                f"The shape of layer {layer} must be [2, pages, {model.kv_heads}, page_size, {model.head_dim}] with "
-                f"room for {len(key.token_ids)} tokens, the same in every layer; got {list(slab.shape)}."
-            )
-
-
-def read(path: Path, place: Place | None = None) -> Blob:
+def read(path: Path, place: Tensors | None = None) -> Blob:
     """Read a file and verify every byte of it.
 
     Nothing is memory-mapped, because a mapped file that is truncated kills the process.
 
     Args:
         path: the file.
-        place: where its slabs go if they have that dtype and shape. Otherwise, and with None, they go into one new
-            buffer. The memory holds the entry only if this function returns.
+        place: the tensors that it must have, with the memory to read them into. None takes new memory for what it has.
+            The memory holds the entry only if this function returns.
 
     Raises:
-        DamagedFile: it does not hold what was written.
+        DamagedFile: it does not hold what was written, or is no file.
         OSError: it is missing or can't be read.
     """
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        start = _read(file, min(8, size))
-        header = _parse(memoryview(start + _read(file, _header_end(start, size) - 8)), size)
-        layers = sorted(header.tensors.keys() - {TOKEN_IDS})
-        buffers: dict[str, Sequence[memoryview]] = {TOKEN_IDS: [np.empty(4 * header.tokens, dtype=np.uint8).data]}
-        placed = place is not None and _fits(header, layers, place)
-        if place is not None and placed:
-            buffers.update(zip(layers, place.buffers, strict=True))
-        else:
-            whole = np.empty(header.nbytes, dtype=np.uint8).data
-            for name in layers:
-                _, _, begin, end = header.tensors[name]
-                buffers[name], whole = [whole[: end - begin]], whole[end - begin :]
-        state = _described(header.metadata, {name: tensor[:2] for name, tensor in header.tensors.items()})
-        for name, (_, _, begin, _) in sorted(header.tensors.items()):
-            file.seek(begin)
-            for buffer in buffers[name]:
-                _fill(file, buffer)
+    with _opened(path) as (descriptor, size):
+        header = _read_header(descriptor, size)
+        if place is None:
+            place = {
+                name: Array(dtype, shape, [np.empty(math.prod(shape) * ITEM_BYTES[dtype], dtype=np.uint8).data])
+                for name, (dtype, shape, _) in header.tensors.items()
+                if name != TOKEN_IDS
+            }
+        there = {name: (dtype, shape) for name, (dtype, shape, _) in header.tensors.items() if name != TOKEN_IDS}
+        if there != {name: (array.dtype, array.shape) for name, array in place.items()}:
+            raise DamagedFile("it holds other tensors than its codec writes")
+        token_bytes = bytearray(4 * header.tokens)
+        everything = {name: array.buffers for name, array in place.items()} | {TOKEN_IDS: [memoryview(token_bytes)]}
+        state, at = xxhash.xxh3_128(), header.begin
+        for batch in _batches(everything[name] for name in header.tensors):
+            at = _read_all(descriptor, batch, at)
+            for buffer in batch:
                 state.update(buffer)  # now, while it is in the processor's cache
-    if state.hexdigest() != header.digest:
+    if state.hexdigest() != header.payload:
         raise DamagedFile("its content does not match its digest")
-    token_bytes = bytes(buffers[TOKEN_IDS][0])
-    if placed:
-        return Blob(header, None, token_bytes)
-    slabs = (Slab(_CODES[header.tensors[name][0]][0], header.tensors[name][1], buffers[name][0]) for name in layers)
-    return Blob(header, tuple(slabs), token_bytes)
-
-
-def _fits(header: Header, layers: Sequence[str], place: Place) -> bool:
-    """Whether the slabs have the dtype and shape that the caller's memory was made for."""
-    wanted = (_CODE_OF_DTYPE[place.dtype], place.shape)
-    return len(layers) == len(place.buffers) and all(header.tensors[name][:2] == wanted for name in layers)
-
-
-def _read(file: FileIO, count: int) -> bytes:
-    buffer = bytearray(count)
-    _fill(file, memoryview(buffer))
-    return bytes(buffer)
-
-
-def _fill(file: FileIO, buffer: memoryview) -> None:
-    filled = 0
-    while filled < len(buffer):
-        count = file.readinto(buffer[filled:])
-        if not count:
-            raise DamagedFile(f"it ends {len(buffer) - filled} bytes early")
-        filled += count
+    return Blob(header, place, bytes(token_bytes))
 
 
 def read_header(path: Path) -> Header:
-    """Read and check only a file's header. The tensors' bytes are not read, and the digest is not checked.
+    """Read and verify only a file's header. The tensors' bytes are not read.
 
     Raises:
-        DamagedFile: the header is damaged.
+        DamagedFile: the header is damaged, or there is no file but something else.
         OSError: the file is missing or can't be read.
     """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        rest = file.read(_header_end(start, size) - 8)
-    return _parse(memoryview(start + rest), size)
-
-
-def is_of_another_format(path: Path) -> bool:
-    """Whether a file has another format, so that another version of the store may be able to read it."""
-    try:
-        return read_header(path).metadata.get("format") != str(FORMAT_VERSION)
-    except (DamagedFile, FileNotFoundError):
-        return False
+    with _opened(path) as (descriptor, size):
+        return _read_header(descriptor, size)
 
 
 def read_token_bytes(path: Path, header: Header) -> bytes:
     """Read only a file's token ids, little-endian int32, without verifying them."""
-    _, _, begin, end = header.tensors[TOKEN_IDS]
-    with path.open("rb") as file:
-        file.seek(begin)
-        return file.read(end - begin)
+    token_bytes = bytearray(4 * header.tokens)
+    with _opened(path) as (descriptor, _):
+        _read_all(descriptor, [memoryview(token_bytes)], header.tensors[TOKEN_IDS][2])
+    return bytes(token_bytes)
+
+
+def is_of_another_format(path: Path) -> bool:
+    """Whether a file is sound by the rules of safetensors and names another format than this version's, so that
+    another version of the store may be able to read it."""
+    try:
+        with _opened(path) as (descriptor, size):
+            parsed = json.loads(_read_start(descriptor, size)[8:])
+        named = parsed["__metadata__"]["format"]
+    except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return isinstance(named, str) and named != str(FORMAT_VERSION)
+
+
+def ordered(tensors: Tensors) -> list[str]:
+    """The names of tensors in the order of the file: those of large items first, so that each is aligned, then by
+    name."""
+    return sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name].dtype], name))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, int]]:
+    """The descriptor of a regular file, and the file's size. A pipe or a link in its place is neither waited for nor
+    followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            raise DamagedFile("it is a link") from error
+        if path.is_socket():
+            raise DamagedFile("it is no regular file") from error
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedFile("it is no regular file")
+        yield descriptor, status.st_size
+    finally:
+        os.close(descriptor)
+
+
+def _batches(tensors: Iterable[Sequence[memoryview]]) -> Iterator[list[memoryview]]:
+    """The bytes of tensors in order, as many at a time as stay in a processor's cache between two uses."""
+    batch: list[memoryview] = []
+    held = 0
+    for buffer in (buffer.cast("B") for buffers in tensors for buffer in buffers):
+        for start in range(0, len(buffer), _BATCH_BYTES):
+            piece = buffer[start : start + _BATCH_BYTES]
+            if len(batch) == _PIECES or (batch and held + len(piece) > _BATCH_BYTES):
+                yield batch
+                batch, held = [], 0
+            batch.append(piece)
+            held += len(piece)
+    if batch:
+        yield batch
+
+
+def _write_all(descriptor: int, batch: Sequence[memoryview], at: int) -> int:
+    """Write a batch from a place on, and return where it ends."""
+    left = list(batch)
+    while left:
+        at = _advance(left, os.pwritev(descriptor, left, at), at)
+    return at
+
+
+def _read_all(descriptor: int, batch: Sequence[memoryview], at: int) -> int:
+    """Fill a batch from a place on, and return where it ends."""
+    left = list(batch)
+    while left:
+        count = os.preadv(descriptor, left, at)
+        if not count:
+            raise DamagedFile(f"it ends {sum(map(len, left))} bytes early")
+        at = _advance(left, count, at)
+    return at
+
+
+def _advance(left: list[memoryview], count: int, at: int) -> int:
+    """Take the first `count` bytes from what is left."""
+    done, taken = 0, 0
+    while taken < len(left) and done + len(left[taken]) <= count:
+        done += len(left[taken])
+        taken += 1
+    del left[:taken]
+    if count > done:
+        left[0] = left[0][count - done :]
+    return at + count
+
+
+def _check(tensors: Tensors) -> None:
+    for name, array in tensors.items():
+        if name == TOKEN_IDS:
+            raise InputError(f"A codec's tensors must not be called {TOKEN_IDS!r}; got one. Choose another name.")
+        if array.dtype not in ITEM_BYTES:
+            raise InputError(
+                f"The dtype of {name} must be one of {', '.join(sorted(ITEM_BYTES))}; got {array.dtype!r}. Convert "
+                "the tensor first."
+            )
+        held = sum(buffer.nbytes for buffer in array.buffers)
+        if held != array.nbytes or not all(buffer.c_contiguous for buffer in array.buffers):
+            raise InputError(
+                f"The buffers of {name} must be contiguous and fill {list(array.shape)} {array.dtype}; got {held} "
+                "bytes. Make the tensor contiguous first."
+            )
 
 
 def _provenance_json(provenance: Mapping[str, Any]) -> str:
+    if not _is_flat(dict(provenance)):
+        raise InputError("provenance must map names to text, finite numbers, bools or None; got something else.")
+    return canonical_json(dict(provenance))
+
+
+def _header(metadata: Mapping[str, str], tensors: Tensors, names: Iterable[str]) -> bytes:
+    """The file's bytes up to the first tensor."""
+    described: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        code = _CODE_OF_DTYPE[tensors[name].dtype]
+        described[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _digest_of(head: bytes | bytearray) -> bytes:
+    state = xxhash.xxh3_128(head[: _DIGEST.start])
+    state.update(b"0" * 32)
+    state.update(head[_DIGEST.stop :])
+    return state.hexdigest().encode()
+
+
+def _read_start(descriptor: int, size: int) -> bytes:
+    """The file's bytes up to the first tensor, as its first bytes say."""
+    if size < 8:
+        raise DamagedFile(f"it must have at least 8 bytes; it has {size}")
+    length = bytearray(8)
+    _read_all(descriptor, [memoryview(length)], 0)
+    count = int(struct.unpack("<Q", length)[0])
+    if count > min(HEADER_LIMIT_BYTES, size - 8):
+        raise DamagedFile(f"its header claims {count} bytes of a file of {size}")
+    rest = bytearray(count)
+    _read_all(descriptor, [memoryview(rest)], 8)
+    return bytes(length + rest)
+
+
+def _read_header(descriptor: int, size: int) -> Header:
+    head = _read_start(descriptor, size)
+    if head[8 : _DIGEST.start] != _START or head[_DIGEST] != _digest_of(head):
+        raise DamagedFile("its header does not match its digest")
     try:
-        return canonical_json(dict(provenance))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"provenance must hold plain JSON values; got another: {error}.") from None
-
-
-def _described(metadata: Mapping[str, str], tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> xxhash.xxh3_128:
-    """The start of the digest: xxh3_128 over the length-prefixed description of the file. The tensors' bytes follow, in
-    the order of their names."""
-    shapes = [[name, code, list(shape)] for name, (code, shape) in sorted(tensors.items())]
-    described = {name: text for name, text in metadata.items() if name != "digest"}
-    head = canonical_json([described, shapes]).encode()
-    return xxhash.xxh3_128(struct.pack("<Q", len(head)) + head)
-
-
-def _header_end(start: bytes | memoryview, size: int) -> int:
-    if len(start) < 8:
-        raise DamagedFile(f"it must have at least 8 bytes; it has {len(start)}")
-    length = int(struct.unpack("<Q", start)[0])
-    if length > min(HEADER_LIMIT_BYTES, size - 8):
-        raise DamagedFile(f"its header claims {length} bytes of a file of {size}")
-    return 8 + length
-
-
-def _parse(head: memoryview, size: int) -> Header:
-    """Turn the first bytes of a file of `size` bytes into a header, without trusting any of them."""
-    if len(head) < 8 or len(head) != _header_end(head[:8], size):
-        raise DamagedFile("its header is cut short")
-    try:
-        parsed = json.loads(bytes(head[8:]))
-        metadata = parsed.pop("__metadata__")
-        tensors = {
-            str(name): (str(t["dtype"]), tuple(t["shape"]), t["data_offsets"][0], t["data_offsets"][1])
-            for name, t in parsed.items()
-        }
-        placed = _placed(tensors, len(head), size)
-        header = Header(
-            key=json.loads(metadata["key"]),
-            chunk=json.loads(metadata["chunk"]),
-            page_size=int(metadata["page_size"]),
-            tokens=int(metadata["tokens"]),
-            provenance=json.loads(metadata["provenance"]),
-            created=metadata["created"],
-            digest=metadata["digest"],
-            metadata=metadata,
-            tensors=placed,
-        )
+        return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedFile(f"its header can't be read ({type(error).__name__})") from None
-    if placed.get(TOKEN_IDS, ("", ()))[:2] != ("I32", (header.tokens,)):
-        raise DamagedFile("its token ids are missing or misshapen")
-    return header
 
 
-def _placed(
-    tensors: Mapping[str, tuple[str, tuple[int, ...], int, int]], start: int, size: int
-) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Check that the tensors fill the file without a gap, each aligned to its items. Returns their offsets in the
-    file."""
-    placed: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
-    end = 0
-    for name, (code, shape, begin, stop) in sorted(tensors.items(), key=lambda item: item[1][2]):
-        item = _CODES[code][1]
-        if not all(isinstance(n, int) and n >= 0 for n in (*shape, begin, stop)):
-            raise DamagedFile(f"tensor {name[:20]!r} has a shape or an offset that is not a natural number")
-        if begin != end or stop - begin != math.prod(shape) * item or (start + begin) % item:
-            raise DamagedFile(f"tensor {name[:20]!r} is not where its neighbours and its shape say")
-        placed[name] = (code, shape, start + begin, start + stop)
-        end = stop
-    if start + end != size:
-        raise DamagedFile(f"it must have {start + end} bytes; it has {size}")
-    return placed
+def _parsed(content: dict[str, Any], begin: int, size: int) -> Header:
+    """Check what a header says. Its digest is right, so this only refuses what someone else wrote on purpose."""
+    metadata = content.pop("__metadata__")
+    key, chunk, provenance = (
+        json.loads(metadata[name], parse_constant=_refused) for name in ("key", "chunk", "provenance")
+    )
+    _typed(key, _RECORD)
+    _typed(key["model"], _MODEL)
+    if not all(each is None or type(each) is str for each in key["after"]):
+        raise ValueError("after")
+    if chunk is not None:
+        _typed(chunk, _CHUNK)
+    if not _is_flat(provenance):
+        raise ValueError("provenance")
+    if metadata["format"] != str(FORMAT_VERSION) or type(metadata["created"]) is not str:
+        raise ValueError("format or created")
+    tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    for name, given in content.items():
+        dtype, item = _CODES[given["dtype"]]
+        shape, (start, stop) = given["shape"], given["data_offsets"]
+        if len(shape) > 8 or not all(type(n) is int and 0 <= n <= size for n in (*shape, start, stop)):
+            raise DamagedFile(f"tensor {name[:20]!r} has a shape or an offset that can't be")
+        if stop - start != math.prod(shape) * item:
+            raise DamagedFile(f"tensor {name[:20]!r} is not as long as its shape says")
+        tensors[name] = (dtype, tuple(shape), begin + start)
+    end = begin
+    for name, (dtype, shape, at) in tensors.items():
+        if at != end:
+            raise DamagedFile(f"tensor {name[:20]!r} is not behind the one before it")
+        end += math.prod(shape) * ITEM_BYTES[dtype]
+    if end != size:
+        raise DamagedFile(f"it must have {end} bytes; it has {size}")
+    if tensors[TOKEN_IDS][:2] != ("int32", (int(metadata["tokens"]),)):
+        raise DamagedFile("its token ids are misshapen")
+    return Header(
+        key=key,
+        chunk=chunk,
+        provenance=provenance,
+        created=metadata["created"],
+        digest=metadata["digest"],
+        payload=metadata["payload"],
+        tensors=tensors,
+    )
+
+
+def _typed(value: Any, types: Mapping[str, Any]) -> None:
+    """Check that a value is an object with exactly these members, of these types."""
+    if type(value) is not dict or value.keys() != types.keys():
+        raise ValueError("members")
+    for name, wanted in types.items():
+        if not isinstance(value[name], wanted) or isinstance(value[name], bool):
+            raise TypeError(name)
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str)
+        and (isinstance(each, str | int | None) or (isinstance(each, float) and math.isfinite(each)))
+        for name, each in value.items()
+    )
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(constant)

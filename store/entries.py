@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from braidsdk.store.blobs import Slab
+from braidsdk.store.blobs import Tensors
 from braidsdk.store.chunks import now, parts, placeholders
 from braidsdk.store.files import Layout, entry_name
 from braidsdk.store.keys import EntryKey, record_chunk_ids
@@ -41,15 +41,13 @@ class Entry:
 
     Attributes:
         key: the key that was asked for.
-        slabs: one per layer, writable views of one buffer. None if they were read into the caller's memory.
-        page_size: tokens per page.
+        tensors: its tensors, in memory of their own or in the caller's.
         nbytes: bytes of KV, all layers.
         provenance: what computed it.
     """
 
     key: EntryKey
-    slabs: tuple[Slab, ...] | None
-    page_size: int
+    tensors: Tensors
     nbytes: int
     provenance: Mapping[str, Any]
 

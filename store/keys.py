@@ -18,7 +18,7 @@ import xxhash
 
 from braidsdk.errors import InputError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the layout of an entry's file. Raise it when the same KV values are written in another way."""
 
 ALGORITHM_VERSION = 1

@@ -1,6 +1,6 @@
 """Rebuilds the index from the entries' files.
 
-It reads only headers and token ids. The slabs are verified when an entry is loaded. A file that is provably not what
+It reads only headers and token ids. The tensors are verified when an entry is loaded. A file that is provably not what
 its name says is set aside. Names, metadata and chunks without an entry are only in the index, and are lost with it.
 """
 
@@ -13,7 +13,7 @@ from sqlite_utils import Database
 from braidsdk.store import blobs, entries
 from braidsdk.store.entries import EntryRow
 from braidsdk.store.files import Layout
-from braidsdk.store.keys import FORMAT_VERSION, canonical_json, chunk_id, digest_of, record_chunk_ids
+from braidsdk.store.keys import canonical_json, chunk_id, digest_of, record_chunk_ids
 
 
 def rebuild(db: Database, layout: Layout) -> None:
@@ -24,10 +24,10 @@ def rebuild(db: Database, layout: Layout) -> None:
         path = layout.entry(digest)
         try:
             header = blobs.read_header(path)
-            if header.metadata.get("format") != str(FORMAT_VERSION):
-                continue  # it belongs to another version and stays where it is
             row = _row(path, header)
         except blobs.DamagedFile as error:
+            if blobs.is_of_another_format(path):
+                continue  # it belongs to another version and stays where it is
             moved = layout.set_aside(digest)
             entries.record_damage(db, digest, chunks=[], file=moved, why=str(error))
             continue
@@ -45,21 +45,16 @@ def rebuild(db: Database, layout: Layout) -> None:
 
 def _row(path: Path, header: blobs.Header) -> EntryRow:
     token_bytes = blobs.read_token_bytes(path, header)
-    try:
-        record = canonical_json(header.key)
-        if digest_of(record, token_bytes) != path.stem:
-            raise blobs.DamagedFile("its name is not the digest of its key")
-        own = header.key["chunk_id"]
-        chunk = header.chunk
-        if (own is None) != (chunk is None):
-            raise blobs.DamagedFile("its chunk is missing")
-        if chunk is not None:
-            named = chunk_id(chunk["namespace"], chunk["level"], chunk["text"])
-            if set(chunk) != {"id", "namespace", "level", "text"} or not own == chunk["id"] == named:
-                raise blobs.DamagedFile("its chunk's text is not the one that its key names")
-        saw = record_chunk_ids(header.key)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise blobs.DamagedFile(f"its key can't be read ({type(error).__name__})") from None
+    record = canonical_json(header.key)
+    if digest_of(record, token_bytes) != path.stem:
+        raise blobs.DamagedFile("its name is not the digest of its key")
+    own, chunk = header.key["chunk_id"], header.chunk
+    if (own is None) != (chunk is None):
+        raise blobs.DamagedFile("its chunk is missing")
+    if chunk is not None:
+        named = chunk_id(chunk["namespace"], chunk["level"], chunk["text"])
+        if not own == chunk["id"] == named:
+            raise blobs.DamagedFile("its chunk's text is not the one that its key names")
     return EntryRow(
         digest=path.stem,
         chunk_id=own,
@@ -68,5 +63,5 @@ def _row(path: Path, header: blobs.Header) -> EntryRow:
         tokens=header.tokens,
         bytes=header.nbytes,
         payload_digest=header.digest,
-        chunks=saw,
+        chunks=record_chunk_ids(header.key),
     )

@@ -22,7 +22,7 @@ from sqlite_utils import Database
 
 from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
 from braidsdk.store import blobs, chunks, entries, memory, reasons, rebuild
-from braidsdk.store.blobs import DamagedFile, Place, Slab
+from braidsdk.store.blobs import DamagedFile, Tensors
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
 from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
@@ -46,8 +46,8 @@ SWEEP_EVERY_S = 24 * 3600.0
 SWEPT = "swept"
 """The key under which the store remembers when the last sweep began, in seconds since 1970."""
 
-Publication = tuple[EntryKey, Sequence[Slab], Mapping[str, Any]]
-"""A key, its slabs (one per layer), and its provenance. Provenance holds JSON values that are kept and not compared."""
+Publication = tuple[EntryKey, Tensors, Mapping[str, Any]]
+"""A key, its tensors, and its provenance: text, numbers, bools and None by name, which are kept and not compared."""
 
 
 @dataclass(frozen=True)
@@ -321,19 +321,17 @@ class ChunkStore:
         return list(self.stream(keys))
 
     def stream(
-        self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place] | None = None
+        self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Tensors] | None = None
     ) -> Generator[Entry | None, None, None]:
         """Like `load`, but one entry at a time. Threads read the next ones meanwhile, so few are in memory at a time.
 
         Args:
             keys: the keys of the entries.
-            place: gives the memory that an entry is read into, if it fits there. It is called for every entry that the
-                index has, before any is read. If an entry is set aside, its memory may have been written to. Threads
-                write to the memory until this iterator has ended or was closed.
+            place: gives the tensors that an entry must have, with the memory to read them into. A thread calls it
+                before it reads the entry. If an entry is set aside, its memory may have been written to. Threads write
+                to the memory until this iterator has ended or was closed.
         """
-        found = self.look_up(keys)
-        places = [place(key) if place and each else None for key, each in zip(keys, found, strict=True)]
-        jobs = iter(list(zip(keys, found, places, strict=True)))
+        jobs = iter([(key, hit, place) for key, hit in zip(keys, self.look_up(keys), strict=True)])
         with threads(READERS) as readers:
             ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
             while ahead:
@@ -348,13 +346,13 @@ class ChunkStore:
         A key with the same digest as another entry is not stored. `explain` then says "collision".
 
         Raises:
-            InputError: the slabs are not those of the key's model.
+            InputError: a tensor or the provenance can't be written.
             UnknownChunkError: a chunk that an entry belongs to or was computed after is not registered, or not any
                 more.
             StoreError: the disk is full or fails. The store is as it was before.
         """
         started = perf_counter()
-        new = {key.digest: (key, slabs, provenance) for key, slabs, provenance in publications}
+        new = {key.digest: (key, tensors, provenance) for key, tensors, provenance in publications}
         with self._index.read() as db:
             for digest in entries.known(db, new):
                 del new[digest]
@@ -440,16 +438,14 @@ class ChunkStore:
                 memory.remember(db, values)
                 memory.count(db, add or {})
 
-    def _load(self, key: EntryKey, hit: Hit | None, place: Place | None) -> Entry | None:
+    def _load(self, key: EntryKey, hit: Hit | None, place: Callable[[EntryKey], Tensors] | None) -> Entry | None:
         while hit:
             before = stamp(hit.path)
             try:
-                blob = blobs.read(hit.path, place)
+                blob = blobs.read(hit.path, place(key) if place else None)
                 if blob.token_bytes != key.token_bytes or blob.header.key != key.record():
                     raise DamagedFile("it holds another entry than the index says")
-                if blob.slabs is not None:
-                    blobs.check_slabs(key, blob.slabs)
-                return Entry(key, blob.slabs, blob.header.page_size, hit.nbytes, blob.header.provenance)
+                return Entry(key, blob.tensors, hit.nbytes, blob.header.provenance)
             except DamagedFile as error:
                 why = str(error)
             except FileNotFoundError:
@@ -477,13 +473,13 @@ class ChunkStore:
             return entries.look_up(db, [key], self._layout)[0]
 
     def _write(self, publication: Publication, records: Mapping[str, Any], written: dict[str, Path]) -> EntryRow:
-        key, slabs, provenance = publication
+        key, tensors, provenance = publication
         path = written[key.digest] = self._layout.temporary(key.digest)
         payload_digest = blobs.write(
             path,
             key=key,
             chunk=None if key.chunk_id is None else records[key.chunk_id],
-            slabs=slabs,
+            tensors=tensors,
             provenance=provenance,
             created=chunks.now(),
             mode=self._layout.mode,
@@ -494,7 +490,7 @@ class ChunkStore:
             record=key.record_json,
             tokens_sha256=key.token_sha256,
             tokens=len(key.token_ids),
-            bytes=sum(slab.nbytes for slab in slabs),
+            bytes=sum(each.nbytes for each in tensors.values()),
             payload_digest=payload_digest,
             chunks=key.chunk_ids(),
         )

@@ -63,16 +63,6 @@ def test_cleared_pages_are_zero() -> None:
     assert torch.all(pool.kv[:, :, again] == 0.0)
 
 
-def test_the_memory_of_pages_is_that_of_their_keys_and_then_their_values() -> None:
-    pool = make_pool(9)
-    pool.kv.copy_(torch.arange(pool.kv.numel()).view(pool.kv.shape))
-    for ids in ([4], [2, 3, 4], [7, 1, 2, 8]):
-        pages = torch.tensor(ids)
-        for layer, pieces in zip(pool.kv, pool.memory_of(pages), strict=True):
-            assert b"".join(pieces) == layer[:, pages].contiguous().numpy().tobytes()
-    assert len(pool.memory_of(torch.tensor([2, 3, 4]))[0]) == 2
-
-
 def test_the_least_recently_used_entry_makes_room() -> None:
     pool = make_pool(3)
     entries = [put(pool, key(name)) for name in "abc"]
@@ -210,16 +200,17 @@ def test_what_lies_in_unused_memory_never_matters(
 ) -> None:
     found = []
     for index, filling in enumerate((0.0, float("nan"))):
-        with Braid(
-            random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype, pool_bytes=2**26
-        ) as braid:
-            pool_of(braid).kv.fill_(filling)
-            texts = [f"Oslo is cold. Rome is warm. {'So it is said. ' * n}" for n in (1, 9, 40)]
-            chunks = braid.register_many(texts, anchor=braid.register_system("You answer."), progress=False)
-            answer = braid.ask("Where?", chunks=chunks, max_new_tokens=12)
-            again = braid.ask("And where else?", chunks=chunks[:1], max_new_tokens=12)
-            found.append((answer.token_ids, again.token_ids))
-    assert found[0] == found[1]
+        for _ in ("computed", "loaded"):
+            with Braid(
+                random_checkpoint, store=tmp_path / str(index), device="cpu", dtype=dtype, pool_bytes=2**26
+            ) as braid:
+                pool_of(braid).kv.fill_(filling)
+                texts = [f"Oslo is cold. Rome is warm. {'So it is said. ' * n}" for n in (1, 9, 40)]
+                chunks = braid.register_many(texts, anchor=braid.register_system("You answer."), progress=False)
+                answer = braid.ask("Where?", chunks=chunks, max_new_tokens=12)
+                again = braid.ask("And where else?", chunks=chunks[:1], max_new_tokens=12)
+                found.append((answer.token_ids, again.token_ids))
+    assert all(each == found[0] for each in found)
 
 
 def test_free_pages_are_given_out_once_and_together_where_they_can_be() -> None:

@@ -211,14 +211,10 @@ class Pool:
         """Free pages that belong to no entry."""
         self._free.give(pages.tolist())
 
-    def memory_of(self, pages: Tensor) -> list[list[memoryview]]:
-        """The bytes of these pages for each layer, all keys before all values, in few pieces. For a pool on the CPU."""
-        part = self.kv.stride(2) * self.kv.itemsize  # bytes of one page's keys, or of its values, in one layer
-        memory = self.kv.view(-1).view(torch.uint8).numpy().data
-        runs = [(start * part, stop * part) for start, stop in runs_of(pages.tolist())]
-        halves = [half * self.capacity_pages * part for half in range(2 * len(self.kv))]
-        pieces = [[memory[at + start : at + stop] for start, stop in runs] for at in halves]
-        return [keys + values for keys, values in zip(pieces[::2], pieces[1::2], strict=True)]
+    def clear_padding(self, pages: Tensor, tokens: int) -> None:
+        """Set what stands behind the last token to zero, if attention needs that."""
+        if self.zero_padding:
+            self.kv[:, :, pages[-1], :, tokens - (len(pages) - 1) * self.page_size :] = 0
 
     def add(self, entry: Resident) -> Resident:
         """Make an entry resident, loading or ready. Only the latest `KEPT_TURNS` past turns stay."""

@@ -15,16 +15,15 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Generic, Protocol, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from braidsdk.cache.codecs import plain
 from braidsdk.cache.pool import Pool, Resident, State
 from braidsdk.cache.rates import Rates
 from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
 from braidsdk.models.base import Model
-from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Place, Slab
+from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Tensors
 from braidsdk.store.threads import Threads
 
 READ_JOBS, WRITE_JOBS = 2, 1
@@ -343,9 +342,7 @@ class Residency(Generic[N]):
         if self.pool.find(key) or any(entry.state is State.DROPPED for entry in held.entries):
             return  # the same turn is resident already; or a chunk was deleted, and nothing computed after it may stay
         pages = self.pool.pages_for(len(key.token_ids))
-        if self.pool.zero_padding:  # also where tokens were cut off
-            filled = len(key.token_ids) - (pages - 1) * self.pool.page_size
-            self.pool.kv[:, :, held.pages[pages - 1], :, filled:] = 0
+        self.pool.clear_padding(held.pages[:pages], len(key.token_ids))  # also where tokens were cut off
         self.pool.add(Resident(key, held.pages[:pages], state=State.READY))
         held.pages = held.pages[pages:]
 
@@ -405,12 +402,11 @@ class Residency(Generic[N]):
         for entry in write.entries:
             entry.stored = True
             self._writing[entry] = write
-            self.pool.pin(entry)  # until its bytes are copied
+            self.pool.pin(entry)  # until its bytes are written
             copies.append((entry.key, self._copy_out(entry)))
         try:
             self._writers.submit(self._publish, write, copies)
         except ClosedError as error:
-            self._owner.post(partial(self._copied, write))
             self._owner.post(partial(self._published, write, error))
 
     # I/O jobs, and what they post
@@ -419,14 +415,22 @@ class Residency(Generic[N]):
         """Load the entries that the store holds. Runs in an I/O thread."""
         started, loaded, count = perf_counter(), 0, 0
         by_key = {entry.key: entry for entry in entries}
-        place = (lambda key: self._place(by_key[key])) if self._model.device.type == "cpu" else None
+        staged: dict[EntryKey, Tensor] = {}
         left = list(entries)
+
+        def place(key: EntryKey) -> Tensors:
+            entry = by_key[key]
+            if self._model.device.type == "cpu":
+                return self._tensors(entry, self.pool.kv, entry.pages)
+            tiles = staged[key] = self._tiles(entry)
+            return self._tensors(entry, tiles, torch.arange(len(entry.pages)))
+
         try:
             for found in self._store.stream([entry.key for entry in entries], place):
                 entry = left.pop(0)
                 if isinstance(found, Entry):
                     loaded, count = loaded + found.nbytes, count + 1
-                    self._owner.post(partial(self._loaded, entry, found))
+                    self._owner.post(partial(self._loaded, entry, staged.pop(entry.key, None)))
                 else:
                     self._owner.post(partial(self._not_loaded, entry, None))
         except BaseException as error:
@@ -436,9 +440,12 @@ class Residency(Generic[N]):
             self._rates.add("load", loaded, perf_counter() - started)
             _log.info("loaded %d entries, %d bytes in %.1f ms", count, loaded, (perf_counter() - started) * 1e3)
 
-    def _loaded(self, entry: Resident, found: Entry) -> None:
-        if found.slabs is not None:
-            self._scatter(found, found.slabs, entry.pages)
+    def _loaded(self, entry: Resident, tiles: Tensor | None) -> None:
+        """An entry was read into the pool's memory, or into memory of the host that goes there now."""
+        if tiles is not None:
+            for memory, layer in zip(self.pool.kv, tiles, strict=True):
+                memory[:, entry.pages] = layer.to(memory.device)
+        self.pool.clear_padding(entry.pages, entry.tokens)
         entry.stored = True
         self._making[entry].reading = False
         self.computed(entry)
@@ -455,34 +462,27 @@ class Residency(Generic[N]):
             self._check_ready(heir)
         self.pool.unpin(entry)
 
-    def _place(self, entry: Resident) -> Place:
-        _, _, _, kv_heads, page_size, head_dim = self.pool.kv.shape
-        shape = (2, len(entry.pages), kv_heads, page_size, head_dim)
-        return Place(self._identity.dtype, shape, self.pool.memory_of(entry.pages))
+    def _tensors(self, entry: Resident, memory: Tensor, pages: Tensor) -> Tensors:
+        """An entry's tensors in paged memory of the host."""
+        return plain.tensors(memory.view(torch.uint8).numpy(), pages.tolist(), entry.tokens, self._identity.dtype)
 
-    def _publish(self, write: _Write[N], copies: Sequence[tuple[EntryKey, Callable[[], list[Slab]]]]) -> None:
+    def _tiles(self, entry: Resident) -> Tensor:
+        """Memory of the host for one entry, as the pool's."""
+        kv = self.pool.kv
+        return torch.empty(len(kv), 2, len(entry.pages), *kv.shape[3:], dtype=kv.dtype)
+
+    def _publish(self, write: _Write[N], copies: Sequence[tuple[EntryKey, Callable[[], Tensors]]]) -> None:
         """Write entries durably. Runs in an I/O thread."""
         error: BaseException | None = None
         try:
             provenance = self._provenance()
-            slabs = [(key, copy(), provenance) for key, copy in copies]
-            self._owner.post(partial(self._copied, write))
-        except BaseException as failure:
-            self._owner.post(partial(self._copied, write))
-            self._owner.post(partial(self._published, write, failure))
-            return
-        try:
-            self._store.publish(slabs)
+            self._store.publish([(key, copy(), provenance) for key, copy in copies])
         except StoreError as failure:
             error = type(failure)(f"{failure} To answer without storing, compose with keep=False.")
             error.__cause__ = failure
         except BaseException as failure:
             error = failure
         self._owner.post(partial(self._published, write, error))
-
-    def _copied(self, write: _Write[N]) -> None:
-        for entry in write.entries:
-            self.pool.unpin(entry)
 
     def _published(self, write: _Write[N], error: BaseException | None) -> None:
         now = perf_counter()
@@ -492,6 +492,7 @@ class Residency(Generic[N]):
         for entry in write.entries:
             del self._writing[entry]
             entry.stored = error is None
+            self.pool.unpin(entry)
         if not write.needed and isinstance(error, StoreError | UnknownChunkError):
             _log.warning("an overlay was not stored: %s", type(error).__name__)
             error = None
@@ -505,25 +506,25 @@ class Residency(Generic[N]):
 
     # bytes of entries
 
-    def _copy_out(self, entry: Resident) -> Callable[[], list[Slab]]:
-        """Begin to copy an entry out of the pool.
+    def _copy_out(self, entry: Resident) -> Callable[[], Tensors]:
+        """Begin to copy an entry out of a GPU's pool.
 
         Returns:
-            A function for an I/O thread. It waits for the copy and returns one slab per layer, with zero padding.
+            A function for an I/O thread. It waits for the copy and returns the entry's tensors. On a CPU these are
+            where they are, in the pool.
         """
         if self._copies is None:
-            return lambda: self._slabs(entry, _bytes_of(self.pool.kv)[:, :, entry.pages.numpy()])
+            return partial(self._tensors, entry, self.pool.kv, entry.pages)
         computed = torch.cuda.Event()
         computed.record()
         return partial(self._copied_from_gpu, entry, computed)
 
-    def _copied_from_gpu(self, entry: Resident, computed: torch.cuda.Event) -> list[Slab]:
+    def _copied_from_gpu(self, entry: Resident, computed: torch.cuda.Event) -> Tensors:
         """Copy an entry through pinned memory, a few layers at a time. Runs in the only writing thread. A copy straight
         into ordinary memory would block the driver, and no step could be launched meanwhile."""
         if self._copies is None or self._staging is None:
             raise RuntimeError("the pool must be on a GPU; it is on a CPU")
-        kv = self.pool.kv
-        tiles = torch.empty(len(kv), 2, len(entry.pages), *kv.shape[3:], dtype=kv.dtype)
+        kv, tiles = self.pool.kv, self._tiles(entry)
         layers = max(1, self._staging.numel() // tiles[0].numel())
         if tiles[0].numel() > self._staging.numel():
             self._staging = torch.empty(tiles[0].numel(), dtype=kv.dtype, pin_memory=True)
@@ -538,24 +539,7 @@ class Residency(Generic[N]):
                 there.record()
                 there.synchronize()
                 some.copy_(staged)
-        return self._slabs(entry, _bytes_of(tiles))
-
-    def _slabs(self, entry: Resident, tiles: NDArray[np.uint8]) -> list[Slab]:
-        """One slab per layer of an entry's pages, as `_bytes_of` gives them; their padding is set to zero."""
-        tiles[:, :, -1, :, entry.tokens - (len(entry.pages) - 1) * self.pool.page_size :] = 0
-        shape = (*tiles.shape[1:-1], self.pool.kv.shape[-1])
-        return [Slab(self._identity.dtype, shape, layer.reshape(-1).data) for layer in tiles]
-
-    def _scatter(self, found: Entry, slabs: Sequence[Slab], pages: Tensor) -> None:
-        """Copy a stored entry into the pool, a layer slab at a time."""
-        size = self.pool.page_size
-        for memory, slab in zip(self.pool.kv, slabs, strict=True):
-            tiles = torch.frombuffer(slab.data, dtype=self._model.dtype).view(slab.shape)
-            if found.page_size != size:  # it was written with other pages; lay its tokens out for these
-                tokens = tiles.transpose(1, 2).flatten(2, 3)[:, :, : len(found.key.token_ids)]
-                padded = torch.nn.functional.pad(tokens, (0, 0, 0, len(pages) * size - tokens.shape[2]))
-                tiles = padded.view(2, self.pool.kv.shape[3], len(pages), size, -1).transpose(1, 2)
-            memory[:, pages] = tiles.to(memory.device)
+        return self._tensors(entry, tiles, torch.arange(len(entry.pages)))
 
     def _provenance(self) -> dict[str, str]:
         """What may change an entry's rounding. It is recorded and never compared."""
@@ -566,9 +550,3 @@ class Residency(Generic[N]):
             "torch": torch.__version__,
             "transformers": version("transformers"),
         }
-
-
-def _bytes_of(tiles: Tensor) -> NDArray[np.uint8]:
-    """The bytes of a tensor on the CPU, those of its last dimension in one. I/O threads copy them by numpy: a copy by
-    torch may start OpenMP threads of their own, beside which those of the engine sleep between operations."""
-    return tiles.view(torch.uint8).numpy()

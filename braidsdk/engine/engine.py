@@ -13,6 +13,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from braidsdk.cache.certificates import Certificates
+from braidsdk.cache.codecs import plain
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.rates import Rates
 from braidsdk.compose.composition import Composition
@@ -26,8 +27,6 @@ from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.lru import LRU
 from braidsdk.store import ChunkStore, EntryKey, Hit, ModelIdentity
 from braidsdk.store.threads import Threads
-
-NO_CODEC = "none"
 
 MAX_QUEUE = 1024
 """How many requests may wait, unless the Braid says otherwise."""
@@ -88,7 +87,7 @@ class Engine:
             weights=model.fingerprint,
             tokenizer=layout.fingerprint,
             dtype=str(model.dtype).removeprefix("torch."),
-            codec=NO_CODEC,
+            codec=plain.NAME,
             layers=model.config.layers,
             kv_heads=model.config.kv_heads,
             head_dim=model.config.head_dim,

@@ -76,10 +76,8 @@ def estimate(engine: Engine, candidates: Sequence[Candidate], planned: Plan) -> 
     """Estimate what the plan will take. Measures the model's rate if it is unknown and the texts are long."""
     chunks = {each.chunk.id: each.chunk for each in candidates}.values()
     tokens = sum(len(chunk.token_ids) for chunk in chunks)
-    to_write = sum(
-        engine.pool.bytes_for(len(key.token_ids)) + FILE_BYTES + TOKEN_BYTES * len(key.token_ids)
-        for key in planned.keys
-    )
+    of_token = engine.pool.page_bytes // engine.pool.page_size + TOKEN_BYTES
+    to_write = sum(FILE_BYTES + of_token * len(key.token_ids) for key in planned.keys)
     absent = [key for key in planned.keys if engine.pool.find(key) is None]
     to_compute = sum(len(key.token_ids) for key in absent)
     expected = RegistrationEstimate(

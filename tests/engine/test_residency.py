@@ -3,6 +3,7 @@
 Whatever lies on a page is a number that says whose it is, so that a page with two owners is seen.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from braidsdk import Braid
 from braidsdk.cache.pool import Pool, Resident
 from braidsdk.cache.pool import State as EntryState
 from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
 from braidsdk.errors import StoreError
-from braidsdk.store import Entry, EntryKey, ModelIdentity, Place, sha256_of_tokens
+from braidsdk.store import Entry, EntryKey, ModelIdentity, Tensors, sha256_of_tokens
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_OVERLAY, LEVEL_QUERY
 
 MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 2, "{}")
@@ -85,26 +85,26 @@ class FakeStore:
     read: list[EntryKey] = field(default_factory=list)
     written: list[EntryKey] = field(default_factory=list)
 
-    def stream(self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Place]) -> Iterator[Entry | None]:
-        places = [place(each) for each in keys]
-        for count, (each, there) in enumerate(zip(keys, places, strict=True)):
+    def stream(self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Tensors]) -> Iterator[Entry | None]:
+        for count, each in enumerate(keys):
             self.read.append(each)
             if self.read_fails_after == count:
                 raise StoreError("The disk can't be read.")
             if each not in self.kept:
                 yield None
                 continue
-            mark = torch.tensor([MARKS[each]]).numpy().tobytes()
-            for buffer in (buffer for layer in there.buffers for buffer in layer):
+            mark, there = torch.tensor([MARKS[each]]).numpy().tobytes(), place(each)
+            for buffer in (buffer for tensor in there.values() for buffer in tensor.buffers):
                 buffer[:] = mark * (len(buffer) // len(mark))
-            yield Entry(each, None, PAGE, 1, {})
+            yield Entry(each, there, 1, {})
 
-    def publish(self, publications: Sequence[tuple[EntryKey, Sequence[Any], object]]) -> None:
-        for each, slabs, _ in publications:
+    def publish(self, publications: Sequence[tuple[EntryKey, Tensors, object]]) -> None:
+        for each, tensors, _ in publications:
             self.written.append(each)
-            for slab in slabs:
-                first = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)[:, :, :, 0]
-                assert (first == MARKS[each]).all(), "written while something else lies there"
+            for tensor in tensors.values():
+                data = torch.frombuffer(bytearray(b"".join(tensor.buffers)), dtype=torch.float32)
+                assert data.numel() == math.prod(tensor.shape)
+                assert (data == MARKS[each]).all(), "written while something else lies there"
         if self.write_fails:
             raise StoreError("The disk is full.")
         self.kept |= {each for each, _, _ in publications}
@@ -643,16 +643,3 @@ class Random(RuleBasedStateMachine):
 
 TestRandom = Random.TestCase
 TestRandom.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
-
-
-def test_what_is_stored_has_zero_padding_whatever_lies_in_the_pool(random_braid: Braid) -> None:
-    random_braid.register("Oslo is cold.", name="oslo")
-    random_braid.compose(["oslo"]).prepare()
-    engine = random_braid._engine
-    entry = next(each for each in engine.pool._entries.values() if each.stored)
-    filled = entry.tokens % engine.pool.page_size
-    engine.pool.kv[:, :, entry.pages[-1], :, filled:] = float("nan")
-    for slab in engine._loop.residency._copy_out(entry)():
-        tiles = torch.frombuffer(slab.data, dtype=torch.float32).view(slab.shape)
-        assert not tiles[:, -1, :, filled:].any()
-        assert tiles[:, -1, :, :filled].any()

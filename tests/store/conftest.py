@@ -1,4 +1,4 @@
-"""Small keys and slabs for the store's tests; `worker.py` uses them in other processes."""
+"""Small keys and tensors for the store's tests; `worker.py` uses them in other processes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from braidsdk.store import ChunkStore, EntryKey, ModelIdentity, Slab, sha256_of_tokens
+from braidsdk.store import Array, ChunkStore, EntryKey, ModelIdentity, sha256_of_tokens
 
 MODEL = ModelIdentity(
     weights="a1" * 16,
@@ -19,7 +19,7 @@ MODEL = ModelIdentity(
     head_dim=4,
     rope='{"rope_theta":1000000.0,"rope_type":"default"}',
 )
-SHAPE = (2, 2, MODEL.kv_heads, 4, MODEL.head_dim)  # two pages of four tokens
+SHAPE = (2, MODEL.kv_heads, 8, MODEL.head_dim)
 
 
 def make_key(chunk: str | None, *, tokens: tuple[int, ...] = (5, 6, 7, 8, 9), **changes: Any) -> EntryKey:
@@ -35,23 +35,24 @@ def make_key(chunk: str | None, *, tokens: tuple[int, ...] = (5, 6, 7, 8, 9), **
     return EntryKey(**(given | changes))
 
 
-def make_slabs(seed: int = 0, dtype: str = "bfloat16") -> list[Slab]:
+def make_tensors(seed: int = 0, dtype: str = "bfloat16") -> dict[str, Array]:
     random = np.random.default_rng(seed)
     size = int(np.prod(SHAPE)) * {"bfloat16": 2, "float32": 4, "int8": 1}[dtype]
-    return [Slab(dtype, SHAPE, memoryview(random.integers(0, 256, size, dtype=np.uint8))) for _ in range(MODEL.layers)]
+    data = [memoryview(random.integers(0, 256, size, dtype=np.uint8)) for _ in range(MODEL.layers)]
+    return {f"layer.{layer:03d}": Array(dtype, SHAPE, [each[:50], each[50:]]) for layer, each in enumerate(data)}
 
 
-def content(slabs: Any) -> list[bytes]:
-    return [bytes(slab.data) for slab in slabs]
+def content(tensors: Any) -> dict[str, bytes]:
+    return {name: b"".join(each.buffers) for name, each in tensors.items()}
 
 
 @pytest.fixture
 def make() -> Any:
-    """The helpers of this file, for tests: `make.key`, `make.slabs`, `make.content`, `make.model`."""
+    """The helpers of this file, for tests: `make.key`, `make.tensors`, `make.content`, `make.model`."""
 
     class Make:
         key = staticmethod(make_key)
-        slabs = staticmethod(make_slabs)
+        tensors = staticmethod(make_tensors)
         content = staticmethod(content)
         model = MODEL
         shape = SHAPE

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from braidsdk.errors import InputError, StoreCorruptError, StoreError, UnknownChunkError
-from braidsdk.store import ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Place, blobs, sha256_of_tokens
+from braidsdk.store import Array, ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Tensors, blobs, sha256_of_tokens
 from braidsdk.types import LEVEL_OVERLAY
 
 SHA = sha256_of_tokens
@@ -31,16 +31,16 @@ def only(results: list[Any], kind: type) -> Any:
 
 
 def test_an_entry_is_a_miss_then_published_then_loaded(store: ChunkStore, chunk: str, make: Any) -> None:
-    key, slabs = make.key(chunk), make.slabs()
+    key, tensors = make.key(chunk), make.tensors()
     assert store.look_up([key]) == store.load([key]) == [None]
     assert store.explain([key]) == [Miss("absent", "never computed in this store")]
-    store.publish([(key, slabs, {"torch": "2.13"})])
+    store.publish([(key, tensors, {"torch": "2.13"})])
     hit = only(store.look_up([key]), Hit)
-    assert (hit.digest, hit.tokens, hit.nbytes) == (key.digest, 5, sum(slab.nbytes for slab in slabs))
+    assert (hit.digest, hit.tokens, hit.nbytes) == (key.digest, 5, sum(each.nbytes for each in tensors.values()))
     assert hit.path.is_file()
     entry = only(store.load([key]), Entry)
-    assert make.content(entry.slabs) == make.content(slabs)
-    assert (entry.key, entry.page_size, entry.nbytes) == (key, 4, hit.nbytes)
+    assert make.content(entry.tensors) == make.content(tensors)
+    assert (entry.key, entry.nbytes) == (key, hit.nbytes)
     assert entry.provenance == {"torch": "2.13"}
 
 
@@ -48,7 +48,7 @@ def test_looking_up_and_loading_ask_for_no_reason(
     store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = [make.key(chunk), make.key(None)]
-    store.publish([(key, make.slabs(), {}) for key in keys])
+    store.publish([(key, make.tensors(), {}) for key in keys])
     only(store.look_up(keys[:1]), Hit).path.unlink()
     monkeypatch.setattr("braidsdk.store.reasons.explain", lambda *_: pytest.fail("it was asked why"))
     assert [type(found) for found in store.load([*keys, make.key(chunk, level=0)])] == [NoneType, Entry, NoneType]
@@ -59,36 +59,36 @@ def test_an_overlay_is_no_reason(store: ChunkStore, chunk: str, make: Any) -> No
     """However many there are, and with the same tokens."""
     key, header = make.key(chunk), make.key(None, level=0)
     overlays = [make.key(None, level=LEVEL_OVERLAY, after=(chunk,), after_sha256=SHA((n,))) for n in range(70)]
-    store.publish([(header, make.slabs(), {})])
-    store.publish([(each, make.slabs(), {}) for each in overlays])
+    store.publish([(header, make.tensors(), {})])
+    store.publish([(each, make.tensors(), {}) for each in overlays])
     wanted = make.key(None, level=0, model=dataclasses.replace(make.model, dtype="float32"))
     assert [miss.reason for miss in store.explain([wanted, key])] == ["dtype", "level"]
     assert store.explain([key])[0].detail.startswith("computed as level 0;")
 
 
 def test_an_entry_that_came_since_it_was_looked_up_is_no_reason(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     assert only(store.explain([make.key(chunk)]), Miss).reason == "absent"
 
 
 def test_another_opening_finds_the_entry(folder: Path, make: Any) -> None:
     with ChunkStore(folder) as store:
         key = make.key(store.add_chunk(namespace="default", level=1, text="one\n").id)
-        store.publish([(key, make.slabs(), {})])
+        store.publish([(key, make.tensors(), {})])
     with ChunkStore(folder) as store:
-        assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+        assert make.content(only(store.load([key]), Entry).tensors) == make.content(make.tensors())
 
 
 def test_the_bare_header_is_an_entry_without_a_chunk(store: ChunkStore, make: Any) -> None:
     key = make.key(None, level=0)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     only(store.load([key]), Entry)
 
 
 def test_hits_and_misses_come_in_the_order_of_the_keys(store: ChunkStore, make: Any) -> None:
     rows = store.add_chunks([NewChunk("default", 1, f"{i}\n") for i in range(1000)])
     keys = [make.key(row.id, tokens=(i + 1,)) for i, row in enumerate(rows)]
-    store.publish([(key, make.slabs(), {}) for key in keys[:4:2]])
+    store.publish([(key, make.tensors(), {}) for key in keys[:4:2]])
     found = store.look_up([*keys, keys[0]])
     assert [i for i, result in enumerate(found) if isinstance(result, Hit)] == [0, 2, 1000]
     assert [type(result) for result in store.load(keys[:4])] == [Entry, NoneType, Entry, NoneType]
@@ -97,29 +97,31 @@ def test_hits_and_misses_come_in_the_order_of_the_keys(store: ChunkStore, make: 
 def test_entries_are_read_into_the_callers_memory(store: ChunkStore, make: Any) -> None:
     rows = store.add_chunks([NewChunk("default", 1, f"{i}\n") for i in range(4)])
     keys = [make.key(row.id, tokens=(i + 1,)) for i, row in enumerate(rows)]
-    wanted = {key.digest: make.slabs(i) for i, key in enumerate(keys)}
+    wanted = {key.digest: make.tensors(i) for i, key in enumerate(keys)}
     store.publish([(key, wanted[key.digest], {}) for key in keys[:3]])
     flip(only(store.look_up([keys[1]]), Hit).path)
-    memory: dict[str, list[bytearray]] = {}
+    memory: dict[str, dict[str, Array]] = {}
 
-    def place(key: EntryKey) -> Place:
-        assert not any(any(layer) for layers in memory.values() for layer in layers)  # nothing is read yet
-        memory[key.digest] = [bytearray(len(slab.data)) for slab in wanted[key.digest]]
-        return Place("bfloat16", make.shape, [[memoryview(layer)] for layer in memory[key.digest]])
+    def place(key: EntryKey) -> Tensors:
+        memory[key.digest] = {
+            name: Array(each.dtype, each.shape, [memoryview(bytearray(each.nbytes))])
+            for name, each in wanted[key.digest].items()
+        }
+        return memory[key.digest]
 
     found = list(store.stream(keys, place))
     assert [type(each) for each in found] == [Entry, NoneType, Entry, NoneType]
-    assert list(memory) == [key.digest for key in keys[:3]]
+    assert memory.keys() == {key.digest for key in keys[:3]}
     for each in (found[0], found[2]):
-        assert each.slabs is None
-        assert [bytes(layer) for layer in memory[each.key.digest]] == make.content(wanted[each.key.digest])
+        assert each.tensors is memory[each.key.digest]
+        assert make.content(each.tensors) == make.content(wanted[each.key.digest])
 
 
 def test_publishing_again_changes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {}), (key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {}), (key, make.tensors(), {})])
     before = only(store.look_up([key]), Hit).path.stat()
-    store.publish([(key, make.slabs(1), {})])
+    store.publish([(key, make.tensors(1), {})])
     after = only(store.look_up([key]), Hit).path.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert store.stats().entries == 1
@@ -128,19 +130,19 @@ def test_publishing_again_changes_nothing(store: ChunkStore, chunk: str, make: A
 def test_an_entry_that_is_there_is_not_written_again(
     store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     monkeypatch.setattr(blobs, "write", None)
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
 
 
 def test_a_late_removal_spares_what_was_published_again(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     store._remove_entries([make.key(chunk).digest])
     only(store.load([make.key(chunk)]), Entry)
 
 
 def test_another_text_with_the_same_token_ids_is_absent(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     other = store.add_chunk(namespace="default", level=1, text="Another text.\n")
     assert only(store.explain([make.key(other.id)]), Miss).reason == "absent"
 
@@ -150,7 +152,7 @@ def test_a_published_file_has_the_umasks_mode(folder: Path, make: Any) -> None:
     try:
         with ChunkStore(folder) as store:
             key = make.key(None)
-            store.publish([(key, make.slabs(), {})])
+            store.publish([(key, make.tensors(), {})])
             assert stat.S_IMODE(only(store.look_up([key]), Hit).path.stat().st_mode) == 0o640
     finally:
         os.umask(old)
@@ -176,7 +178,7 @@ def test_file_and_folder_are_synced_before_the_row(
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", rename)
     monkeypatch.setattr("braidsdk.store.entries.insert", insert)
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     assert steps[:2] == ["sync file", "rename"]
     assert steps[-1] == "row"
     assert set(steps[2:-1]) == {"sync folder"}
@@ -197,7 +199,7 @@ def test_file_and_folder_are_synced_before_the_row(
 def test_another_model_is_a_miss_with_its_reason(
     store: ChunkStore, chunk: str, make: Any, field: str, value: Any, reason: str
 ) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     tokens = (1, 2) if reason == "tokenizer" else (5, 6, 7, 8, 9)
     wanted = make.key(chunk, tokens=tokens, model=dataclasses.replace(make.model, **{field: value}))
     assert store.look_up([wanted]) == store.load([wanted]) == [None]
@@ -205,7 +207,7 @@ def test_another_model_is_a_miss_with_its_reason(
 
 
 def test_another_dtype_is_told_in_a_sentence(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     wanted = make.key(chunk, model=dataclasses.replace(make.model, dtype="float32"))
     assert store.explain([wanted]) == [Miss("dtype", "computed in bfloat16; this model runs in float32")]
 
@@ -215,7 +217,7 @@ def test_a_miss_never_tells_of_another_namespace(store: ChunkStore, make: Any, s
     text = "The capital of Aistonia is Zorbin.\n"
     theirs, ours = (store.add_chunk(namespace=name, level=1, text=text).id for name in (secret, "other"))
     known = [make.key(theirs), make.key(theirs, level=0), make.key(None), make.key(None, level=0)]
-    store.publish([(dataclasses.replace(key, namespace=secret), make.slabs(), {}) for key in known])
+    store.publish([(dataclasses.replace(key, namespace=secret), make.tensors(), {}) for key in known])
     keys = [make.key(ours, namespace="other"), make.key(None, level=0, namespace="other")]
     assert store.explain(keys) == [Miss("absent", "never computed in this store")] * 2
 
@@ -226,25 +228,25 @@ def test_another_namespaces_entries_do_not_hide_the_closest_one(
     monkeypatch.setattr("braidsdk.store.reasons.CANDIDATES", 1)
     other = store.add_chunk(namespace="other", level=1, text="text\n")
     keys = [make.key(chunk, level=0), make.key(other.id, namespace="other", level=0)]
-    store.publish([(key, make.slabs(), {}) for key in keys])
+    store.publish([(key, make.tensors(), {}) for key in keys])
     mine = store.add_chunk(namespace="default", level=1, text="text\n")
     assert only(store.explain([make.key(mine.id)]), Miss).reason == "level"
 
 
 def test_an_entry_after_something_else_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk, after=(None,), after_sha256=SHA((1,))), make.slabs(), {})])
+    store.publish([(make.key(chunk, after=(None,), after_sha256=SHA((1,))), make.tensors(), {})])
     assert only(store.explain([make.key(chunk)]), Miss).reason == "after"
 
 
 def test_a_text_with_other_token_ids_is_a_miss_with_its_reason(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     assert only(store.explain([make.key(chunk, tokens=(1, 2))]), Miss).reason == "tokens"
 
 
 def test_an_older_algorithm_is_a_miss_with_its_reason(
     store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     monkeypatch.setattr("braidsdk.store.keys.ALGORITHM_VERSION", 99)
     assert only(store.explain([make.key(chunk)]), Miss).reason == "version"
 
@@ -253,13 +255,14 @@ def test_the_closest_stored_entry_gives_the_reason(store: ChunkStore, chunk: str
     far = dataclasses.replace(make.model, weights="ff" * 16, rope="{}")
     near = dataclasses.replace(make.model, dtype="float32")
     chain = make.key(chunk, model=near, after=(None,), after_sha256=SHA((1,)))
-    store.publish([(key, make.slabs(), {}) for key in (make.key(chunk, model=near), make.key(chunk, model=far), chain)])
+    keys = (make.key(chunk, model=near), make.key(chunk, model=far), chain)
+    store.publish([(key, make.tensors(), {}) for key in keys])
     assert only(store.explain([make.key(chunk)]), Miss).reason == "dtype"
 
 
 def test_all_differences_of_the_closest_are_told(store: ChunkStore, chunk: str, make: Any) -> None:
     far = dataclasses.replace(make.model, weights="ff" * 16, rope="{}")
-    store.publish([(make.key(chunk, model=far), make.slabs(), {})])
+    store.publish([(make.key(chunk, model=far), make.tensors(), {})])
     assert only(store.explain([make.key(chunk)]), Miss).detail.endswith("(differs also in: rope)")
 
 
@@ -268,12 +271,12 @@ def test_two_keys_with_one_digest_are_a_miss_never_wrong_data(
     store: ChunkStore, chunk: str, make: Any, change: dict[str, Any]
 ) -> None:
     stored, wanted = make.key(chunk), make.key(chunk, **change)
-    store.publish([(stored, make.slabs(), {})])
+    store.publish([(stored, make.tensors(), {})])
     wanted.__dict__["digest"] = stored.digest
     assert store.look_up([wanted]) == store.load([wanted]) == [None]
     assert only(store.explain([wanted]), Miss).reason == "collision"
-    store.publish([(wanted, make.slabs(1), {})])
-    assert make.content(only(store.load([stored]), Entry).slabs) == make.content(make.slabs())
+    store.publish([(wanted, make.tensors(1), {})])
+    assert make.content(only(store.load([stored]), Entry).tensors) == make.content(make.tensors())
 
 
 def flip(path: Path) -> None:
@@ -296,7 +299,7 @@ def test_a_damaged_file_is_set_aside_counted_and_computed_again(
     store: ChunkStore, folder: Path, chunk: str, make: Any, harm: Any, why: str
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     path = only(store.look_up([key]), Hit).path
     harm(path)
     there = path.exists()
@@ -308,47 +311,47 @@ def test_a_damaged_file_is_set_aside_counted_and_computed_again(
     assert not path.exists()
     assert len(list((folder / "damaged").iterdir())) == there
     assert (store.damaged_count, store.stats().damaged, store.stats().entries) == (1, 1, 0)
-    store.publish([(key, make.slabs(), {})])
-    assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+    store.publish([(key, make.tensors(), {})])
+    assert make.content(only(store.load([key]), Entry).tensors) == make.content(make.tensors())
     assert store.damaged_count == 1
 
 
 def test_a_good_file_in_a_wrong_place_is_set_aside(store: ChunkStore, chunk: str, make: Any) -> None:
     one, other = make.key(chunk), make.key(chunk, after=(None,))
-    store.publish([(one, make.slabs(1), {}), (other, make.slabs(2), {})])
+    store.publish([(one, make.tensors(1), {}), (other, make.tensors(2), {})])
     paths = [hit.path for hit in store.look_up([one, other]) if isinstance(hit, Hit)]
     paths[1].write_bytes(paths[0].read_bytes())
     assert store.load([other]) == [None]
     assert "another entry" in only(store.explain([other]), Miss).detail
-    assert make.content(only(store.load([one]), Entry).slabs) == make.content(make.slabs(1))
+    assert make.content(only(store.load([one]), Entry).tensors) == make.content(make.tensors(1))
 
 
 def test_a_file_replaced_while_it_was_read_is_read_again(
     store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     flip(only(store.look_up([key]), Hit).path)
     read = blobs.read
 
-    def replaced_meanwhile(path: Path, place: blobs.Place | None) -> blobs.Blob:
+    def replaced_meanwhile(path: Path, place: Tensors | None) -> blobs.Blob:
         try:
             return read(path, place)
         finally:
             monkeypatch.setattr(blobs, "read", read)
             with ChunkStore(folder) as other:
                 other.load([key])
-                other.publish([(key, make.slabs(), {})])
+                other.publish([(key, make.tensors(), {})])
 
     monkeypatch.setattr(blobs, "read", replaced_meanwhile)
-    assert make.content(only(store.load([key]), Entry).slabs) == make.content(make.slabs())
+    assert make.content(only(store.load([key]), Entry).tensors) == make.content(make.tensors())
     assert store.damaged_count == 1
 
 
 def test_damage_found_by_two_at_once_is_counted_once(folder: Path, make: Any) -> None:
     key = make.key(None)
     with ChunkStore(folder) as one, ChunkStore(folder) as other:
-        one.publish([(key, make.slabs(), {})])
+        one.publish([(key, make.tensors(), {})])
         flip(only(one.look_up([key]), Hit).path)
         gate, results = threading.Barrier(2), []
 
@@ -370,10 +373,10 @@ def test_an_entry_deleted_while_it_was_read_is_absent_not_damaged(
     store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     read = blobs.read
 
-    def deleted_meanwhile(path: Path, place: blobs.Place | None) -> blobs.Blob:
+    def deleted_meanwhile(path: Path, place: Tensors | None) -> blobs.Blob:
         with ChunkStore(folder) as other:
             other.delete_chunk("default", chunk)
         return read(path, place)
@@ -388,9 +391,9 @@ def test_a_file_that_may_not_be_read_is_an_error_and_stays(
     store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
 
-    def refuse(_: Path, __: blobs.Place | None) -> blobs.Blob:
+    def refuse(_: Path, __: Tensors | None) -> blobs.Blob:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:
@@ -409,7 +412,7 @@ def test_a_deleted_chunk_takes_every_chain_that_saw_it(store: ChunkStore, folder
         "c after a, b": make.key(c, after=(None, a, b), after_sha256=SHA((1, 2))),
         "c after b": make.key(c, after=(b,), after_sha256=SHA((2,))),
     }
-    store.publish([(key, make.slabs(), {}) for key in keys.values()])
+    store.publish([(key, make.tensors(), {}) for key in keys.values()])
     gone = store.delete_chunk("default", a)
     assert set(gone) == {keys[name].digest for name in ("a", "b after a", "c after a, b")}
     left = [
@@ -422,7 +425,7 @@ def test_a_deleted_chunk_takes_every_chain_that_saw_it(store: ChunkStore, folder
 
 
 def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     assert store.delete_chunk("other", chunk) == ()
     assert store.delete_chunk("default", "0" * 32) == ()
     assert store.stats().entries == 1
@@ -430,7 +433,7 @@ def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: st
 
 def test_what_was_set_aside_of_a_deleted_chunk_goes_too(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     flip(only(store.look_up([key]), Hit).path)
     store.load([key])
     store.delete_chunk("default", chunk)
@@ -452,7 +455,7 @@ def test_a_row_that_leads_out_of_the_store_moves_nothing(
     store: ChunkStore, folder: Path, chunk: str, precious: Path, make: Any, where: str
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     with store._index.write() as db:
         db.execute("update entries set file = ?", [str(precious) if where == "absolute" else f"../{precious.name}"])
     assert only(store.look_up([key]), Hit).path.is_relative_to(folder)
@@ -465,7 +468,7 @@ def test_a_record_of_damage_that_leads_out_of_its_folder_removes_nothing(
     store: ChunkStore, folder: Path, chunk: str, precious: Path, make: Any, where: str
 ) -> None:
     kept = make.key(None)
-    store.publish([(kept, make.slabs(), {})])
+    store.publish([(kept, make.tensors(), {})])
     name = {"absolute": str(precious), "relative": f"../../{precious.name}"}.get(where, f"../{files(folder)[0]}")
     with store._index.write() as db:
         db.table("damage").insert({"digest": "x", "chunks": f'["{chunk}"]', "file": name, "why": "", "created": ""})
@@ -478,7 +481,7 @@ def test_a_row_whose_digest_is_a_path_is_refused_and_removes_nothing(
     store: ChunkStore, chunk: str, precious: Path, make: Any
 ) -> None:
     key = make.key(chunk)
-    store.publish([(key, make.slabs(), {})])
+    store.publish([(key, make.tensors(), {})])
     with store._index.write() as db:
         db.execute("PRAGMA defer_foreign_keys=ON")
         for table in ("entries", "entry_chunks"):
@@ -495,7 +498,7 @@ def test_an_entry_of_an_unknown_chunk_is_refused_and_leaves_nothing(
 ) -> None:
     key = make.key("0" * 32) if role == "own" else make.key(chunk, after=("0" * 32,))
     with pytest.raises(UnknownChunkError, match="Register it again"):
-        store.publish([(make.key(chunk), make.slabs(), {}), (key, make.slabs(), {})])
+        store.publish([(make.key(chunk), make.tensors(), {}), (key, make.tensors(), {})])
     assert files(folder) == []
     assert store.stats().entries == 0
 
@@ -512,13 +515,14 @@ def test_a_chunk_deleted_while_its_entry_was_written_leaves_nothing(
 
     monkeypatch.setattr(blobs, "write", deleted_meanwhile)
     with pytest.raises(UnknownChunkError):
-        store.publish([(make.key(chunk), make.slabs(), {})])
+        store.publish([(make.key(chunk), make.tensors(), {})])
     assert files(folder) == []
 
 
-def test_wrong_slabs_are_refused_and_leave_nothing(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
+def test_wrong_tensors_are_refused_and_leave_nothing(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
+    wrong = {blobs.TOKEN_IDS: make.tensors()["layer.000"]}
     with pytest.raises(InputError):
-        store.publish([(make.key(chunk), make.slabs(), {}), (make.key(None), make.slabs()[:1], {})])
+        store.publish([(make.key(chunk), make.tensors(), {}), (make.key(None), wrong, {})])
     assert files(folder) == []
 
 
@@ -526,18 +530,18 @@ def test_a_full_disk_is_an_error_that_leaves_the_store_as_it_was(
     store: ChunkStore, folder: Path, chunk: str, make: Any
 ) -> None:
     kept = make.key(None)
-    store.publish([(kept, make.slabs(), {})])
+    store.publish([(kept, make.tensors(), {})])
     before = files(folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(StoreError, match="Free some space"):
-            store.publish([(make.key(chunk), make.slabs(), {})])
+            store.publish([(make.key(chunk), make.tensors(), {})])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert files(folder) == before
     only(store.load([kept]), Entry)
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     only(store.load([make.key(chunk)]), Entry)
 
 
@@ -553,15 +557,15 @@ def test_a_failure_at_any_step_leaves_the_store_as_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)
         with pytest.raises(StoreError, match="No space left"):
-            store.publish([(make.key(chunk), make.slabs(), {})])
+            store.publish([(make.key(chunk), make.tensors(), {})])
     assert files(folder) == []
     assert store.stats().entries == 0
-    store.publish([(make.key(chunk), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {})])
     only(store.load([make.key(chunk)]), Entry)
 
 
 def test_stats_count_what_the_store_holds(store: ChunkStore, chunk: str, make: Any) -> None:
-    store.publish([(make.key(chunk), make.slabs(), {}), (make.key(None), make.slabs(), {})])
+    store.publish([(make.key(chunk), make.tensors(), {}), (make.key(None), make.tensors(), {})])
     stats = store.stats()
     assert (stats.chunks, stats.entries, stats.damaged) == (1, 2, 0)
-    assert stats.bytes == 2 * sum(slab.nbytes for slab in make.slabs())
+    assert stats.bytes == 2 * sum(each.nbytes for each in make.tensors().values())

@@ -117,7 +117,7 @@ def test_a_malformed_index_says_how_to_rebuild_it_and_nothing_is_deleted(
     folder: Path, make: Any, content: bytes
 ) -> None:
     with ChunkStore(folder) as store:
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
     (folder / "index.db").write_bytes(content)
     with pytest.raises(StoreCorruptError, match="aside: the next open rebuilds"):
         ChunkStore(folder)
@@ -147,14 +147,14 @@ def test_a_missing_index_is_rebuilt_from_the_entries(folder: Path, make: Any) ->
         keys = [make.key(None, level=0), *(make.key(row.id) for row in rows)]
         keys.append(make.key(rows[1].id, after=(None, rows[0].id), after_sha256=sha256_of_tokens((1,))))
         for i, key in enumerate(keys):
-            store.publish([(key, make.slabs(i), {"i": i})])
+            store.publish([(key, make.tensors(i), {"i": i})])
         hits = store.look_up(keys)
     aside(folder)
     with ChunkStore(folder) as store:
         assert store.look_up(keys) == hits
         for i, entry in enumerate(store.load(keys)):
             assert isinstance(entry, Entry)
-            assert make.content(entry.slabs) == make.content(make.slabs(i))
+            assert make.content(entry.tensors) == make.content(make.tensors(i))
         assert [row.text for row in store.list_chunks("default")] == texts
         assert {row.names for row in store.list_chunks("default")} == {()}
         assert store.damaged_count == 0
@@ -165,7 +165,7 @@ def test_an_anchor_without_an_entry_of_its_own_still_takes_its_chains_along(fold
     with ChunkStore(folder) as store:
         anchor, chunk = store.add_chunks([NewChunk("default", 0, "rules\n"), NewChunk("default", 1, "text\n")])
         key = make.key(chunk.id, after=(anchor.id,), after_sha256=sha256_of_tokens((1,)))
-        store.publish([(key, make.slabs(), {})])
+        store.publish([(key, make.tensors(), {})])
     aside(folder)
     with ChunkStore(folder) as store:
         assert isinstance(store.look_up([key])[0], Hit)
@@ -176,7 +176,7 @@ def test_a_rebuild_sets_aside_what_is_not_an_entry(folder: Path, make: Any) -> N
     with ChunkStore(folder) as store:
         rows = store.add_chunks([NewChunk("default", 1, f"text {i}\n") for i in range(4)])
         keys = [make.key(row.id) for row in rows]
-        store.publish([(key, make.slabs(), {}) for key in keys])
+        store.publish([(key, make.tensors(), {}) for key in keys])
         paths = [hit.path for hit in store.look_up(keys) if isinstance(hit, Hit)]
     paths[0].write_bytes(b"junk")
     paths[1].write_bytes(paths[2].read_bytes())
@@ -191,7 +191,7 @@ def test_a_rebuild_sets_aside_what_is_not_an_entry(folder: Path, make: Any) -> N
 
 def test_a_rebuild_knows_entries_in_their_own_places_only(folder: Path, make: Any) -> None:
     with ChunkStore(folder) as store:
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
     (path,) = folder.glob("entries/*/*.safetensors")
     other = folder / "entries" / "zz" / path.name
     other.parent.mkdir()
@@ -207,7 +207,7 @@ def test_a_rebuild_leaves_the_files_of_another_format_alone(
 ) -> None:
     with ChunkStore(folder) as store, monkeypatch.context() as patch:
         patch.setattr("braidsdk.store.blobs.FORMAT_VERSION", 99)
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
     aside(folder)
     with ChunkStore(folder) as store:
         assert (store.stats().entries, store.damaged_count) == (0, 0)
@@ -234,7 +234,7 @@ def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(
 ) -> None:
     monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
     with ChunkStore(folder) as store:
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
         good = store.look_up([make.key(None)])[0]
         assert isinstance(good, Hit)
     names = {
@@ -347,7 +347,7 @@ def test_a_store_used_after_a_fork_says_so(store: ChunkStore, monkeypatch: pytes
 
 def test_a_closed_store_leaves_loaded_entries_valid(folder: Path, make: Any) -> None:
     with ChunkStore(folder) as store:
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
         (entry,) = store.load([make.key(None)])
     assert isinstance(entry, Entry)
-    assert make.content(entry.slabs) == make.content(make.slabs())
+    assert make.content(entry.tensors) == make.content(make.tensors())

@@ -125,12 +125,16 @@ def test_counts_read_no_row_of_a_chunk_that_is_not_wanted(filled: ChunkStore, fi
 def test_statistics_are_answered_from_an_index_alone(filled: ChunkStore, make: Any) -> None:
     rows = filled.list_chunks("default")
     keys = [make.key(row.id, level=row.level) for row in rows]
-    filled.publish([(key, make.slabs(), {}) for key in keys])
+    filled.publish([(key, make.tensors(), {}) for key in keys])
     with plans(filled) as found:
         stats = filled.stats()
     assert [(group.level, group.entries) for group in stats.groups] == [(0, 1), (1, 4)]
     assert all(group.weights == make.model.weights and group.dtype == "bfloat16" for group in stats.groups)
-    assert stats.bytes == sum(group.bytes for group in stats.groups) == 5 * sum(slab.nbytes for slab in make.slabs())
+    assert (
+        stats.bytes
+        == sum(group.bytes for group in stats.groups)
+        == 5 * sum(each.nbytes for each in make.tensors().values())
+    )
     (plan,) = [plan for plan in found if "entries" in plan]
     assert plan == f"SCAN entries USING COVERING INDEX {schema.MODELS_INDEX}"
 
@@ -155,7 +159,7 @@ def test_a_chunk_gets_other_metadata_and_one_more_name(filled: ChunkStore) -> No
 
 def test_many_are_deleted_in_one_transaction(filled: ChunkStore, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = filled.list_chunks("default", name="guide*")
-    filled.publish([(make.key(row.id), make.slabs(), {}) for row in rows])
+    filled.publish([(make.key(row.id), make.tensors(), {}) for row in rows])
     kept = filled.list_chunks("other")[0]
     before = filled.stats()
 
@@ -213,7 +217,7 @@ def test_what_is_remembered_outlives_the_process(folder: Path) -> None:
 def test_a_store_of_the_first_version_is_brought_up_to_date(folder: Path, make: Any) -> None:
     with ChunkStore(folder) as store:
         row = store.add_chunk(namespace="default", level=1, text="one", name="a", metadata={"v": 1})
-        store.publish([(make.key(row.id), make.slabs(), {})])
+        store.publish([(make.key(row.id), make.tensors(), {})])
         stats = store.stats()
     with Database(folder / "index.db", execute_plugins=False) as db:  # what the second migration made is taken away
         db.execute(f"drop index {schema.METADATA_INDEX}")

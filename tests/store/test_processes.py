@@ -32,7 +32,7 @@ def test_four_processes_open_a_new_store_and_publish_the_same_entries(folder: Pa
         assert [row.name for row in rows] == [f"name {i}" for i in range(12)]
         for i, entry in enumerate(store.load([make.key(row.id) for row in rows])):
             assert isinstance(entry, Entry)
-            assert make.content(entry.slabs) == make.content(make.slabs(i))
+            assert make.content(entry.tensors) == make.content(make.tensors(i))
         assert (store.stats().entries, store.damaged_count) == (12, 0)
         with store._index.read() as db:
             assert db.table("_sqlite_migrations").count == 2
@@ -64,7 +64,7 @@ def test_a_killed_writer_leaves_a_good_store(folder: Path, make: Any, seed: int)
 
         for row in rows:
             blob = blobs.read(folder / "entries" / row["digest"][:2] / f"{row['digest']}.safetensors")
-            assert make.content(blob.slabs) == make.content(make.slabs(seed))
+            assert make.content(blob.tensors) == make.content(make.tensors(seed))
         store.add_chunks([NewChunk("default", 1, "still works\n")])
-        store.publish([(make.key(None), make.slabs(), {})])
+        store.publish([(make.key(None), make.tensors(), {})])
         assert isinstance(store.load([make.key(None)])[0], Entry)

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import content, make_key, make_slabs
+from conftest import content, make_key, make_tensors
 
 from braidsdk.store import ChunkStore, Entry, EntryKey, NewChunk, sha256_of_tokens
 
@@ -21,10 +21,10 @@ def publish(store: ChunkStore, number: int) -> None:
     keys = keys_of(store)
     for i in range(ROUNDS):
         at = (i * (number * 2 + 1)) % ROUNDS
-        store.publish([(keys[at], make_slabs(at), {"writer": number})])
+        store.publish([(keys[at], make_tensors(at), {"writer": number})])
         (entry,) = store.load([keys[at]])
         assert isinstance(entry, Entry), entry
-        assert content(entry.slabs) == content(make_slabs(at))
+        assert content(entry.tensors) == content(make_tensors(at))
 
 
 def churn(store: ChunkStore, number: int) -> None:
@@ -53,12 +53,12 @@ def churn(store: ChunkStore, number: int) -> None:
             time.sleep(0.01)
         else:
             try:
-                store.publish([(key, make_slabs(at), {})])
+                store.publish([(key, make_tensors(at), {})])
             except UnknownChunkError:
                 continue
             (entry,) = store.load([key])
             if isinstance(entry, Entry):
-                assert content(entry.slabs) == content(make_slabs(at))
+                assert content(entry.tensors) == content(make_tensors(at))
 
 
 def write_for_ever(store: ChunkStore, number: int) -> None:
@@ -67,7 +67,7 @@ def write_for_ever(store: ChunkStore, number: int) -> None:
     while True:
         i += 1
         key = make_key(None, tokens=(number, i % 4096), after_sha256=sha256_of_tokens((i,)))
-        store.publish([(key, make_slabs(number), {})])
+        store.publish([(key, make_tensors(number), {})])
         if i == 3:
             print("writing", flush=True)  # noqa: T201 - the test waits for it
 
