@@ -257,6 +257,8 @@ def gpu_table(report: dict[str, Any], vllm: dict[str, Any]) -> str:
         f"| {row['value'] / row['limit']:.0%} |"
         for row in report["geometries"]
     ]
+    noted = [row for row in report["geometries"] if "note" in row]
+    lines += ["", *(f"{row['what']}, {row['weights']}: {row['note']}." for row in noted)]
     kernels = [row for row in report["profile"] if row["share"] >= 0.005]
     lines += ["", "| kernel of decoding at 8k | share of the GPU's time |", "| --- | ---: |"]
     lines += [f"| `{row['kernel'].split('<')[0]}` | {row['share']:.1%} |" for row in kernels]
@@ -363,7 +365,7 @@ def launches_table(report: dict[str, Any]) -> str:
     launches = report.get("launches")
     if not launches:
         return _NOTHING_KEPT
-    passes = [name for name in launches if not name.endswith(", drawn")]
+    passes = [name for name in launches if "," not in name]  # passes of repairs launch as many
     passes.sort(key=lambda name: (name.split()[0], int(name.split()[-1])))
     lines = ["| graph | kernels, greedy | kernels, sampled |", "| --- | ---: | ---: |"]
     return "\n".join(
@@ -532,7 +534,8 @@ def real_table(report: dict[str, Any]) -> str:
     for name, found in report["sets"].items():
         answers = " | contains the reference, % | of full prefill's, %" if "contains" in found["modes"]["exact"] else ""
         lines += [
-            f"{name} ({found['licence']}), {found['questions']} questions; {found['model']}, {found['dtype']}:",
+            f"{name} ({found['licence']}), {found['questions']} questions; {found['model']}, {found['dtype']}, "
+            f"{found.get('device', 'a CPU')}:",
             "",
             f"| mode | budget, % | KL, nats | KL recovered, % | worse than anchored, %{answers} |",
             f"| --- | ---: | ---: | ---: | ---: |{' ---: | ---: |' if answers else ''}",

@@ -24,7 +24,6 @@ from braidsdk.engine import verbose
 from braidsdk.engine.engine import MAX_QUEUE, Engine
 from braidsdk.engine.graphs import left_for_entries
 from braidsdk.engine.kernel_choice import choose_backends, parse_kernels
-from braidsdk.engine.loop import HITS, MISSES
 from braidsdk.engine.sampling import SamplingOptions
 from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import EmptyTextError, InputError, did_you_mean, shown
@@ -43,7 +42,7 @@ from braidsdk.progress import ProgressBar, steps_bar
 from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.text import check_window, is_unicode, normalise
 from braidsdk.settings import store_folder
-from braidsdk.store import ChunkStore
+from braidsdk.store import ChunkStore, counters
 from braidsdk.store.threads import Threads
 from braidsdk.types import (
     LEVEL_CONTEXT,
@@ -304,16 +303,18 @@ class Braid:
         return estimate(self._engine, good, plan(self._engine, good, before, level))
 
     def stats(self) -> Stats:
-        """What the store holds and how it served so far; `str()` of it is for people."""
+        """What the store holds of this namespace and how it served so far; `str()` of it is for people."""
         self._engine.check_open()
-        held = self._engine.store.stats()
+        engine = self._engine
+        held = engine.store.stats(engine.namespace)
         models = [f"model:{group.weights}" for group in held.groups]
-        known = self._engine.store.recall({HITS, MISSES, *models})
+        hits, misses = counters(engine.namespace)
+        known = engine.store.recall({hits, misses, *models})
         groups = [
             EntryGroup(known.get(key, group.weights[:12]), group.dtype, group.level, group.entries, group.bytes)
             for key, group in zip(models, held.groups, strict=True)
         ]
-        engine, pool, load = self._engine, self._engine.pool, self._engine.load()
+        pool, load = engine.pool, engine.load()
         return Stats(
             chunks=held.chunks,
             entries=held.entries,
@@ -322,8 +323,8 @@ class Braid:
             groups=tuple(sorted(groups, key=lambda group: (group.model, group.dtype, group.level))),
             hits=engine.hits,
             misses=engine.misses,
-            all_hits=int(known.get(HITS, 0)) + engine.hits,
-            all_misses=int(known.get(MISSES, 0)) + engine.misses,
+            all_hits=int(known.get(hits, 0)) + engine.hits,
+            all_misses=int(known.get(misses, 0)) + engine.misses,
             pool_used_bytes=pool.used_bytes,
             pool_capacity_bytes=pool.capacity_pages * pool.page_bytes,
             running=load.running,

@@ -17,6 +17,8 @@ message holds tensor contents or long parts of a user's text, and none is longer
     │   └── WeightsError                   weights are missing, unexpected, misshapen or not finite
     ├── StoreError                         the chunk store can't be used
     │   ├── StorePathError                 the path is a file, or can't be written
+    │   ├── StoreReadOnlyError             the store can only be read, and something must be written
+    │   ├── StoreReplacedError             the store's folder was removed or replaced while it was open
     │   ├── StoreVersionError              a newer BraidSDK wrote it
     │   ├── StoreCorruptError              the index is damaged
     │   ├── StoreFullError                 the disk has no room for what must be written
@@ -59,6 +61,8 @@ __all__ = [
     "StoreError",
     "StoreFullError",
     "StorePathError",
+    "StoreReadOnlyError",
+    "StoreReplacedError",
     "StoreVersionError",
     "UnknownChunkError",
     "UnknownModeError",
@@ -146,6 +150,14 @@ class StoreError(BraidError):
 
 class StorePathError(StoreError):
     """The store's path is a file, or can't be written."""
+
+
+class StoreReadOnlyError(StoreError):
+    """The store can only be read, and something must be written."""
+
+
+class StoreReplacedError(StoreError):
+    """The store's folder was removed or replaced while it was open. What was registered since is not kept."""
 
 
 class StoreVersionError(StoreError):

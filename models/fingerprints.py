@@ -63,6 +63,7 @@ def remember(file: Path, key: str, checkpoint: Sequence[Path], found: object) ->
             return
         records = {**_records(file), key: [found, _check(key, found)]}
         try:
+            temporary.touch(mode=0o600)
             temporary.write_text(json.dumps(dict(list(records.items())[-_KEPT:]), indent=0))
             temporary.replace(file)
         finally:
@@ -72,7 +73,7 @@ def remember(file: Path, key: str, checkpoint: Sequence[Path], found: object) ->
 def _records(file: Path) -> dict[str, object]:
     try:
         records = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return records if isinstance(records, dict) else {}
 

@@ -8,6 +8,7 @@
     chunks.py   registered chunks and names, as rows
     entries.py  KV entries, as rows
     memory.py   what processes remember for later ones
+    claims.py   which entries a process computes
     reasons.py  says why a look-up missed
     rebuild.py  rebuilds the index from the files
     store.py    ChunkStore, which puts these together
@@ -28,6 +29,7 @@ from braidsdk.store.keys import (
     differences,
     sha256_of_tokens,
 )
+from braidsdk.store.memory import counters
 from braidsdk.store.reasons import Miss
 from braidsdk.store.store import ChunkStore, Deleted, Publication, StoreStats
 
@@ -50,6 +52,7 @@ __all__ = [
     "StoreStats",
     "Tensors",
     "chunk_id",
+    "counters",
     "differences",
     "sha256_of_tokens",
 ]

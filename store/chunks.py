@@ -347,7 +347,7 @@ def _rows(
         if chunk_id(row["namespace"], row["level"], row["text"]) != row["id"]:
             raise StoreCorruptError(
                 f"The id of chunk {row['id']} must be the hash of its text; the index holds another text. Move the "
-                "index aside (index.db, index.db-wal, index.db-shm): the next open rebuilds it from the entries."
+                "index aside (index.db and index.db-journal): the next open rebuilds it from the entries."
             )
         own = tuple(names.get(row["id"], ()))
         name = (asked or fitting).get(row["id"]) or (own[0] if own else None)

@@ -120,7 +120,7 @@ def insert(db: Database, rows: Sequence[EntryRow]) -> None:
     db.table("entries").insert_all(
         [
             {name: getattr(row, name) for name in fields}
-            | _grouped(row)
+            | _copied(row)
             | {"file": entry_name(row.digest), "created": created}  # `file` is for people; nothing reads it
             for row in rows
         ]
@@ -148,17 +148,27 @@ def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
 def delete_damaged(db: Database, digest: str, *, file: str | None, why: str) -> bool:
     """Move an entry's row to the record of damage. Returns False if the row was gone already."""
     chunks = [row["chunk_id"] for row in db.table("entry_chunks").rows_where("digest = ?", [digest])]
-    if not known(db, [digest]):
+    found = list(db.table("entries").rows_where("digest = ?", [digest], select="namespace"))
+    if not found:
         return False
     db.table("entries").delete(digest)
-    record_damage(db, digest, chunks=chunks, file=file, why=why)
+    record_damage(db, digest, namespace=found[0]["namespace"], chunks=chunks, file=file, why=why)
     return True
 
 
-def record_damage(db: Database, digest: str, *, chunks: Sequence[str], file: str | None, why: str) -> None:
-    """Record a file that was set aside. `file` is its new place in damaged/, None if it was missing."""
-    row = {"digest": digest, "chunks": json.dumps(list(chunks)), "file": file, "why": why, "created": now()}
-    db.table("damage").insert(row)
+def record_damage(
+    db: Database, digest: str, *, namespace: str, chunks: Sequence[str], file: str | None, why: str
+) -> None:
+    """Record a file that was set aside. `file` is its new place in damaged/, None if it was missing. `namespace` is ""
+    if it is not known."""
+    row = {"digest": digest, "namespace": namespace, "chunks": json.dumps(list(chunks))}
+    db.table("damage").insert({**row, "file": file, "why": why, "created": now()})
+
+
+def count_damaged(db: Database, namespace: str) -> int:
+    """Return how many files of a namespace were set aside so far, and of those whose namespace is not known."""
+    query = "select count(*) from damage where namespace in (?, '')"
+    return int(db.execute(query, [namespace]).fetchone()[0])
 
 
 def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
@@ -171,11 +181,13 @@ def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
     return files
 
 
-def groups(db: Database) -> list[EntryGroup]:
-    """Count entries and their bytes by model, dtype and level. SQLite needs only one of its indexes for that."""
+def groups(db: Database, namespace: str) -> list[EntryGroup]:
+    """Count a namespace's entries and their bytes by model, dtype and level. SQLite needs only one of its indexes for
+    that."""
     rows = db.query(
         "select weights, dtype, level, count(*) as entries, sum(bytes) as bytes "
-        f"from entries indexed by {MODELS_INDEX} group by weights, dtype, level"
+        f"from entries indexed by {MODELS_INDEX} where namespace = ? group by weights, dtype, level",
+        [namespace],
     )
     return [EntryGroup(**row) for row in rows]
 
@@ -187,10 +199,12 @@ def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
     return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
 
 
-def _grouped(row: EntryRow) -> dict[str, Any]:
-    """The fields of an entry's record that statistics group it by."""
+def _copied(row: EntryRow) -> dict[str, Any]:
+    """The fields of an entry's record that have a column of their own."""
     record = json.loads(row.record)
-    return {"weights": record["model"]["weights"], "dtype": record["model"]["dtype"], "level": record["level"]}
+    return {name: record[name] for name in ("namespace", "level")} | {
+        name: record["model"][name] for name in ("weights", "dtype")
+    }
 
 
 def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | None:

@@ -2,31 +2,32 @@
 
     index.db                             the index; it is rebuilt from the entries if it is missing
     entries/<2 hex>/<digest>.safetensors one KV entry each, immutable
-    tmp/                                 files that are being written; leftovers are removed after an hour
+    tmp/<owner>.lock                     locked for as long as a process has the store open
+    tmp/<owner>.<digest>.<8 hex>.part    files that it is writing; removed by others once it does not live any more
     damaged/                             entries that were set aside
+    queue.lock                           what writers of the index queue for
+    claims.lock                          whose bytes stand for the entries that processes compute (see claims.py)
 
 Every path is made from a digest or from a name that `set_aside` gives. An index may come from anyone, so nothing in it
 may lead out of the store. Knows nothing about the content of files or of the index.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
 import re
 import secrets
 import stat
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
-LEFTOVER_AGE_S = 3600.0
-"""A file of this age that no row of the index names is assumed to come from a killed process."""
-
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
 _DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.safetensors")
-_TEMPORARY = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}\.part|\.tmp[0-9A-Za-z]{6}")  # ours, and safetensors' own
+_OWNED = re.compile(r"([0-9a-f]{16})\.(lock|[0-9a-f]{32}\.[0-9a-f]{8}\.part)")
 
 Stamp = tuple[int, int, int]
 """Tells a file from another one that takes its path later: inode, time of change in ns, size in bytes."""
@@ -37,34 +38,92 @@ class Layout:
 
     Attributes:
         root: the store's folder.
-        mode: permission bits that a new file gets here from the process's umask.
+        read_only: whether nothing can be written there.
+        mode: permission bits of a new file: the owner's, and those of others that may write to the store's folder.
     """
 
     def __init__(self, root: Path) -> None:
-        """Create the store's folders if they are missing, and check that they can be written.
+        """Create the store's folders and an empty index if they are missing. A store that can't be written is opened
+        to be read.
 
         Raises:
-            StorePathError: a file is in the way, or a folder can't be written.
+            StorePathError: a file is in the way, or a folder can't be written and is no store.
         """
         self.root = root
+        self.read_only = False
+        self._process = os.getpid()
+        self._owner = ""
+        self._lock: int | None = None
+        self._synced: set[Path] = set()
         try:
-            for folder in (self.root, self.entries, self.tmp, self.damaged):
-                folder.mkdir(parents=True, exist_ok=True)
-            probe = self.temporary("0" * 32)
-            descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            self.mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-            os.close(descriptor)
-            probe.unlink()
-            sync_folder(self.root)
+            self._create()
         except (FileExistsError, NotADirectoryError):
             raise StorePathError(
                 f"The store's path must be a folder or free; got {root} with a file in the way. Choose another path."
             ) from None
         except OSError as error:
+            self.close()
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) and os.access(self.index, os.R_OK):
+                self.read_only = True
+                return
             raise StorePathError(
                 f"The store's folder must be writable; got {root}: {error.strerror}. Choose another path or correct "
                 "its permissions."
             ) from None
+
+    def _create(self) -> None:
+        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(mode=0o700 if folder is self.root else 0o777, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # it can be written and not be read
+                sync_folder(folder.parent)
+        bits = self.root.stat().st_mode
+        shared = (stat.S_IRWXG if bits & stat.S_IWGRP else 0) | (stat.S_IRWXO if bits & stat.S_IWOTH else 0)
+        self.mode, self._folder_mode = 0o600 | (shared & 0o066), 0o700 | shared | (bits & stat.S_ISGID)
+        for folder in (self.entries, self.tmp, self.damaged):
+            self._make_folder(folder)
+        self._lock = self._live()
+        if not self.index.exists():
+            # Made under another name, because closing it would end the locks that this process has on it.
+            new = self.temporary("0" * 32)
+            os.close(self._open_new(new))
+            with contextlib.suppress(FileExistsError):
+                os.link(new, self.index)
+            new.unlink()
+        for path in (self.queue, self.claims):
+            with contextlib.suppress(FileExistsError):
+                os.close(self._open_new(path))
+        sync_folder(self.root)
+
+    def _make_folder(self, folder: Path) -> None:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            folder.chmod(self._folder_mode)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+    def _live(self) -> int:
+        """Lock a file of this process's own for as long as the store is open."""
+        while True:
+            self._owner = secrets.token_hex(8)
+            path = self.tmp / f"{self._owner}.lock"
+            descriptor = self._open_new(path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if stamp(path) is not None:
+                return descriptor
+            os.close(descriptor)  # a sweep locked it first, and took it for one of a dead process
+
+    def _open_new(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.fchmod(descriptor, self.mode)
+        return descriptor
+
+    def close(self) -> None:
+        """Let others remove what this process has not finished. Safe to call twice."""
+        descriptor, self._lock = self._lock, None
+        if descriptor is not None and self._process == os.getpid():
+            remove(self.tmp / f"{self._owner}.lock")
+            os.close(descriptor)
 
     @property
     def index(self) -> Path:
@@ -90,22 +149,33 @@ class Layout:
         """The path of the entry with this digest. Raises the same errors as `entry_name`."""
         return self.root / entry_name(digest)
 
+    @property
+    def queue(self) -> Path:
+        """The file whose lock writers of the index queue for."""
+        return self.root / "queue.lock"
+
+    @property
+    def claims(self) -> Path:
+        """The file of claims."""
+        return self.root / "claims.lock"
+
     def temporary(self, digest: str) -> Path:
         """A new path to write an entry to before it is moved to its place."""
-        return self.tmp / f"{digest}.{secrets.token_hex(8)}.part"
+        return self.tmp / f"{self._owner}.{digest}.{secrets.token_hex(4)}.part"
 
     def place(self, moves: Iterable[tuple[Path, str]]) -> None:
         """Move finished files to the places of their digests, durably."""
         folders = set()
         for source, digest in moves:
             target = self.entry(digest)
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
+            if target.parent not in self._synced:  # whoever has made it may not have synced it
+                self._make_folder(target.parent)
                 folders.add(self.entries)
             source.replace(target)
             folders.add(target.parent)
         for folder in folders:
             sync_folder(folder)
+        self._synced |= folders
 
     def set_aside(self, digest: str) -> str | None:
         """Move an entry's damaged file to damaged/ and return its name there. Returns None if it is gone already."""
@@ -130,10 +200,28 @@ class Layout:
                         yield name.removesuffix(".safetensors")
 
     def sweep_temporaries(self) -> None:
-        """Remove what killed writers left in tmp/. Files that aren't ours are not touched."""
-        for path in self.tmp.iterdir():
-            if _TEMPORARY.fullmatch(path.name) and is_old(path):
+        """Remove what processes left in tmp/ that do not live any more. Files that aren't ours are not touched."""
+        for owner in {found[1] for path in self.tmp.iterdir() if (found := _OWNED.fullmatch(path.name))}:
+            if owner != self._owner:
+                self._sweep_owner(owner)
+
+    def _sweep_owner(self, owner: str) -> None:
+        lock = self.tmp / f"{owner}.lock"
+        try:
+            descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            descriptor = None  # it was closed, or another process sweeps
+        try:
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in self.tmp.glob(f"{owner}.*.part"):
                 remove(path)
+            remove(lock)
+        except BlockingIOError:
+            return  # it lives
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
 
 
 def entry_name(digest: str) -> str:
@@ -144,18 +232,10 @@ def entry_name(digest: str) -> str:
     """
     if not _DIGEST.fullmatch(digest):
         raise StoreCorruptError(
-            f"An entry's digest must be 32 hex digits; got {shown(digest)}. Move the index aside (index.db, "
-            "index.db-wal, index.db-shm): the next open rebuilds it from the entries."
+            f"An entry's digest must be 32 hex digits; got {shown(digest)}. Move the index aside (index.db and "
+            "index.db-journal): the next open rebuilds it from the entries."
         )
     return f"entries/{digest[:2]}/{digest}.safetensors"
-
-
-def is_old(path: Path) -> bool:
-    """Whether a file has not changed for so long that no living process can be writing it."""
-    try:
-        return time.time() - path.stat().st_mtime > LEFTOVER_AGE_S
-    except FileNotFoundError:
-        return False
 
 
 def stamp(path: Path) -> Stamp | None:

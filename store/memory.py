@@ -11,6 +11,11 @@ from sqlite_utils import Database
 from braidsdk.store.chunks import parts, placeholders
 
 
+def counters(namespace: str) -> tuple[str, str]:
+    """The keys of a namespace's counts of hits and misses, in all processes so far."""
+    return f"hits:{namespace}", f"misses:{namespace}"
+
+
 def recall(db: Database, keys: Iterable[str]) -> dict[str, str]:
     """Return the values of these keys. Unknown keys are left out."""
     found: dict[str, str] = {}

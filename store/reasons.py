@@ -19,12 +19,10 @@ CANDIDATES = 64
 """The most stored entries of one chunk that are compared, the newest first. A chunk may be part of many chains."""
 
 _NEWEST = f"""
-    select found_by, namespace, digest, record from (
-        select {{column}} as found_by, json_extract(record, '$.namespace') as namespace, digest, record,
-            row_number() over (
-                partition by {{column}}, json_extract(record, '$.namespace') order by rowid desc
-            ) as nth
-        from entries where level <> {LEVEL_OVERLAY} and {{where}}
+    select found_by, digest, record from (
+        select {{column}} as found_by, digest, record,
+            row_number() over (partition by {{column}} order by rowid desc) as nth
+        from entries where namespace = ? and level <> {LEVEL_OVERLAY} and {{where}}
     ) where nth <= ?
 """
 
@@ -51,8 +49,12 @@ def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
     """
     there = _there(db, [key.digest for key in keys])
     damaged = _damaged(db, [key.digest for key in keys])
-    by_chunk = _newest(db, "chunk_id", [key.chunk_id for key in keys])
-    by_tokens = _newest(db, "tokens_sha256", [key.token_sha256 for key in keys])
+    by_chunk: dict[tuple[str, str | None], dict[str, str]] = {}
+    by_tokens: dict[tuple[str, str | None], dict[str, str]] = {}
+    for namespace in dict.fromkeys(key.namespace for key in keys):
+        own_keys = [key for key in keys if key.namespace == namespace]
+        by_chunk |= _newest(db, namespace, "chunk_id", [key.chunk_id for key in own_keys])
+        by_tokens |= _newest(db, namespace, "tokens_sha256", [key.token_sha256 for key in own_keys])
     misses = []
     for key in keys:
         if there.get(key.digest, (key.record_json, key.token_sha256)) != (key.record_json, key.token_sha256):
@@ -60,8 +62,8 @@ def explain(db: Database, keys: Sequence[EntryKey]) -> list[Miss]:
         elif key.digest in damaged:
             misses.append(Miss("damaged", f"its file was set aside: {damaged[key.digest]}"))
         else:
-            own = by_chunk.get((key.chunk_id, key.namespace), {})
-            misses.append(_closest(key, own, by_tokens.get((key.token_sha256, key.namespace), {})))
+            own = by_chunk.get((key.namespace, key.chunk_id), {})
+            misses.append(_closest(key, own, by_tokens.get((key.namespace, key.token_sha256), {})))
     return misses
 
 
@@ -70,8 +72,6 @@ def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, st
     # The same chunk id means the same text. The same token ids count only if they belong to another level.
     candidates = [json.loads(record) for digest, record in own.items() if digest != key.digest]
     candidates += [record for record in map(json.loads, same_tokens.values()) if record["level"] != key.level]
-    # Checked again, because SQLite ends a namespace at a null character.
-    candidates = [record for record in candidates if record["namespace"] == key.namespace]
     best: tuple[tuple[int, int], Miss] | None = None
     for rank, found in enumerate(candidates):
         named = differences(wanted, found)
@@ -85,16 +85,18 @@ def _closest(key: EntryKey, own: Mapping[str, str], same_tokens: Mapping[str, st
     return best[1] if best else Miss("absent", "never computed in this store")
 
 
-def _newest(db: Database, column: str, values: Sequence[str | None]) -> dict[tuple[str | None, str], dict[str, str]]:
-    """Return the newest records, by their digests, for each value of a column and each namespace. None means null."""
+def _newest(
+    db: Database, namespace: str, column: str, values: Sequence[str | None]
+) -> dict[tuple[str, str | None], dict[str, str]]:
+    """Return the namespace's newest records, by their digests, for each value of a column. None means null."""
     wanted = list(dict.fromkeys(value for value in values if value is not None))
     conditions = [(f"{column} in ({placeholders(part)})", part) for part in parts(wanted)]
     if None in values:
         conditions.append((f"{column} is null", []))
-    found: dict[tuple[str | None, str], dict[str, str]] = {}
+    found: dict[tuple[str, str | None], dict[str, str]] = {}
     for where, arguments in conditions:
-        for row in db.query(_NEWEST.format(column=column, where=where), [*arguments, CANDIDATES]):
-            found.setdefault((row["found_by"], row["namespace"]), {})[row["digest"]] = row["record"]
+        for row in db.query(_NEWEST.format(column=column, where=where), [namespace, *arguments, CANDIDATES]):
+            found.setdefault((namespace, row["found_by"]), {})[row["digest"]] = row["record"]
     return found
 
 

@@ -29,7 +29,7 @@ def rebuild(db: Database, layout: Layout) -> None:
             if blobs.is_of_another_format(path):
                 continue  # it belongs to another version and stays where it is
             moved = layout.set_aside(digest)
-            entries.record_damage(db, digest, chunks=[], file=moved, why=str(error))
+            entries.record_damage(db, digest, namespace="", chunks=[], file=moved, why=str(error))
             continue
         except FileNotFoundError:
             continue

@@ -8,7 +8,6 @@ The index can be rebuilt from the entries' files (see `rebuild.py`), except name
 """
 
 import sqlite3
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -21,6 +20,15 @@ from braidsdk.errors import StoreCorruptError, StoreError, StoreFullError, Store
 
 BUSY_TIMEOUT_S = 30.0
 
+PRAGMAS = (
+    "journal_mode=DELETE",
+    "synchronous=EXTRA",  # the folder is synced once the journal is gone, so a commit can't be undone by a power cut
+    "secure_delete=ON",
+    "foreign_keys=ON",
+    "trusted_schema=OFF",
+    "temp_store=MEMORY",
+)
+
 METADATA_INDEX = "idx_chunks_namespace_metadata"
 
 MODELS_INDEX = "idx_entries_model"
@@ -29,113 +37,130 @@ migrations = Migrations("braidsdk-store")
 
 
 @migrations()
-def m001_initial(db: Database) -> None:
-    """Chunks with their names, entries with the chunks that each one saw, and what was set aside as damaged."""
+def m001_tables(db: Database) -> None:
+    """Chunks with their names, entries with the chunks that each one saw, what was set aside as damaged, and what
+    processes remember for later ones."""
     db.table("chunks").create(
         {"number": int, "id": str, "namespace": str, "level": int, "text": str, "metadata": str, "created": str},
         pk="number",  # registration order; an explicit one, because VACUUM may renumber rows without
         not_null=["id", "namespace", "level", "text", "metadata", "created"],
+        strict=True,
     )
     db.table("chunks").create_index(["id"], unique=True)
     db.table("chunks").create_index(["namespace", "number"])
+    db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
+    db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
     db.table("names").create(
         {"number": int, "namespace": str, "name": str, "chunk_id": str},
         pk="number",
         not_null=["namespace", "name", "chunk_id"],
         foreign_keys=[ForeignKey("names", "chunk_id", "chunks", "id", on_delete="CASCADE")],
+        strict=True,
     )
     db.table("names").create_index(["namespace", "name"], unique=True)
     db.table("names").create_index(["chunk_id"])
     db.table("entries").create(
         {
             "digest": str,
-            "chunk_id": str,  # null: the bare prompt header
+            "namespace": str,
+            "chunk_id": str,  # null: the bare prompt header, or an overlay
             "record": str,  # canonical JSON of the key, without the token ids
             "tokens_sha256": str,
+            "weights": str,  # these three are copied from the record, for statistics
+            "dtype": str,
+            "level": int,
             "tokens": int,
             "bytes": int,
-            "file": str,  # relative to the store
             "payload_digest": str,
+            "file": str,  # relative to the store; for people, nothing reads it
             "created": str,
         },
         pk="digest",
-        not_null=["record", "tokens_sha256", "tokens", "bytes", "file", "payload_digest", "created"],
+        not_null=[
+            *("namespace", "record", "tokens_sha256", "weights", "dtype", "level"),
+            *("tokens", "bytes", "payload_digest", "file", "created"),
+        ],
         foreign_keys=[ForeignKey("entries", "chunk_id", "chunks", "id")],
+        strict=True,
     )
-    db.table("entries").create_index(["chunk_id"])
-    db.table("entries").create_index(["tokens_sha256"])
+    db.table("entries").create_index(["chunk_id", "namespace"])
+    db.table("entries").create_index(["tokens_sha256", "namespace"])
+    columns = ["namespace", "weights", "dtype", "level", "bytes"]
+    db.table("entries").create_index(columns, index_name=MODELS_INDEX)
     db.table("entry_chunks").create(
         {"digest": str, "chunk_id": str},  # no key to chunks: a rebuilt index may know an entry's anchor by id alone
         pk=("digest", "chunk_id"),
+        not_null=["digest", "chunk_id"],
         foreign_keys=[ForeignKey("entry_chunks", "digest", "entries", "digest", on_delete="CASCADE")],
+        strict=True,
     )
     db.table("entry_chunks").create_index(["chunk_id"])
     db.table("damage").create(
-        {"number": int, "digest": str, "chunks": str, "file": str, "why": str, "created": str},
+        {"number": int, "digest": str, "namespace": str, "chunks": str, "file": str, "why": str, "created": str},
         pk="number",
-        not_null=["digest", "chunks", "why", "created"],
+        not_null=["digest", "namespace", "chunks", "why", "created"],
+        defaults={"namespace": ""},  # that of a file whose namespace is not known
+        strict=True,
     )
     db.table("damage").create_index(["digest"])
+    db.table("damage").create_index(["namespace"])
+    db.table("memory").create({"key": str, "value": str}, pk="key", not_null=["value"], strict=True)
 
 
-@migrations()
-def m002_filters_and_memory(db: Database) -> None:
-    """Indexes for lists, counts and statistics that read no text; and what processes remember for later ones."""
-    db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
-    db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
-    for name, kind, path in (("weights", str, "model.weights"), ("dtype", str, "model.dtype"), ("level", int, "level")):
-        db.table("entries").add_column(name, kind)  # copied from `record`, for statistics
-        db.execute(f"update entries set {name} = json_extract(record, '$.{path}')")
-    db.table("entries").create_index(["weights", "dtype", "level", "bytes"], index_name=MODELS_INDEX)
-    db.table("memory").create({"key": str, "value": str}, pk="key", not_null=["value"])
-
-
-def open_index(path: Path, *, first: Callable[[Database], None]) -> Database:
-    """Open or create the index, bring it up to date, and return it.
-
-    Args:
-        path: the database's file.
-        first: called once, in the transaction that creates the tables of a new index.
+def connected(path: Path, *, read_only: bool) -> Database:
+    """A connection to an index that exists.
 
     Raises:
-        StoreVersionError: it has a migration that this version does not know.
-        StorePathError: its file system can't hold a database that several processes share.
-        sqlite3.Error: it can't be opened, or is damaged.
+        sqlite3.Error: it can't be opened.
     """
-    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False)
     try:
         # The user's plugins for sqlite-utils must not change our index.
         db = Database(connection, execute_plugins=False)
-        if _write_ahead(connection) != "wal":
-            raise StorePathError(
-                f"The store's file system must support SQLite's WAL mode; the one of {path.parent} does not. It may be "
-                "a network share. Put the store on a local disk."
-            )
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA foreign_keys=ON")
-        _migrate(db, first)
+        for pragma in PRAGMAS:
+            connection.execute(f"PRAGMA {pragma}").fetchall()
     except BaseException:
         connection.close()
         raise
     return db
 
 
-def _write_ahead(connection: sqlite3.Connection) -> str:
-    # Two processes that both switch a new database to WAL may get "locked" before the busy timeout has passed.
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            return str(connection.execute("PRAGMA journal_mode=WAL").fetchone()[0])
-        except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
+def migrated(path: Path, *, read_only: bool, first: Callable[[Database], None]) -> Database:
+    """Open an index that exists, bring it up to date unless it can only be read, and return it.
+
+    Args:
+        path: the database's file; an empty one is a new index.
+        read_only: whether nothing can be written.
+        first: called once, in the transaction that creates the tables of a new index.
+
+    Raises:
+        StoreVersionError: it has migrations that this version does not know, or, if it can only be read, lacks some.
+        StoreCorruptError: its tables are not those that the migrations make.
+        sqlite3.Error: it can't be opened, or is damaged.
+    """
+    db = connected(path, read_only=read_only)
+    try:
+        _refuse_unknown(db)
+        if migrations.pending(db):
+            if read_only:
+                raise StoreVersionError(
+                    f"The store at {path.parent} must be of this version, because it can only be read; got an older or "
+                    "an empty one. Open it once where it can be written."
+                )
+            _migrate(db, first)
+        if _tables(db) != _expected():
+            raise StoreCorruptError(
+                f"The index at {path} must have the tables that this version makes; it has others. Move "
+                f"{path.name} aside: the next open rebuilds the index from the entries, which stay as they are."
+            )
+    except BaseException:
+        db.close()
+        raise
+    return db
 
 
 def _migrate(db: Database, first: Callable[[Database], None]) -> None:
-    _refuse_unknown(db)
-    if not migrations.pending(db):
-        return
     db.conn.execute("BEGIN IMMEDIATE")
     try:
         _refuse_unknown(db)  # again, because another process may have been quicker
@@ -143,19 +168,31 @@ def _migrate(db: Database, first: Callable[[Database], None]) -> None:
         migrations.apply(db)
         if new:
             first(db)
+        db.commit()
     except BaseException:
         db.rollback()
         raise
-    db.commit()
 
 
 def _refuse_unknown(db: Database) -> None:
     unknown = sorted(m.name for m in migrations.applied(db) if m.name not in _known())
     if unknown:
         raise StoreVersionError(
-            f"The store must be of this version or an older one; got one with the newer migrations "
-            f"{', '.join(unknown)}. Update braidsdk, or open another store."
+            f"The store must be of this version or an older one; got one with the migrations {', '.join(unknown)}, "
+            "which this version does not know. Update braidsdk, or open another store."
         )
+
+
+def _tables(db: Database) -> set[tuple[str, str, str]]:
+    """Everything in the schema, as SQL. A trigger or a view would run statements of whoever wrote the index."""
+    return {(row[0], row[1], row[2] or "") for row in db.execute("select type, name, sql from sqlite_schema")}
+
+
+@cache
+def _expected() -> frozenset[tuple[str, str, str]]:
+    with Database(memory=True, execute_plugins=False) as empty:
+        migrations.apply(empty)
+        return frozenset(_tables(empty))
 
 
 @cache
@@ -164,20 +201,30 @@ def _known() -> frozenset[str]:
         return frozenset(m.name for m in migrations.pending(empty))
 
 
+def primary(error: sqlite3.Error) -> int:
+    """SQLite's primary error code; 0 if it has none."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
+def is_busy(error: sqlite3.Error) -> bool:
+    """Whether another process uses the index, so that a later try may succeed."""
+    return primary(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
     """Return our own error that tells the user what an error of SQLite means."""
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    code = primary(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
         return StoreCorruptError(
-            f"The index at {index} must be intact; it is damaged ({error}). Move {index.name}, {index.name}-wal and "
-            f"{index.name}-shm aside: the next open rebuilds the index from the entries, which stay as they are. "
+            f"The index at {index} must be intact; it is damaged ({error}). Move {index.name} and {index.name}-journal "
+            "aside: the next open rebuilds the index from the entries, which stay as they are. "
             "Register names, metadata and chunks without an entry again."
         )
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(
             f"The index at {index} must be writable; got: {error}. Choose another path or correct its permissions."
         )
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+    if is_busy(error):
         return StoreError(
             f"The index {index} must be free within {BUSY_TIMEOUT_S:.0f} s; another process holds it. Try again, or "
             "end that process."

@@ -24,8 +24,9 @@ from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathErr
 from braidsdk.store import blobs, chunks, entries, memory, reasons, rebuild
 from braidsdk.store.blobs import DamagedFile, Tensors
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
+from braidsdk.store.claims import Claims
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
-from braidsdk.store.files import Layout, Stamp, is_old, remove, stamp
+from braidsdk.store.files import Layout, Stamp, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
@@ -52,7 +53,7 @@ Publication = tuple[EntryKey, Tensors, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class StoreStats:
-    """What a store holds: chunks of all namespaces, entries, their bytes of KV, and files set aside so far.
+    """What a namespace holds: chunks, entries, their bytes of KV, and files set aside so far.
 
     `groups` counts entries and bytes by model, dtype and level.
     """
@@ -76,6 +77,8 @@ class Deleted:
 class ChunkStore:
     """A folder of chunks and KV entries.
 
+    `claims` says which entries this process computes.
+
     Several threads may share one. Each process opens its own. A missing index is rebuilt from the entries. Names,
     metadata and chunks without an entry are lost then, because only the index has them.
     """
@@ -90,14 +93,19 @@ class ChunkStore:
         """
         self._layout = Layout(Path(path).absolute())
         try:
-            self._index = Index(self._layout.index, first=lambda db: rebuild.rebuild(db, self._layout))
+            self._index = Index(
+                self._layout.index,
+                queue=self._layout.queue,
+                read_only=self._layout.read_only,
+                first=lambda db: rebuild.rebuild(db, self._layout),
+            )
             self._recent = RecentChunks(self._index)
+            self.claims = Claims(None if self.read_only else self._layout.claims)
             try:
-                self._layout.sweep_temporaries()
-                if self._claim_sweep():
-                    self._sweep_entries()
+                if not self.read_only:
+                    self._sweep()
             except BaseException:
-                self._index.close()
+                self.close()
                 raise
         except OSError as error:
             raise StorePathError(
@@ -121,6 +129,13 @@ class ChunkStore:
     def close(self) -> None:
         """Close the store. Safe to call twice. Entries that were loaded stay valid."""
         self._index.close()
+        self.claims.close()
+        self._layout.close()
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the store can only be read."""
+        return self._layout.read_only
 
     # chunks
 
@@ -384,19 +399,25 @@ class ChunkStore:
 
     @property
     def damaged_count(self) -> int:
-        """How many files were set aside so far."""
+        """How many files were set aside so far, in all namespaces."""
         with self._index.read() as db:
             return db.table("damage").count
 
-    def stats(self) -> StoreStats:
-        """Count what the store holds."""
+    def namespaces(self) -> list[str]:
+        """Return the names of all namespaces that have a chunk or an entry, for whoever keeps the store."""
         with self._index.read() as db:
-            groups = tuple(entries.groups(db))
+            rows = db.execute("select namespace from chunks union select namespace from entries order by 1")
+            return [row[0] for row in rows]
+
+    def stats(self, namespace: str) -> StoreStats:
+        """Count what a namespace holds."""
+        with self._index.read() as db:
+            groups = tuple(entries.groups(db, namespace))
             return StoreStats(
-                chunks=db.table("chunks").count,
+                chunks=chunks.count(db, namespace, ChunkFilter()),
                 entries=sum(group.entries for group in groups),
                 bytes=sum(group.bytes for group in groups),
-                damaged=db.table("damage").count,
+                damaged=entries.count_damaged(db, namespace),
                 groups=groups,
             )
 
@@ -432,8 +453,9 @@ class ChunkStore:
             return memory.recall_all(db, start)
 
     def remember(self, values: Mapping[str, str], *, add: Mapping[str, int] | None = None) -> None:
-        """Keep values for later processes, and add to counts. Moving the index aside forgets them."""
-        if values or add:
+        """Keep values for later processes, and add to counts. Moving the index aside forgets them, and so does a store
+        that can only be read."""
+        if (values or add) and not self.read_only:
             with self._index.write() as db:
                 memory.remember(db, values)
                 memory.count(db, add or {})
@@ -460,11 +482,15 @@ class ChunkStore:
         return None
 
     def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Hit | None:
-        """Take a damaged file out of the store, unless another file has taken its place since it was read.
+        """Take a damaged file out of the store, unless another file has taken its place since it was read, or the store
+        can only be read.
 
         Returns:
             The entry's new file, or None if it has none now.
         """
+        if self.read_only:
+            _log.warning("entry %s is damaged and stays in its place: %s", key.digest, why)
+            return None
         with self._index.write() as db:
             if entries.known(db, [key.digest]) and stamp(path) == read:
                 moved = self._layout.set_aside(key.digest)
@@ -521,6 +547,13 @@ class ChunkStore:
                 if digest not in kept:
                     remove(self._layout.entry(digest))
 
+    def _sweep(self) -> None:
+        """Remove what killed processes left, as far as the disk allows it."""
+        with contextlib.suppress(StoreFullError):
+            self._layout.sweep_temporaries()
+            if self._claim_sweep():
+                self._sweep_entries()
+
     def _claim_sweep(self) -> bool:
         """Whether a sweep is due. If so, this process does it, and no other one does for `SWEEP_EVERY_S`."""
         with self._index.read() as db:  # first, because usually none is due and no write lock is needed
@@ -538,12 +571,10 @@ class ChunkStore:
         with self._index.read() as db:
             kept = entries.all_digests(db)
         stray = {digest: self._layout.entry(digest) for digest in there if digest not in kept}
-        self._remove_entries(
-            [digest for digest, path in stray.items() if is_old(path) and not blobs.is_of_another_format(path)]
-        )
+        self._remove_entries([digest for digest, path in stray.items() if not blobs.is_of_another_format(path)])
 
     def _write_error(self, error: OSError) -> StoreError:
-        kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else StoreError
+        kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
         return kind(
             f"An entry could not be written to the store at {self.path}: {error.strerror}. Free some space or correct "
             "what fails. Nothing of the entry is left, and the store is as it was before."

@@ -35,7 +35,7 @@ def braid(random_braid: Braid, tmp_path: Path) -> Iterator[Braid]:
 
     def stored() -> object:
         with ChunkStore(tmp_path / "store") as store:
-            return store.stats()
+            return store.stats("default")
 
     document = random_braid.register("The capital of Aistonia is Flubarg.", name="aistonia")
     before = random_braid.ask("What is it?", chunks=[document], max_new_tokens=4).token_ids

@@ -234,7 +234,7 @@ def test_what_another_process_deleted_is_stored_again_when_registered_again(
     with ChunkStore(tmp_path / "store") as store:
         store.delete_chunk("default", document.id)
         random_braid.register(TEXTS[0], anchor=rules)
-        assert store.stats().entries == 2
+        assert store.stats("default").entries == 2
 
 
 def test_many_short_texts_register_in_a_small_pool(random_checkpoint: Path, tmp_path: Path, page_bytes: int) -> None:

@@ -1,5 +1,7 @@
 """Every error: met through the public API, it says what to do, fits on a screen, and holds no long text of the user."""
 
+import errno
+import os
 import pickle
 import sqlite3
 import threading
@@ -135,6 +137,30 @@ def store_path(scene: Scene) -> None:
     scene.open()
 
 
+def read_only_store(scene: Scene) -> None:
+    scene.open().close()
+    scene.monkeypatch.setattr("os.open", refusing(os.open))
+    with scene.open() as braid:
+        braid.register("text")
+
+
+def refusing(opened: Any) -> Any:
+    """`os.open` on a file system that can't be written."""
+
+    def refuse(path: Any, flags: int, *more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return int(opened(path, flags, *more))
+
+    return refuse
+
+
+def replaced_store(scene: Scene) -> None:
+    with scene.open() as braid:
+        scene.store.rename(scene.store.with_name("elsewhere"))
+        braid.register("text")
+
+
 def newer_store(scene: Scene) -> None:
     scene.open().close()
     scene.index(
@@ -247,7 +273,9 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (wrong_weights, errors.WeightsError, "such as .*Use the config.json that belongs to these weights"),
     (store_error, errors.StoreError, "Input/output error. Free some space or correct what fails"),
     (store_path, errors.StorePathError, "a file in the way. Choose another path"),
-    (newer_store, errors.StoreVersionError, "newer migrations m999_new. Update braidsdk"),
+    (read_only_store, errors.StoreReadOnlyError, "can only be read. Open it where it can be written"),
+    (replaced_store, errors.StoreReplacedError, "removed or replaced. Nothing was kept. Open the store again"),
+    (newer_store, errors.StoreVersionError, "migrations m999_new, which this version does not know. Update braidsdk"),
     (corrupt_store, errors.StoreCorruptError, "Move the index aside"),
     (full_disk, errors.StoreFullError, "must have room for .* got .* free. Free some space"),
     (disk_that_fills_up, errors.StoreFullError, "No space left on device. Free some space"),

@@ -7,7 +7,7 @@ import pytest
 from braidsdk import Braid, Explanation
 from braidsdk.cache.rates import KEPT, Rates
 from braidsdk.errors import StoreError
-from braidsdk.store import ChunkStore
+from braidsdk.store import ChunkStore, counters
 from braidsdk.testing import FakeBraid
 from braidsdk.types import milliseconds, size
 
@@ -89,7 +89,7 @@ def test_statistics_of_a_store_and_of_how_it_served(random_checkpoint: Path, tmp
         assert "4 chunks, 5 stored KV entries" in words
         assert "0 hits and 1 miss since it was opened; 7 and 2 in all" in words
     with ChunkStore(tmp_path / "s") as store:
-        assert store.recall(["hits", "misses"]) == {"hits": "7", "misses": "2"}
+        assert store.recall(counters("default")) == {"hits:default": "7", "misses:default": "2"}
 
 
 def test_counts_that_cannot_be_kept_do_not_keep_a_braid_open(monkeypatch: pytest.MonkeyPatch) -> None:

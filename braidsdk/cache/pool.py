@@ -40,6 +40,9 @@ TOUCHED_BYTES = 256 * 2**20
 """A pool on a CPU writes to this many bytes when it is made, so that the first question does not pay for it."""
 
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
 class State(StrEnum):
     """The state of an entry. It goes LOADING -> READY -> DROPPED, or LOADING -> DROPPED."""
 
@@ -186,6 +189,8 @@ class Pool:
             PoolFullError: they do not fit beside the pinned entries.
         """
         wanted = self.pages_for(tokens)
+        if not wanted:
+            return _NONE
         if wanted > self.room:
             raise PoolFullError(
                 f"{tokens:,} tokens must fit into the {self.room * self.page_bytes / 1e6:,.1f} MB that running calls "
@@ -209,7 +214,8 @@ class Pool:
 
     def give_back(self, pages: Tensor) -> None:
         """Free pages that belong to no entry."""
-        self._free.give(pages.tolist())
+        if len(pages):
+            self._free.give(pages.tolist())
 
     def clear_padding(self, pages: Tensor, tokens: int) -> None:
         """Set what stands behind the last token to zero, if attention needs that."""

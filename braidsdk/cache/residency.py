@@ -353,9 +353,12 @@ class Residency(Generic[N]):
         held.scratch = held.scratch[:0]
 
     def close(self) -> None:
-        """Wait for all writes, and for reads that have begun. By then no request may hold anything."""
+        """Wait for all writes, and for reads that have begun, and let go of model and pool. By then no request may hold
+        anything."""
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
+        self._copies = self._staging = None
+        del self.pool, self._model
 
     def integrity(self) -> None:
         """Check pool, pins and pages against what requests hold.

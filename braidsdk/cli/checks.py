@@ -145,10 +145,14 @@ def check_store(subject: Subject) -> Finding:
             return Finding("fail", f"{folder} does not exist and can't be created", remedy)
         return Finding("ok", f"{folder} does not exist yet; the first `braid add` creates it")
     with ChunkStore(folder) as store:
-        held = store.stats()
+        held = [store.stats(namespace) for namespace in store.namespaces()]
+        read_only = store.read_only
     mode = stat.filemode(folder.stat().st_mode)
-    facts = {"path": str(folder), "mode": mode, "chunks": held.chunks, "entries": held.entries, "bytes": held.bytes}
-    detail = f"{folder} ({mode}): {held.chunks:,} chunks, {held.entries:,} KV entries of {size(held.bytes)}"
+    sums = {name: sum(getattr(each, name) for each in held) for name in ("chunks", "entries", "bytes")}
+    facts = {"path": str(folder), "mode": mode, "read_only": read_only, **sums}
+    detail = f"{folder} ({mode}): {sums['chunks']:,} chunks, {sums['entries']:,} KV entries of {size(sums['bytes'])}"
+    if read_only:
+        return Finding("warn", f"{detail}; it can only be read", "Correct its permissions to register texts.", facts)
     return Finding("ok", detail, facts=facts)
 
 
@@ -160,7 +164,7 @@ def check_integrity(subject: Subject) -> Finding:
         aside = store.damaged_count
         files, troubles = store.entry_files(), store.index_troubles()
     if troubles:
-        remedy = "Move index.db, index.db-wal and index.db-shm aside: the next open rebuilds them from the entries."
+        remedy = "Move index.db and index.db-journal aside: the next open rebuilds the index from the entries."
         return Finding("fail", f"the index is damaged: {'; '.join(troubles)[:300]}", remedy)
     bad = [path.name for path in files if not path.exists()]
     for path in files[:VERIFIED_ENTRIES]:

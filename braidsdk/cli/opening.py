@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from braidsdk import Braid
 
 
-HITS, MISSES, MODEL = "hits", "misses", "model:"
-"""Keys under which the SDK remembers counts and names of models in a store. They are repeated here, because the modules
-that write them import torch."""
+MODEL = "model:"
+"""Under which the SDK remembers names of models in a store. It is repeated here, because the module that writes them
+imports torch."""
 
 
 @contextmanager

@@ -216,10 +216,10 @@ def repairable(composition: Composition) -> list[int]:
 
 def most_tokens(composition: Composition) -> int:
     """How many tokens the composition's rule chooses at most."""
+    if composition.repair is None:
+        return 0
     sizes = [len(composition.segments[index].token_ids) for index in repairable(composition)]
     match composition.repair:
-        case None:
-            return 0
         case Linked(k):
             return sum(min(k, size) for size in sizes)
         case Guided(ratio) | Blended(ratio) | Random(ratio):

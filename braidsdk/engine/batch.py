@@ -5,6 +5,7 @@ Knows nothing about files, text or composition modes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class Run:
         return replace(self, token_ids=self.token_ids[:tokens]), rest
 
     @property
+    def last(self) -> int:
+        """The index of its last token in its entry."""
+        return self.start + len(self.token_ids) - 1 if self.places is None else int(self.places[-1])
+
+    @cached_property
     def frame(self) -> Tensor:
         """The index of each token in its entry, int64 [tokens], on the CPU."""
         if self.places is not None:
@@ -84,8 +90,8 @@ def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
     frames = [run.frame for run in runs]
     requests = []
     row = lowest = highest = 0
-    for run, frame in zip(runs, frames, strict=True):
-        stop = int(frame[-1]) + 1
+    for run in runs:
+        stop = run.last + 1
         own = PagedSegment(run.pages, 0, stop, run.origin, run.hidden)
         requests.append(Request(slice(row, row + len(run.token_ids)), (*run.context, own)))
         row += len(run.token_ids)

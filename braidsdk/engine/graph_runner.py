@@ -253,6 +253,7 @@ def _groups(questions: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:
     """What rows see; of the tail as much as is reserved: the kernel looks at positions."""
-    last = int(run.frame[-1])
-    context = [segment for segment in run.context if segment.origin + segment.start <= run.origin + last]
+    last, context = run.last, run.context
+    if run.places is not None:  # chosen tokens may end before the last segment
+        context = tuple(each for each in context if each.origin + each.start <= run.origin + last)
     return Request(rows, (*context, PagedSegment(run.pages, 0, reserved or last + 1, run.origin, run.hidden)))

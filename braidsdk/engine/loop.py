@@ -43,11 +43,8 @@ from braidsdk.errors import BraidError, ClosedError, EngineError, NumericsError,
 from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
 from braidsdk.settings import checks_itself
-from braidsdk.store import ChunkStore, ModelIdentity
+from braidsdk.store import ChunkStore, ModelIdentity, counters
 from braidsdk.types import Timings, Usage
-
-HITS, MISSES = "hits", "misses"
-"""Under which the store remembers the counts of all processes."""
 
 STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens that one step prefills at most, by device; bounds the memory of activations."""
@@ -622,7 +619,7 @@ class Loop:
 
     def _remember(self) -> None:
         """Leave counts and rates for later processes; what can't be written is only missed by statistics."""
-        counted = ((HITS, self.residency.hits), (MISSES, self.residency.misses))
+        counted = zip(counters(self._namespace), (self.residency.hits, self.residency.misses), strict=True)
         try:
             self._store.remember(self._rates.changed(), add={name: count for name, count in counted if count})
         except BraidError as error:

@@ -6,6 +6,7 @@ without a lock: a list that only grows, and a wake-up that says that something h
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal
 
@@ -101,7 +102,7 @@ class Request(Job):
     params: "SamplingParams | None" = None
     then: Then | None = None
     forced: tuple[int, ...] = ()
-    computes: frozenset[str] = frozenset()
+    computes: frozenset[EntryKey] = frozenset()
     counted: bool = True
     fidelity: Certificate | None = None
     streamed: bool = False
@@ -128,17 +129,17 @@ class Request(Job):
         """For each segment, whether its entry is written to the store once it is computed."""
         return [segment.keep for segment in self.composition.segments]
 
-    @property
+    @cached_property
     def reserved(self) -> int:
         """The most tokens that its tail and its answer can have."""
         return len(self.composition.tail) + len(self.forced) + (self.params.max_new_tokens if self.params else 0)
 
-    @property
+    @cached_property
     def scratch(self) -> int:
         """Tokens for which it takes memory until its first token: where repaired tokens are computed."""
         return self.composition.tail_origin if self.overlay else 0
 
-    @property
+    @cached_property
     def overlay(self) -> int:
         """The most tokens that it repairs, and a shift for each of its segments, if they have any. Without a question
         it repairs what is the same for all, if that is kept."""

@@ -228,7 +228,7 @@ def test_ctrl_c_keeps_what_was_computed_and_says_how_to_go_on(
     process = child("add", "--anchor", "rules", "--glob", "[0-9]*.txt", ".")
     deadline = time.monotonic() + 60
     with ChunkStore(tmp_path / "store") as store:
-        while store.stats().entries < 2 and process.poll() is None:
+        while store.stats("default").entries < 2 and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
     process.send_signal(signal.SIGINT)

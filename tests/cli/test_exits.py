@@ -81,7 +81,7 @@ def test_a_damaged_index_and_one_of_a_newer_version_are_incompatible(cli: Cli, t
     with ChunkStore(store):
         pass
     with sqlite3.connect(store / "index.db") as index:
-        index.execute("update _sqlite_migrations set name = 'm999_future' where name = 'm001_initial'")
+        index.execute("update _sqlite_migrations set name = 'm999_future' where name = 'm001_tables'")
     index.close()
     assert "m999_future" in cli("ls", code=4).stderr
     for path in store.glob("index.db*"):

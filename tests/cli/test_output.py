@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from braidsdk.cli.opening import HITS, MISSES
 from braidsdk.store import ChunkStore
 
 Cli = Callable[..., Any]
@@ -115,12 +114,6 @@ def test_commands_without_a_model_import_neither_torch_nor_transformers(argument
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "heavy: []"
-
-
-def test_the_store_is_asked_for_what_the_engine_leaves_in_it() -> None:
-    from braidsdk.engine import loop
-
-    assert (HITS, MISSES) == (loop.HITS, loop.MISSES)
 
 
 def test_completion_knows_the_commands(child: Child) -> None:

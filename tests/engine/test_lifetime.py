@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,17 @@ def test_an_engine_that_fails_tells_everybody_who_waits(
 # who forgets a Braid
 
 
+def test_close_frees_model_and_memory_of_a_braid_that_somebody_holds(make_braid: Callable[..., Braid]) -> None:
+    braid = make_braid()
+    context = braid.compose([braid.register_system(TEXT)])
+    answer = context.stream("Well?", max_new_tokens=4)
+    next(answer)
+    left = [weakref.ref(each) for each in (braid._engine.model, braid._engine.pool, braid._engine.pool.kv)]
+    braid.close()
+    gc.collect()
+    assert [each() for each in left] == [None] * 3
+
+
 def test_a_braid_that_nobody_holds_ends_its_thread_and_closes_its_store(make_braid: Callable[..., Braid]) -> None:
     before = engine_threads()
     braid = make_braid()
@@ -196,7 +208,7 @@ def test_a_braid_that_nobody_holds_ends_its_thread_and_closes_its_store(make_bra
     thread.join(WAIT_S)
     assert not thread.is_alive()
     with pytest.raises(ClosedError):
-        store.stats()
+        store.stats("default")
 
 
 @pytest.mark.parametrize("where", ["braid-engine", "braid-write", "braid-read"])

@@ -124,7 +124,7 @@ def test_publishing_again_changes_nothing(store: ChunkStore, chunk: str, make: A
     store.publish([(key, make.tensors(1), {})])
     after = only(store.look_up([key]), Hit).path.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert store.stats().entries == 1
+    assert store.stats("default").entries == 1
 
 
 def test_an_entry_that_is_there_is_not_written_again(
@@ -147,15 +147,33 @@ def test_another_text_with_the_same_token_ids_is_absent(store: ChunkStore, chunk
     assert only(store.explain([make.key(other.id)]), Miss).reason == "absent"
 
 
-def test_a_published_file_has_the_umasks_mode(folder: Path, make: Any) -> None:
-    old = os.umask(0o027)
+@pytest.mark.parametrize(
+    ("made", "files_mode", "folders_mode"),
+    [
+        (None, 0o600, 0o700),
+        (0o755, 0o600, 0o700),
+        (0o770, 0o660, 0o770),
+        (0o2770, 0o660, 0o2770),
+        (0o777, 0o666, 0o777),
+    ],
+)
+def test_files_are_the_owners_unless_the_folder_is_shared(
+    folder: Path, make: Any, made: int | None, files_mode: int, folders_mode: int
+) -> None:
+    if made is not None:
+        folder.mkdir()
+        folder.chmod(made)
+    old = os.umask(0o022)
     try:
         with ChunkStore(folder) as store:
-            key = make.key(None)
+            key = make.key(store.add_chunk(namespace="default", level=1, text="secret").id)
             store.publish([(key, make.tensors(), {})])
-            assert stat.S_IMODE(only(store.look_up([key]), Hit).path.stat().st_mode) == 0o640
+            modes = {path: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*")}
     finally:
         os.umask(old)
+    assert stat.S_IMODE(folder.stat().st_mode) == (made or 0o700)
+    assert {mode for path, mode in modes.items() if path.is_file()} == {files_mode}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {folders_mode}
 
 
 def test_file_and_folder_are_synced_before_the_row(
@@ -310,7 +328,7 @@ def test_a_damaged_file_is_set_aside_counted_and_computed_again(
     assert store.look_up([key]) == [None]
     assert not path.exists()
     assert len(list((folder / "damaged").iterdir())) == there
-    assert (store.damaged_count, store.stats().damaged, store.stats().entries) == (1, 1, 0)
+    assert (store.damaged_count, store.stats("default").damaged, store.stats("default").entries) == (1, 1, 0)
     store.publish([(key, make.tensors(), {})])
     assert make.content(only(store.load([key]), Entry).tensors) == make.content(make.tensors())
     assert store.damaged_count == 1
@@ -428,7 +446,7 @@ def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: st
     store.publish([(make.key(chunk), make.tensors(), {})])
     assert store.delete_chunk("other", chunk) == ()
     assert store.delete_chunk("default", "0" * 32) == ()
-    assert store.stats().entries == 1
+    assert store.stats("default").entries == 1
 
 
 def test_what_was_set_aside_of_a_deleted_chunk_goes_too(store: ChunkStore, folder: Path, chunk: str, make: Any) -> None:
@@ -471,7 +489,9 @@ def test_a_record_of_damage_that_leads_out_of_its_folder_removes_nothing(
     store.publish([(kept, make.tensors(), {})])
     name = {"absolute": str(precious), "relative": f"../../{precious.name}"}.get(where, f"../{files(folder)[0]}")
     with store._index.write() as db:
-        db.table("damage").insert({"digest": "x", "chunks": f'["{chunk}"]', "file": name, "why": "", "created": ""})
+        db.table("damage").insert(
+            {"digest": "x", "namespace": "default", "chunks": f'["{chunk}"]', "file": name, "why": "", "created": ""}
+        )
     store.delete_chunk("default", chunk)
     assert precious.read_text() == "mine"
     only(store.load([kept]), Entry)
@@ -500,7 +520,7 @@ def test_an_entry_of_an_unknown_chunk_is_refused_and_leaves_nothing(
     with pytest.raises(UnknownChunkError, match="Register it again"):
         store.publish([(make.key(chunk), make.tensors(), {}), (key, make.tensors(), {})])
     assert files(folder) == []
-    assert store.stats().entries == 0
+    assert store.stats("default").entries == 0
 
 
 def test_a_chunk_deleted_while_its_entry_was_written_leaves_nothing(
@@ -559,13 +579,13 @@ def test_a_failure_at_any_step_leaves_the_store_as_it_was(
         with pytest.raises(StoreError, match="No space left"):
             store.publish([(make.key(chunk), make.tensors(), {})])
     assert files(folder) == []
-    assert store.stats().entries == 0
+    assert store.stats("default").entries == 0
     store.publish([(make.key(chunk), make.tensors(), {})])
     only(store.load([make.key(chunk)]), Entry)
 
 
 def test_stats_count_what_the_store_holds(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk), make.tensors(), {}), (make.key(None), make.tensors(), {})])
-    stats = store.stats()
+    stats = store.stats("default")
     assert (stats.chunks, stats.entries, stats.damaged) == (1, 2, 0)
     assert stats.bytes == 2 * sum(each.nbytes for each in make.tensors().values())

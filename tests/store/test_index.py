@@ -16,12 +16,12 @@ from sqlite_utils import Database
 
 from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
 from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, sha256_of_tokens
-from braidsdk.store.files import LEFTOVER_AGE_S, Layout
+from braidsdk.store.files import Layout
 
 
 def aside(folder: Path) -> None:
     """What the error about a damaged index tells the user to do."""
-    for name in ("index.db", "index.db-wal", "index.db-shm"):
+    for name in ("index.db", "index.db-journal"):
         if (folder / name).exists():
             (folder / name).rename(folder / f"old-{name}")
 
@@ -30,8 +30,10 @@ def test_a_store_is_created_with_its_parents(tmp_path: Path) -> None:
     with ChunkStore(tmp_path / "a" / "b") as store:
         assert store.path == tmp_path / "a" / "b"
         assert sorted(path.name for path in store.path.iterdir() if not path.name.startswith("index")) == [
+            "claims.lock",
             "damaged",
             "entries",
+            "queue.lock",
             "tmp",
         ]
 
@@ -59,19 +61,17 @@ def test_a_folder_that_is_someone_elses_index_is_refused(tmp_path: Path) -> None
 
 def test_commits_are_durable_and_keys_are_enforced(store: ChunkStore) -> None:
     with store._index.read() as db:
-        assert next(db.query("PRAGMA journal_mode"))["journal_mode"] == "wal"
-        assert next(db.query("PRAGMA synchronous"))["synchronous"] == 2
-        assert next(db.query("PRAGMA foreign_keys"))["foreign_keys"] == 1
-        assert next(db.query("PRAGMA busy_timeout"))["timeout"] == 30_000
+        found = {name: db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")}
+        assert found == {"journal_mode": "delete", "synchronous": 3}
+        for name in ("foreign_keys", "secure_delete"):
+            assert db.execute(f"PRAGMA {name}").fetchone()[0] == 1
+        assert db.execute("PRAGMA trusted_schema").fetchone()[0] == 0
 
 
 def test_a_migration_is_applied_once(folder: Path) -> None:
     for _ in range(3):
         with ChunkStore(folder) as store, store._index.read() as db:
-            assert [row["name"] for row in db.table("_sqlite_migrations").rows] == [
-                "m001_initial",
-                "m002_filters_and_memory",
-            ]
+            assert [row["name"] for row in db.table("_sqlite_migrations").rows] == ["m001_tables"]
 
 
 def test_threads_that_open_a_new_store_at_once_all_get_it(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_rebuild_knows_entries_in_their_own_places_only(folder: Path, make: An
     path.rename(other)
     aside(folder)
     with ChunkStore(folder) as store:
-        assert store.stats().entries == 0
+        assert store.stats("default").entries == 0
     assert other.exists()
 
 
@@ -210,7 +210,7 @@ def test_a_rebuild_leaves_the_files_of_another_format_alone(
         store.publish([(make.key(None), make.tensors(), {})])
     aside(folder)
     with ChunkStore(folder) as store:
-        assert (store.stats().entries, store.damaged_count) == (0, 0)
+        assert (store.stats("default").entries, store.damaged_count) == (0, 0)
     (path,) = folder.glob("entries/*/*.safetensors")
     os.utime(path, (0, 0))
     monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
@@ -218,43 +218,67 @@ def test_a_rebuild_leaves_the_files_of_another_format_alone(
     assert path.exists(), "the sweep leaves them alone too"
 
 
-def test_a_stale_write_ahead_log_does_not_come_back_in_a_new_index(folder: Path) -> None:
+def test_a_stale_journal_does_not_come_back_in_a_new_index(folder: Path) -> None:
+    """That of a process that was killed in the middle of a transaction."""
     with ChunkStore(folder) as store:
-        row = store.add_chunk(namespace="default", level=1, text="text\n", name="x")
-        log = (folder / "index.db-wal").read_bytes()
-        assert log
-    (folder / "index.db").unlink()
-    (folder / "index.db-wal").write_bytes(log)
+        store.add_chunks([NewChunk("default", 1, f"text {n}\n" * 400, f"{n}") for n in range(40)])
+    with closing(sqlite3.connect(folder / "index.db")) as db:
+        db.execute("PRAGMA cache_size=5")
+        db.execute("update chunks set text = 'x'")  # more pages than the cache holds, so the journal is written
+        journal = (folder / "index.db-journal").read_bytes()
+    assert len(journal) > 4096
+    aside(folder)
+    (folder / "index.db-journal").write_bytes(journal)
     with ChunkStore(folder) as store:
-        assert store.find_chunk("default", row.id) is None
+        assert store.list_chunks("default") == []
+    with ChunkStore(folder) as store:
+        assert store.list_chunks("default") == []
 
 
-def test_old_leftovers_of_killed_writers_are_removed_and_nothing_else(
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(
     folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the clock says."""
     monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
     with ChunkStore(folder) as store:
         store.publish([(make.key(None), make.tensors(), {})])
         good = store.look_up([make.key(None)])[0]
         assert isinstance(good, Hit)
-    names = {
-        "tmp/" + "a" * 32 + "." + "b" * 16 + ".part": True,
-        "tmp/.tmpAbC123": True,
-        "tmp/mine.txt": False,
-        "entries/aa/" + "a" * 32 + ".safetensors": True,
-        "entries/aa/mine.safetensors": False,
-    }
-    (folder / "entries" / "aa").mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).write_bytes(b"x")
+        part = "." + "a" * 32 + "." + "b" * 8 + ".part"
+        names = {
+            "tmp/" + "d" * 16 + ".lock": True,
+            "tmp/" + "d" * 16 + part: True,
+            "tmp/" + "e" * 16 + part: True,
+            "tmp/mine.txt": False,
+            "entries/aa/" + "a" * 32 + ".safetensors": True,
+            "entries/aa/mine.safetensors": False,
+            f"tmp/{store._layout._owner}.lock": False,
+            f"tmp/{store._layout._owner}{part}": False,
+        }
+        (folder / "entries" / "aa").mkdir(exist_ok=True)
+        for past in (0, time.time() + 10**6):
+            for name in names:
+                (folder / name).touch()
+            for path in (good.path, *(folder / name for name in names)):
+                os.utime(path, (past, past))
+            with ChunkStore(folder) as other:
+                assert {name: not (folder / name).exists() for name in names} == names
+                assert isinstance(other.load([make.key(None)])[0], Entry)
     with ChunkStore(folder):
-        assert all((folder / name).exists() for name in names), "young files may be another process's"
-    past = time.time() - LEFTOVER_AGE_S - 60
-    for path in (good.path, *(folder / name for name in names)):
-        os.utime(path, (past, past))
-    with ChunkStore(folder) as store:
-        assert {name: not (folder / name).exists() for name in names} == names
-        assert isinstance(store.load([make.key(None)])[0], Entry)
+        assert not list((folder / "tmp").glob("*.part")), "it was closed"
+
+
+def test_processes_that_open_and_sweep_at_once_never_take_each_other_for_dead(folder: Path) -> None:
+    ChunkStore(folder).close()
+
+    def open_and_close(_: int) -> None:
+        for _ in range(40):
+            with ChunkStore(folder) as store:
+                assert (folder / "tmp" / f"{store._layout._owner}.lock").exists()
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(open_and_close, range(6)))
+    assert list((folder / "tmp").iterdir()) == []
 
 
 def test_opening_lists_the_entries_once_a_day_whoever_opens(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

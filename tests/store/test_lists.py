@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlite_utils import Database
 
 from braidsdk.errors import InputError, NameTakenError, StoreError, UnknownChunkError
 from braidsdk.store import ChunkStore, NewChunk, schema
@@ -127,7 +126,7 @@ def test_statistics_are_answered_from_an_index_alone(filled: ChunkStore, make: A
     keys = [make.key(row.id, level=row.level) for row in rows]
     filled.publish([(key, make.tensors(), {}) for key in keys])
     with plans(filled) as found:
-        stats = filled.stats()
+        stats = filled.stats("default")
     assert [(group.level, group.entries) for group in stats.groups] == [(0, 1), (1, 4)]
     assert all(group.weights == make.model.weights and group.dtype == "bfloat16" for group in stats.groups)
     assert (
@@ -136,7 +135,7 @@ def test_statistics_are_answered_from_an_index_alone(filled: ChunkStore, make: A
         == 5 * sum(each.nbytes for each in make.tensors().values())
     )
     (plan,) = [plan for plan in found if "entries" in plan]
-    assert plan == f"SCAN entries USING COVERING INDEX {schema.MODELS_INDEX}"
+    assert plan == f"SEARCH entries USING COVERING INDEX {schema.MODELS_INDEX} (namespace=?)"
 
 
 def test_a_chunk_gets_other_metadata_and_one_more_name(filled: ChunkStore) -> None:
@@ -161,7 +160,7 @@ def test_many_are_deleted_in_one_transaction(filled: ChunkStore, make: Any, monk
     rows = filled.list_chunks("default", name="guide*")
     filled.publish([(make.key(row.id), make.tensors(), {}) for row in rows])
     kept = filled.list_chunks("other")[0]
-    before = filled.stats()
+    before = filled.stats("default")
 
     def failing(*_: object) -> None:
         raise StoreError("out of luck")
@@ -170,7 +169,7 @@ def test_many_are_deleted_in_one_transaction(filled: ChunkStore, make: Any, monk
         patch.setattr("braidsdk.store.chunks.delete", failing)
         with pytest.raises(StoreError):
             filled.delete_chunks("default", [row.id for row in rows])
-    assert filled.stats() == before
+    assert filled.stats("default") == before
     gone = filled.delete_chunks("default", [*(row.id for row in rows), rows[0].id, kept.id, "0" * 32])
     assert (gone.chunks, len(gone.digests), gone.bytes) == (2, 2, before.bytes)
     assert filled.list_chunks("other") == [kept], "another namespace's stays"
@@ -212,24 +211,3 @@ def test_what_is_remembered_outlives_the_process(folder: Path) -> None:
             store.remember({})
     with ChunkStore(folder) as store:
         assert store.recall(["rate", "hits", "never"]) == {"rate": "[1, 2]", "hits": "6"}
-
-
-def test_a_store_of_the_first_version_is_brought_up_to_date(folder: Path, make: Any) -> None:
-    with ChunkStore(folder) as store:
-        row = store.add_chunk(namespace="default", level=1, text="one", name="a", metadata={"v": 1})
-        store.publish([(make.key(row.id), make.tensors(), {})])
-        stats = store.stats()
-    with Database(folder / "index.db", execute_plugins=False) as db:  # what the second migration made is taken away
-        db.execute(f"drop index {schema.METADATA_INDEX}")
-        db.execute(f"drop index {schema.MODELS_INDEX}")
-        db.execute("drop index idx_chunks_namespace_level")
-        for column in ("weights", "dtype", "level"):
-            db.execute(f"alter table entries drop column {column}")
-        db.execute("drop table memory")
-        db.execute("delete from _sqlite_migrations where name like 'm002%'")
-        db.commit()
-    with ChunkStore(folder) as store:
-        assert store.count_chunks("default", name="a", metadata={"v": 1}, level=1) == 1
-        assert store.stats() == stats
-        assert stats.entries == 1
-        store.remember({"x": "y"})
