@@ -122,7 +122,8 @@ class Layout:
         """Let others remove what this process has not finished. Safe to call twice."""
         descriptor, self._lock = self._lock, None
         if descriptor is not None and self._process == os.getpid():
-            remove(self.tmp / f"{self._owner}.lock")
+            with contextlib.suppress(OSError):  # a later open sweeps what is left
+                remove(self.tmp / f"{self._owner}.lock")
             os.close(descriptor)
 
     @property

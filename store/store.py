@@ -395,7 +395,8 @@ class ChunkStore:
             raise
         finally:
             for path in written.values():
-                remove(path)
+                with contextlib.suppress(OSError):  # a later open sweeps what is left
+                    remove(path)
 
     @property
     def damaged_count(self) -> int:
@@ -461,6 +462,7 @@ class ChunkStore:
                 memory.count(db, add or {})
 
     def _load(self, key: EntryKey, hit: Hit | None, place: Callable[[EntryKey], Tensors] | None) -> Entry | None:
+        failed = False
         while hit:
             before = stamp(hit.path)
             try:
@@ -477,7 +479,10 @@ class ChunkStore:
                     raise StoreError(
                         f"{hit.path} can't be read: {error.strerror}. Correct what fails, such as its permissions."
                     ) from error
-                why = "the disk failed to read it"
+                if not failed:  # it may pass
+                    failed = True
+                    continue
+                why = "the disk failed to read it, twice"
             hit = self._set_aside(key, hit.path, before, why)
         return None
 

@@ -58,10 +58,9 @@ InterpretedFunction.__call__ = patched_once  # type: ignore[method-assign]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs CUDA where there is none, and what is slow unless `-m` asks for it."""
+    """Deselect what needs CUDA where there is none, and what takes minutes unless `-m` asks for it."""
     left_out = [] if torch.cuda.is_available() else ["gpu"]
-    if "slow" not in config.option.markexpr:
-        left_out.append("slow")
+    left_out += [name for name in ("slow", "campaign") if name not in config.option.markexpr]
     gone = [item for item in items if any(map(item.get_closest_marker, left_out))]
     if gone:
         config.hook.pytest_deselected(items=gone)
