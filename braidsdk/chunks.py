@@ -147,6 +147,8 @@ class Chunks:
         found = self.resolve(chunks if isinstance(chunks, str | Chunk) else [*chunks])
         gone = self._engine.store.delete_chunks(self._engine.namespace, [chunk.id for chunk in found])
         self._engine.forget({chunk.id for chunk in found})
+        for chunk in found:
+            self._engine.layout.forget(chunk.text)
         return len(gone.digests)
 
     def resolve(self, chunks: Sequence[Chunk | str | PageDocument | TextNode]) -> tuple[Chunk, ...]:

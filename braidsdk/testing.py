@@ -37,7 +37,7 @@ from braidsdk.kernels.rope import RotaryTable
 from braidsdk.models.base import Batch, Model, ModelConfig
 from braidsdk.prompt.answer_text import Detokenizer
 from braidsdk.prompt.layout import Past, PromptLayout
-from braidsdk.prompt.lru import remembering
+from braidsdk.prompt.lru import Remembering
 from braidsdk.store import ChunkStore
 
 __all__ = ["ANSWER", "Answers", "FakeBraid", "FakeModel"]
@@ -145,7 +145,7 @@ class FakeLayout(PromptLayout):
         self.fingerprint = "fake"
         self._header = (_USER,)
         self._system_open, self._system_close, self._closing = (_SYSTEM,), (_USER,), (_CLOSE, _ASSISTANT)
-        self._encode_system = self._encode = self._encode_question = encode = remembering(_encode)
+        self._encode_system = self._encode = self._encode_question = encode = Remembering(_encode)
         self.past = Past((_CLOSE, _ASSISTANT), (_END, _USER), encode, encode)
 
     def answer_ids(self, text: str) -> tuple[int, ...]:

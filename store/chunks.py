@@ -26,6 +26,9 @@ from braidsdk.store.schema import METADATA_INDEX
 NAME_LIMIT = 500
 """Longest name, in characters."""
 
+METADATA_DEPTH = 64
+"""The most levels of lists and objects in metadata. Deeper ones break JSON libraries and copies elsewhere."""
+
 SUGGEST_AMONG = 5_000
 """The most names that `close_names` compares, because the comparison is slow."""
 
@@ -351,14 +354,45 @@ def _rows(
             )
         own = tuple(names.get(row["id"], ()))
         name = (asked or fitting).get(row["id"]) or (own[0] if own else None)
-        metadata = {} if row["metadata"] == "{}" else json.loads(row["metadata"])
+        metadata = {} if row["metadata"] == "{}" else _stored_metadata(row["id"], row["metadata"])
         rows.append(ChunkRow(row["id"], row["namespace"], row["level"], row["text"], name, own, metadata))
     return rows
+
+
+def _stored_metadata(ident: str, text: str) -> dict[str, Any]:
+    """The metadata of a row, which may come from anyone's index."""
+    try:
+        found = json.loads(text)
+        if isinstance(found, dict) and not _is_deep(found):
+            return found
+    except (ValueError, RecursionError):
+        pass
+    raise StoreCorruptError(
+        f"The metadata of chunk {ident} must be a JSON object of at most {METADATA_DEPTH} levels; the index holds "
+        "something else. Move the index aside (index.db and index.db-journal): the next open rebuilds it from the "
+        "entries."
+    )
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value has more levels than metadata may have."""
+    level = [value]
+    for _ in range(METADATA_DEPTH):
+        inner = (each.values() if isinstance(each, Mapping) else each for each in level)
+        level = [one for each in inner for one in each if isinstance(one, Mapping | list | tuple)]
+        if not level:
+            return False
+    return True
 
 
 def _metadata_json(metadata: Mapping[str, Any]) -> str:
     if not isinstance(metadata, Mapping):
         raise InputError(f"metadata must be a mapping; got a {type(metadata).__name__}. Pass a dict.")
+    if _is_deep(metadata):
+        raise InputError(
+            f"metadata must have at most {METADATA_DEPTH} levels of lists and objects; got more. Flatten it, or store "
+            "it as text."
+        )
     try:
         return _bindable(json.dumps(dict(metadata), ensure_ascii=True, allow_nan=False))
     except (TypeError, ValueError, RecursionError):

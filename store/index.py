@@ -70,11 +70,7 @@ class Index:
         Raises:
             StoreReadOnlyError: the store can only be read.
         """
-        if self._read_only:
-            raise StoreReadOnlyError(
-                f"The store at {self._path.parent} must be writable for this; it can only be read. Open it where it "
-                "can be written, or use another store."
-            )
+        self.check_writable()
         with self._lock:
             try:
                 with self._in_turn(), self._transaction(_begin_writing) as db:
@@ -82,6 +78,16 @@ class Index:
                 self._check_place()  # what was written to a file without a name is lost
             finally:
                 self._writes += 1
+
+    def check_writable(self) -> None:
+        """Raises:
+        StoreReadOnlyError: the store can only be read.
+        """
+        if self._read_only:
+            raise StoreReadOnlyError(
+                f"The store at {self._path.parent} must be writable for this; it can only be read. Open it where it "
+                "can be written, or use another store."
+            )
 
     def version(self) -> tuple[int, int]:
         """A value that changes when anything may have been written, by this process or another. Unlike a transaction,

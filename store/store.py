@@ -346,7 +346,11 @@ class ChunkStore:
                 before it reads the entry. If an entry is set aside, its memory may have been written to. Threads write
                 to the memory until this iterator has ended or was closed.
         """
-        jobs = iter([(key, hit, place) for key, hit in zip(keys, self.look_up(keys), strict=True)])
+        found = self.look_up(keys)
+        if len(keys) == 1:
+            yield self._load(keys[0], found[0], place)
+            return
+        jobs = iter([(key, hit, place) for key, hit in zip(keys, found, strict=True)])
         with threads(READERS) as readers:
             ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
             while ahead:
@@ -364,8 +368,10 @@ class ChunkStore:
             InputError: a tensor or the provenance can't be written.
             UnknownChunkError: a chunk that an entry belongs to or was computed after is not registered, or not any
                 more.
+            StoreReadOnlyError: the store can only be read.
             StoreError: the disk is full or fails. The store is as it was before.
         """
+        self._index.check_writable()
         started = perf_counter()
         new = {key.digest: (key, tensors, provenance) for key, tensors, provenance in publications}
         with self._index.read() as db:
@@ -375,8 +381,11 @@ class ChunkStore:
         written: dict[str, Path] = {}
         placed: list[str] = []
         try:
-            with threads(WRITERS) as writers:
-                entered = list(writers.map(lambda each: self._write(each, records, written), new.values()))
+            if len(new) > 1:
+                with threads(WRITERS) as writers:
+                    entered = list(writers.map(lambda each: self._write(each, records, written), new.values()))
+            else:
+                entered = [self._write(each, records, written) for each in new.values()]
             rows = {row.digest: row for row in entered}
             with self._index.write() as db:
                 self._records(db, [key for key, _, _ in new.values()])  # again, because a chunk may have been deleted

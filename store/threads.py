@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from braidsdk.errors import ClosedError
+from braidsdk.errors import ClosedError, StoreError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -19,10 +19,16 @@ class Threads(ThreadPoolExecutor):
 
         Raises:
             ClosedError: the interpreter exits.
+            StoreError: the system gives no thread.
         """
         try:
             return super().submit(fn, *args, **kwargs)
         except RuntimeError as error:
+            if "can't start new thread" in str(error):
+                raise StoreError(
+                    "A thread for reading or writing must start; the system gives none. Free memory, or raise the "
+                    "limit of threads (ulimit -u), and try again."
+                ) from error
             raise ClosedError("The interpreter exits: nothing can be read, written or computed any more.") from error
 
 

@@ -9,7 +9,7 @@ import pytest
 from braidsdk.prompt import lru
 from braidsdk.prompt.history import Spoken, SpokenTurns
 from braidsdk.prompt.layout import PromptLayout
-from braidsdk.prompt.lru import LRU, remembering
+from braidsdk.prompt.lru import LRU, Remembering
 from braidsdk.testing import FakeLayout
 
 
@@ -71,7 +71,7 @@ def test_a_recent_text_is_not_encoded_again() -> None:
         encoded.append(text)
         return (1, 2)
 
-    remembered = remembering(encode)
+    remembered = Remembering(encode)
     assert remembered("a") == remembered("a") == (1, 2)
     assert encoded == ["a"]
 

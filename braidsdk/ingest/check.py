@@ -80,8 +80,14 @@ def check_texts(
         except (InputError, PoolFullError) as error:
             if not skip:
                 raise
-            skipped.append(Skipped(index, name if isinstance(name, str) else None, error))
+            skipped.append(skipped_text(index, name if isinstance(name, str) else None, error))
     return good, skipped
+
+
+def skipped_text(index: int, name: str | None, error: InputError | PoolFullError) -> Skipped:
+    """A text that was left out. The error goes without the frames that it came through, because they hold the texts."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return Skipped(index, name, error)
 
 
 def _check(
@@ -102,8 +108,12 @@ def _check(
         raise InputError(f"name must be text; got a {type(name).__name__}. Pass a str, or leave it out.")
     ident = chunk_id(engine.namespace, level, clean)
     chunk = Chunk(ident, engine.namespace, level, clean, _encode=engine.layout.chunk_ids)
-    tokens = len(chunk.token_ids) + (len(anchor.token_ids) if anchor else 0)
-    check_window(tokens, engine.config.window, "This text", remedy)
-    engine.pool.check_fits([tokens])
+    try:
+        tokens = len(chunk.token_ids) + (len(anchor.token_ids) if anchor else 0)
+        check_window(tokens, engine.config.window, "This text", remedy)
+        engine.pool.check_fits([tokens])
+    except BaseException:
+        engine.layout.forget(clean)
+        raise
     new = NewChunk(engine.namespace, level, clean, name, own if metadata is None else metadata)
     return Candidate(index, new, chunk)

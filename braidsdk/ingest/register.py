@@ -11,7 +11,7 @@ from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import REGISTRATIONS, Priority
 from braidsdk.errors import InputError
-from braidsdk.ingest.check import Candidate
+from braidsdk.ingest.check import Candidate, skipped_text
 from braidsdk.ingest.plan import Plan
 from braidsdk.store import ChunkRow, EntryKey
 from braidsdk.store.claims import Claiming
@@ -29,15 +29,24 @@ def store_chunks(
 ) -> tuple[list[ChunkRow], list[Skipped]]:
     """Register the texts in one transaction. With `skip`, one that can't be registered is left out without an error."""
     new = [each.new for each in candidates]
-    if not skip:
-        return engine.store.add_chunks(new, replace=replace_names), []
-    rows, skipped = [], []
-    for candidate, result in zip(candidates, engine.store.add_good_chunks(new, replace=replace_names), strict=True):
-        if isinstance(result, InputError):
-            skipped.append(Skipped(candidate.index, candidate.new.name, result))
-        else:
-            rows.append(result)
-    return rows, skipped
+    try:
+        if not skip:
+            return engine.store.add_chunks(new, replace=replace_names), []
+        results = engine.store.add_good_chunks(new, replace=replace_names)
+    except BaseException:
+        _forget(engine, candidates)
+        raise
+    each = list(zip(candidates, results, strict=True))
+    refused = [(candidate, error) for candidate, error in each if isinstance(error, InputError)]
+    _forget(engine, [candidate for candidate, _ in refused])
+    skipped = [skipped_text(candidate.index, candidate.new.name, error) for candidate, error in refused]
+    return [row for _, row in each if not isinstance(row, InputError)], skipped
+
+
+def _forget(engine: Engine, candidates: Sequence[Candidate]) -> None:
+    """Remember nothing of texts that are not registered."""
+    for each in candidates:
+        engine.layout.forget(each.new.text)
 
 
 def compute_missing(

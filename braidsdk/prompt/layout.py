@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from braidsdk.errors import UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
-from braidsdk.prompt.lru import remembering
+from braidsdk.prompt.lru import Remembering
 from braidsdk.prompt.seams import Encode, Ids, closed, fit, ways
 from braidsdk.prompt.template import ChatTemplate, LayoutWarning, between
 from braidsdk.prompt.text import normalise
@@ -154,6 +154,10 @@ class PromptLayout:
         """Ids of a normalised text and a newline, without any control token."""
         return self._encode(text + "\n")
 
+    def forget(self, text: str) -> None:
+        """Remember nothing of a normalised text of a chunk."""
+        self._encode.forget(text + "\n")
+
     def question_ids(self, question: str, *, follows: bool = False, past: bool = False) -> Ids:
         """Ids of the tail: the question, the end of the user's turn, and the assistant's header.
 
@@ -284,12 +288,12 @@ class PromptLayout:
         found = fit(wholes, [closed(self._ways, middle), user_ways, closed(user_ways, closing)], pieces)
         if found is not None:
             (system, user, last), (self._system_open, self._system_close, self._closing) = found
-            self._encode_system, self._encode, self._encode_question = system, remembering(user), last
+            self._encode_system, self._encode, self._encode_question = system, Remembering(user), last
             self._header = self._fit_header()
             return
         with_control, plain = self._tokenizer.with_control, self._tokenizer.plain
         self._system_open, self._system_close, self._closing = map(with_control, (head, middle, closing))
-        self._encode_system, self._encode, self._encode_question = plain, remembering(plain), plain
+        self._encode_system, self._encode, self._encode_question = plain, Remembering(plain), plain
         self._header = with_control(header)
         ours = [self.chunk_ids(LEVEL_SYSTEM, s.system) + self._user_ids(s) + self._closing for s in _SAMPLES]
         ours += [self._header + self._user_ids(s) + self._closing for s in _SAMPLES]

@@ -53,21 +53,33 @@ class LRU(Generic[K, V]):
                 _, (_, freed) = self._known.popitem(last=False)
                 self._bytes -= freed
 
+    def forget(self, key: K) -> None:
+        """Keep nothing under this key."""
+        with self._lock:
+            _, freed = self._known.pop(key, (None, 0))
+            self._bytes -= freed
+
 
 def nbytes_of(text: str, *token_ids: Sequence[int]) -> int:
     """Bytes that a text and tuples of token ids take."""
     return getsizeof(text) + ID_BYTES * sum(map(len, token_ids))
 
 
-def remembering(encode: Callable[[str], tuple[int, ...]]) -> Callable[[str], tuple[int, ...]]:
-    """`encode` with a memory: it does not encode a recent text again."""
-    known: LRU[str, tuple[int, ...]] = LRU()
+class Remembering:
+    """Encodes texts, and no recent text again."""
 
-    def remembered(text: str) -> tuple[int, ...]:
-        token_ids = known.get(text)
+    def __init__(self, encode: Callable[[str], tuple[int, ...]]) -> None:
+        self._encode = encode
+        self._known: LRU[str, tuple[int, ...]] = LRU()
+
+    def __call__(self, text: str) -> tuple[int, ...]:
+        """The text's token ids."""
+        token_ids = self._known.get(text)
         if token_ids is None:
-            token_ids = encode(text)
-            known.put(text, token_ids, nbytes_of(text, token_ids))
+            token_ids = self._encode(text)
+            self._known.put(text, token_ids, nbytes_of(text, token_ids))
         return token_ids
 
-    return remembered
+    def forget(self, text: str) -> None:
+        """Remember nothing of a text."""
+        self._known.forget(text)

@@ -14,7 +14,7 @@ from braidsdk.errors import (
     NameTakenError,
     StoreCorruptError,
 )
-from braidsdk.store import ChunkRow, ChunkStore, NewChunk, chunk_id
+from braidsdk.store import ChunkRow, ChunkStore, NewChunk, chunk_id, chunks
 
 
 def add(store: ChunkStore, text: str, name: str | None = None, **more: Any) -> ChunkRow:
@@ -218,3 +218,31 @@ def test_several_threads_share_a_store(store: ChunkStore) -> None:
     assert failures == []
     assert len(store.list_chunks("default")) == 10
     assert sum(len(row.names) for row in store.list_chunks("default")) == 80
+
+
+def nested(levels: int) -> dict[str, Any]:
+    value: Any = 1
+    for level in range(levels - 1):
+        value = [value] if level % 2 else {"x": value}
+    return {"top": value}
+
+
+def test_metadata_has_as_many_levels_as_can_be_read_back_everywhere(store: ChunkStore) -> None:
+    row = store.add_chunk(namespace="default", level=1, text="one", metadata=nested(chunks.METADATA_DEPTH))
+    assert store.find_named("default", [row.id])[row.id].metadata == nested(chunks.METADATA_DEPTH)
+    for levels in (chunks.METADATA_DEPTH + 1, 950, 200_000):
+        with pytest.raises(InputError, match="at most 64 levels"):
+            store.add_chunk(namespace="default", level=1, text="two", metadata=nested(levels))
+        with pytest.raises(InputError, match="at most 64 levels"):
+            store.update_chunk("default", row.id, metadata=nested(levels))
+
+
+@pytest.mark.parametrize(
+    "content", ['{"x":' * 950 + "1" + "}" * 950, "[" * 200_000, "[]", "7", "", "{'x': 1}", '{"x":NaN', "7" * 5000]
+)
+def test_metadata_that_someone_else_wrote_is_named_and_not_followed(store: ChunkStore, content: str) -> None:
+    row = store.add_chunk(namespace="default", level=1, text="one", metadata={"v": 1})
+    with store._index.write() as db:
+        db.execute("update chunks set metadata = ?", [content])
+    with pytest.raises(StoreCorruptError, match=f"metadata of chunk {row.id}"):
+        store.list_chunks("default")

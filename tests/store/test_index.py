@@ -1,5 +1,6 @@
 """The index and the folder: opening, migrations, rebuilding, sweeping, and what can't be opened."""
 
+import errno
 import os
 import signal
 import sqlite3
@@ -14,7 +15,14 @@ from typing import Any
 import pytest
 from sqlite_utils import Database
 
-from braidsdk.errors import StoreCorruptError, StoreError, StorePathError, StoreVersionError
+from braidsdk.errors import (
+    StoreCorruptError,
+    StoreError,
+    StorePathError,
+    StoreReadOnlyError,
+    StoreReplacedError,
+    StoreVersionError,
+)
 from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, sha256_of_tokens
 from braidsdk.store.files import Layout
 
@@ -375,3 +383,114 @@ def test_a_closed_store_leaves_loaded_entries_valid(folder: Path, make: Any) -> 
         (entry,) = store.load([make.key(None)])
     assert isinstance(entry, Entry)
     assert make.content(entry.tensors) == make.content(make.tensors())
+
+
+def test_a_thread_that_cannot_start_is_a_store_error(
+    store: ChunkStore, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [make.key(None), make.key(None, level=0)]
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(StoreError, match="limit of threads"):
+            store.publish([(key, make.tensors(), {}) for key in keys])
+        store.publish([(keys[0], make.tensors(), {})])  # one entry needs none
+        assert isinstance(store.load(keys[:1])[0], Entry)
+        with pytest.raises(StoreError, match="limit of threads"):
+            store.load(keys)
+    store.publish([(key, make.tensors(), {}) for key in keys])
+    assert all(isinstance(each, Entry) for each in store.load(keys))
+
+
+def test_a_passing_error_is_told_from_damage_and_the_store_goes_on(
+    store: ChunkStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add_chunk(namespace="default", level=1, text="one")
+    for code, says in ((sqlite3.SQLITE_CORRUPT, "it is sound"), (sqlite3.SQLITE_IOERR, "could not be used")):
+
+        def fail(*_: object, code: int = code, **__: object) -> None:
+            error = sqlite3.DatabaseError("planted")
+            error.sqlite_errorcode = code
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("braidsdk.store.chunks.select", fail)
+            with pytest.raises(StoreError, match=says) as caught:
+                store.list_chunks("default")
+        assert not isinstance(caught.value, StoreCorruptError)
+        assert len(store.list_chunks("default")) == 1
+        with closing(sqlite3.connect(folder / "index.db", timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "create trigger t after insert on chunks begin delete from chunks; end",
+        "create view v as select * from chunks",
+        "alter table entries add column more text",
+        "drop index idx_chunks_id",
+    ],
+)
+def test_an_index_with_other_tables_is_refused(folder: Path, sql: str) -> None:
+    ChunkStore(folder).close()
+    with closing(sqlite3.connect(folder / "index.db")) as db:
+        db.execute(sql)
+        db.commit()
+    with pytest.raises(StoreCorruptError, match="must have the tables that this version makes"):
+        ChunkStore(folder)
+
+
+def test_a_store_that_is_replaced_acknowledges_nothing(folder: Path, make: Any) -> None:
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.tensors(), {})])
+        folder.rename(folder.with_name("elsewhere"))
+        ChunkStore(folder).close()
+        for call in (
+            lambda: store.add_chunk(namespace="default", level=1, text="lost"),
+            lambda: store.publish([(make.key(None, level=0), make.tensors(), {})]),
+            lambda: store.load([make.key(None)]),
+            lambda: store.delete_chunk("default", "0" * 32),
+            store.version,
+        ):
+            with pytest.raises(StoreReplacedError, match="removed or replaced"):
+                call()
+    with ChunkStore(folder) as store:
+        assert (store.list_chunks("default"), store.stats("default").entries) == ([], 0)
+
+
+def test_a_store_that_can_only_be_read_serves_and_says_so_when_it_is_written_to(
+    folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ChunkStore(folder) as store:
+        row = store.add_chunk(namespace="default", level=1, text="one", name="it")
+        key = make.key(row.id)
+        store.publish([(key, make.tensors(), {})])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    opened = os.open
+
+    def read_only(path: Any, flags: int, *more: Any) -> int:
+        if flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with ChunkStore(folder) as store:
+        assert store.read_only
+        assert isinstance(store.load([key])[0], Entry)
+        assert store.find_named("default", ["it"])["it"].text == "one"
+        store.remember({"a": "b"})
+        for call in (
+            lambda: store.add_chunk(namespace="default", level=1, text="two"),
+            lambda: store.publish([(make.key(None), make.tensors(), {})]),
+            lambda: store.delete_chunk("default", row.id),
+            lambda: store.update_chunk("default", row.id, metadata={}),
+        ):
+            with pytest.raises(StoreReadOnlyError, match="can only be read"):
+                call()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    with pytest.raises(StorePathError, match="must be writable"):
+        ChunkStore(folder.with_name("nothing"))
