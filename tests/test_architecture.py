@@ -26,7 +26,7 @@ MAY_IMPORT = {
 }
 FOREIGN = {
     "kernels": {"torch", "triton"},
-    "store": {"sqlite_utils", "safetensors", "xxhash", "numpy"},
+    "store": {"sqlite_utils", "xxhash", "numpy"},
 }
 
 

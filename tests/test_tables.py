@@ -228,7 +228,7 @@ def test_a_real_model_has_a_table_for_each_set_of_questions() -> None:
     other["modes"] = {"exact": {"kl": of(0.0), "budget": of(1.0)}}
     report = {"sets": {"SQuAD": one, "MuSiQue": other}}
     lines = tables.real_table(report).splitlines()
-    assert lines[0] == "SQuAD (L), 30 questions; M, D:"
+    assert lines[0] == "SQuAD (L), 30 questions; M, D, a CPU:"
     row = "| guided(0.1) | 16 | 0.200 [0.100, 0.300] | 80 [70, 90] | 5 | 60 [50, 70] | 100 [90, 110] |"
     assert row in lines
     assert "guided(0.1) recovers 24 [14, 34] points more than blended(0.2), question by question." in lines
