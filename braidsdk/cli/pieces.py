@@ -1,7 +1,7 @@
 """Cuts sources into named pieces, and finds chunks in a store that are not in their files any more.
 
-A chunk that `braid add` made remembers its file in its metadata. So a second run knows which names it may move to new
-text, and which chunks were left behind. Knows nothing about models.
+A chunk that `braid add` made remembers all its files in its metadata. So a later run knows which names it may move to
+new text, and which chunks were left behind, whatever was renamed, copied or edited. Knows nothing about models.
 """
 
 import unicodedata
@@ -15,8 +15,9 @@ from braidsdk.cli.sources import Source
 from braidsdk.errors import NameTakenError
 from braidsdk.store import ChunkRow, chunk_id
 
-SOURCE, PIECE, PIECES = "source", "piece", "pieces"
-"""Keys of a chunk's metadata: its file's path, the number of the piece, from 1, and how many pieces there are."""
+SOURCE, PIECE, PIECES, NAME, SOURCES = "source", "piece", "pieces", "name", "sources"
+"""Keys of a chunk's metadata: its file's path, the number of the piece, from 1, and how many pieces there are; and the
+same of all files that it was found in, with their names."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +69,40 @@ def check_names(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> None:
             )
 
 
-def merged_metadata(pieces: Iterable[Piece], held: Sequence[ChunkRow]) -> list[dict[str, Any] | None]:
-    """Each piece's metadata, added to what its chunk has already."""
+def merged_metadata(pieces: Sequence[Piece], held: Sequence[ChunkRow]) -> list[dict[str, Any] | None]:
+    """Each piece's metadata, added to what its chunk has already. All sources are remembered: those of earlier runs,
+    and of pieces with the same text."""
     known: Mapping[str, dict[str, Any]] = {row.id: row.metadata for row in held}
-    return [None if piece.metadata is None else {**known.get(piece.id, {}), **piece.metadata} for piece in pieces]
+    sources: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in held:
+        sources[row.id] = {each[SOURCE]: each for each in sources_of(row)}
+    for piece in pieces:
+        if piece.metadata is not None:
+            origin = {**piece.metadata, NAME: piece.source.name}
+            sources.setdefault(piece.id, {})[piece.metadata[SOURCE]] = origin
+    return [
+        None
+        if piece.metadata is None
+        else {**known.get(piece.id, {}), **piece.metadata, SOURCES: list(sources[piece.id].values())}
+        for piece in pieces
+    ]
+
+
+def sources_of(row: ChunkRow) -> list[dict[str, Any]]:
+    """The files that a chunk was found in by `braid add`, with the names that they had; some may be gone."""
+    found = row.metadata.get(SOURCES)
+    return [
+        each
+        for each in (found if isinstance(found, list) else [])
+        if isinstance(each, dict) and isinstance(each.get(SOURCE), str)
+    ]
 
 
 def left_behind(
     pieces: Sequence[Piece], held: Sequence[ChunkRow], folders: Sequence[Path], *, replaced: bool
 ) -> list[ChunkRow]:
-    """Chunks that are not a piece of their source any more, or that came from a file that is gone from the folders.
+    """Chunks that no file holds any more: each of their sources was read and has other text now, or is gone from the
+    folders. A chunk with a name that no source gave it stays.
 
     Args:
         pieces: all pieces of the sources.
@@ -86,18 +111,20 @@ def left_behind(
         replaced: whether a source's names count as its own, wherever their texts came from.
     """
     now = {piece.id for piece in pieces}
-    names = {str(piece.source.path): piece.source.name for piece in pieces if piece.source.path}
+    read = {str(piece.source.path) for piece in pieces if piece.source.path}
     bases = {piece.source.name for piece in pieces}
+
+    def is_gone(source: str) -> bool:
+        path = Path(source)
+        return source in read or (any(map(path.is_relative_to, folders)) and not path.exists())
+
     gone = []
     for row in held:
         if row.id in now:
             continue
-        own = set(map(file_of, row.names))
-        origin = row.metadata.get(SOURCE)
-        if isinstance(origin, str) and origin in names:
-            mine = own <= {names[origin]}
-        elif isinstance(origin, str) and any(Path(origin).is_relative_to(folder) for folder in folders):
-            mine = len(own) <= 1 and not Path(origin).exists()
+        own, sources = set(map(file_of, row.names)), sources_of(row)
+        if sources:
+            mine = own <= {each.get(NAME) for each in sources} and all(is_gone(each[SOURCE]) for each in sources)
         else:
             mine = replaced and bool(own) and own <= bases
         if mine:
@@ -106,4 +133,4 @@ def left_behind(
 
 
 def _is_from(row: ChunkRow, source: Source) -> bool:
-    return source.path is not None and row.metadata.get(SOURCE) == str(source.path)
+    return source.path is not None and any(each[SOURCE] == str(source.path) for each in sources_of(row))

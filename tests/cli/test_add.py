@@ -171,6 +171,37 @@ class TestAgain:
         assert cli("add", "belmora.txt", "--prune", "--json").json["gone"] == []
         assert cli("show", "copy.txt", "--text").stdout == "The capital of Belmora is Plonk.\n"
 
+    def test_a_text_goes_when_the_last_of_its_files_goes_whatever_they_were_called(self, cli: Cli, docs: Path) -> None:
+        (docs / "keep.txt").write_text("What stays.")
+        (docs / "one.txt").write_text("What goes.")
+        (docs / "two.txt").write_text("What goes.")
+        cli("add", "docs", "--prune")
+        count = len(cli("ls", "--json").json)
+        (docs / "one.txt").rename(docs / "three.txt")
+        assert cli("add", "docs", "--prune", "--json").json["gone"] == []
+        (docs / "two.txt").write_text("Another text.")
+        assert cli("add", "docs", "--prune", "--json").json["gone"] == []
+        assert len(cli("ls", "--json").json) == count + 1
+        (docs / "three.txt").rename(docs.parent / "elsewhere.txt")
+        cli("add", "elsewhere.txt")
+        assert cli("add", "docs", "--prune", "--json").json["gone"] == [], "another file has it"
+        (docs.parent / "elsewhere.txt").write_text("Changed.")
+        (gone,) = cli("add", "elsewhere.txt", "docs", "--prune", "--json").json["gone"]
+        assert gone["name"] in ("one.txt", "three.txt")
+        assert len(cli("ls", "--json").json) == count + 1
+
+    def test_pruning_spares_what_no_file_was_the_source_of(self, cli: Cli, docs: Path, random_checkpoint: Path) -> None:
+        """An application may keep paths in its own metadata."""
+        from braidsdk import Braid
+
+        cli("add", "docs")
+        with Braid(random_checkpoint, device="cpu") as braid:
+            braid.register("Of a loader.", name="mine", metadata={"source": str(docs / "nowhere.txt")})
+            braid.chunks.update("a.md", name="alias")
+        (docs / "a.md").unlink()
+        assert cli("add", "docs", "--prune", "--json").json["gone"] == []
+        assert {"mine", "a.md"} <= {each["name"] for each in cli("ls", "--json").json}
+
     def test_a_name_does_not_move_here_from_another_file_by_itself(self, cli: Cli, docs: Path) -> None:
         (docs / "rules.txt").write_text("Other rules.")
         cli("add", "rules.txt")
@@ -187,11 +218,11 @@ class TestAgain:
             chunk = braid.chunks.get("aistonia.txt")
             braid.chunks.update(chunk, metadata={**chunk.metadata, "mine": 1})
         cli("add", "aistonia.txt")
+        origin = {"source": str(files / "aistonia.txt"), "piece": 1, "pieces": 1}
         assert cli("show", "aistonia.txt", "--json").json[0]["metadata"] == {
             "mine": 1,
-            "source": str(files / "aistonia.txt"),
-            "piece": 1,
-            "pieces": 1,
+            **origin,
+            "sources": [{**origin, "name": "aistonia.txt"}],
         }
 
 
