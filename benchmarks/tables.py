@@ -528,6 +528,21 @@ def _percent(value: dict[str, float] | None) -> str:
     return f"{100 * value['value']:.0f} [{100 * value['low']:.0f}, {100 * value['high']:.0f}]"
 
 
+def store_table(report: dict[str, Any]) -> str:
+    """How fast the store is beside plain reads and writes, as Markdown."""
+    lines = [f"{report['cpu']}:", "", "| what | measured | range | required |", "| --- | ---: | ---: | ---: |"]
+    for row in report["rows"]:
+        ranged = f"{row['least']:.2f} to {row['most']:.2f}" if "least" in row else ""
+        if "of_plain_speed" in row:
+            shown, required = f"{row['of_plain_speed']:.2f} x of plain", f"{row['required']:.1f} x"
+        elif "times" in row:
+            shown, required = f"{row['times']:.2f} x", f"{row['required']:.1f} x at most"
+        else:
+            shown, required = f"{1e3 * row['seconds']:.1f} ms", f"{1e3 * row['required']:.0f} ms at most"
+        lines.append(f"| {row['what']} | {shown} | {ranged} | {required} |")
+    return "\n".join(lines)
+
+
 def real_table(report: dict[str, Any]) -> str:
     """Modes against full prefill on a real model, as Markdown."""
     lines = []
@@ -594,6 +609,7 @@ TABLES = {
     "real": (_QUALITY, "quality-real.json", real_table),
     "repairs": (_QUALITY, "repairs-cpu.json", repairs_table),
     "repairs-gpu": (_QUALITY, "repairs-cuda.json", repairs_table),
+    "store": ("docs/store.md", "store.json", store_table),
     "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),

@@ -574,7 +574,7 @@ braid._engine._loop._store.{job} = late
 
 def ask():
     try:
-        braid.compose([system, braid.register(TEXT)]).ask("Well?", max_new_tokens=2)
+        braid.compose([system, *map(braid.register, (TEXT, TEXT + "!"))]).ask("Well?", max_new_tokens=2)
     except ClosedError as error:
         print(str(error).split(":")[0])
 
