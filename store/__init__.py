@@ -10,6 +10,7 @@
     memory.py   what processes remember for later ones
     claims.py   which entries a process computes
     reasons.py  says why a look-up missed
+    check.py    looks at everything, and says what is wrong
     rebuild.py  rebuilds the index from the files
     store.py    ChunkStore, which puts these together
 
@@ -17,6 +18,7 @@ The store keeps named tensors as bytes with a dtype and a shape. It knows no tor
 """
 
 from braidsdk.store.blobs import Array, Tensors
+from braidsdk.store.check import Checked
 from braidsdk.store.chunks import ChunkRow, NewChunk
 from braidsdk.store.entries import Entry, EntryGroup, Hit
 from braidsdk.store.keys import (
@@ -37,6 +39,7 @@ __all__ = [
     "ALGORITHM_VERSION",
     "FORMAT_VERSION",
     "Array",
+    "Checked",
     "ChunkRow",
     "ChunkStore",
     "Deleted",

@@ -23,6 +23,7 @@ from sqlite_utils import Database
 from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
 from braidsdk.store import blobs, chunks, entries, memory, reasons, rebuild
 from braidsdk.store.blobs import DamagedFile, Tensors
+from braidsdk.store.check import Checked, check
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
 from braidsdk.store.claims import Claims
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
@@ -323,6 +324,10 @@ class ChunkStore:
         with self._index.read() as db:
             found = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
         return [] if found == ["ok"] else found
+
+    def check(self, share: float = 0.0, on_progress: Callable[[int, int], None] | None = None) -> Checked:
+        """Look at everything that the store holds, and change nothing; see `check.check`."""
+        return check(self._index, self._layout, share, on_progress)
 
     def load(self, keys: Sequence[EntryKey]) -> list[Entry | None]:
         """Read and verify the entry of each key, in order. None means that there is none.

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from braidsdk import __version__
-from braidsdk.cli import chunks
+from braidsdk.cli import chunks, store
 from braidsdk.cli.add import add
 from braidsdk.cli.ask import ask
 from braidsdk.cli.chat import chat
@@ -66,3 +66,7 @@ def demo(out: Output, store: StoreOption = None, device: DeviceOption = "auto", 
 
 for each in (demo, add, chunks.ls, chunks.show, chunks.rm, ask, chat, fidelity, stats, doctor):
     app.command()(command(each, computes=each in (demo, add, ask, chat, fidelity)))
+
+stores = typer.Typer(help="Look after a store.", no_args_is_help=True)
+stores.command()(command(store.check))
+app.add_typer(stores, name="store")

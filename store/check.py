@@ -1,0 +1,100 @@
+"""Looks at everything that a store holds, and says what is wrong. Changes nothing."""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from braidsdk.errors import StoreCorruptError
+from braidsdk.store import blobs, chunks, entries
+from braidsdk.store.chunks import ChunkFilter
+from braidsdk.store.files import Layout
+from braidsdk.store.index import Index
+
+PAGE = 1_000
+"""Texts that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    Attributes:
+        entries: entries that the index names.
+        read: entries of which every byte was read; of all others only the header was.
+        index: what is wrong with the index, in words.
+        damaged: digest of each entry whose file is missing or not what was written, with the reason.
+        stray: digests of files that no row of the index names, from processes that were killed. Opening the store
+            removes them within a day.
+    """
+
+    entries: int
+    read: int
+    index: tuple[str, ...]
+    damaged: tuple[tuple[str, str], ...]
+    stray: tuple[str, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.index and not self.damaged
+
+
+def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int, int], None] | None = None) -> Checked:
+    """Check the index, the texts and the entries.
+
+    Args:
+        index: the open index.
+        layout: the store's folders.
+        share: of how many entries every byte is read, from 0 to 1; which ones is random.
+        on_progress: called with how many entries were looked at, and how many there are.
+    """
+    there = list(layout.digests())  # before the rows are read, so that it lacks what is published from now on
+    with index.read() as db:
+        troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
+        rows = dict(db.execute("select digest, payload_digest from entries").fetchall())
+        namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
+    troubles += [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
+    damaged, read = [], 0
+    for number, (digest, payload) in enumerate(rows.items(), 1):
+        whole = random.random() < share
+        why = _entry(layout, digest, payload, whole=whole)
+        if why:
+            with index.read() as db:  # again, because it may have been deleted or computed again meanwhile
+                if digest not in entries.known(db, [digest]):
+                    why = None
+        if why:
+            damaged.append((digest, why))
+        read += whole
+        if on_progress:
+            on_progress(number, len(rows))
+    stray = [each for each in there if each not in rows and not blobs.is_of_another_format(layout.entry(each))]
+    return Checked(len(rows), read, tuple(troubles), tuple(damaged), tuple(stray))
+
+
+def _texts(index: Index, namespace: str) -> Iterator[str]:
+    """What is wrong with the texts of a namespace; each is compared with its id when it is read."""
+    after = None
+    while True:
+        try:
+            with index.read() as db:
+                rows = chunks.select(db, namespace, ChunkFilter(), limit=PAGE, after=after)
+        except StoreCorruptError as error:
+            yield str(error)
+            return
+        if not rows:
+            return
+        after = rows[-1].id
+
+
+def _entry(layout: Layout, digest: str, payload: str, *, whole: bool) -> str | None:
+    """What is wrong with an entry's file."""
+    try:
+        path = layout.entry(digest)
+        header = blobs.read(path).header if whole else blobs.read_header(path)
+    except (StoreCorruptError, blobs.DamagedFile) as error:
+        return str(error)
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it can't be read: {error.strerror}"
+    return None if header.digest == payload else "it is not the file that the index names"

@@ -1,0 +1,96 @@
+"""What a check of everything finds, and that it changes nothing."""
+
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from braidsdk.store import ChunkStore, EntryKey, Hit, NewChunk
+
+
+@pytest.fixture
+def keys(store: ChunkStore, make: Any) -> list[EntryKey]:
+    rows = store.add_chunks([NewChunk("default", 1, f"text {n}") for n in range(4)])
+    found = [make.key(row.id) for row in rows]
+    store.publish([(key, make.tensors(n), {}) for n, key in enumerate(found)])
+    return found
+
+
+def path_of(store: ChunkStore, key: EntryKey) -> Path:
+    (hit,) = store.look_up([key])
+    assert isinstance(hit, Hit)
+    return hit.path
+
+
+def test_a_sound_store_is_sound(store: ChunkStore, keys: list[EntryKey]) -> None:
+    steps: list[tuple[int, int]] = []
+    for share, read in ((0.0, 0), (1.0, len(keys))):
+        found = store.check(share, lambda *step: steps.append(step))
+        assert found.is_sound
+        assert (found.entries, found.read, found.damaged, found.stray, found.index) == (len(keys), read, (), (), ())
+    assert steps == [(n, 4) for n in (1, 2, 3, 4)] * 2
+
+
+def flip(at: int) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "why", "share"),
+    [
+        (Path.unlink, "missing", 0.0),
+        (flip(100), "header", 0.0),
+        (flip(-1), "content", 1.0),
+        (lambda path: path.write_bytes(path.read_bytes() + b"x"), "must have", 0.0),
+        (lambda path: (path.unlink(), path.mkdir()), "regular file", 0.0),
+    ],
+)
+def test_a_damaged_entry_is_named_and_stays(
+    store: ChunkStore, folder: Path, keys: list[EntryKey], harm: Callable[[Path], object], why: str, share: float
+) -> None:
+    harm(path_of(store, keys[1]))
+    found = store.check(share)
+    assert not found.is_sound
+    ((digest, said),) = found.damaged
+    assert digest == keys[1].digest
+    assert why in said
+    assert (store.stats("default").entries, store.damaged_count) == (len(keys), 0)
+    assert list((folder / "damaged").iterdir()) == []
+    if share:
+        assert store.check().is_sound, "headers alone do not show it"
+
+
+def test_another_sound_file_in_the_place_of_an_entry_is_named(store: ChunkStore, keys: list[EntryKey]) -> None:
+    path_of(store, keys[0]).write_bytes(path_of(store, keys[1]).read_bytes())
+    assert store.check().damaged == ((keys[0].digest, "it is not the file that the index names"),)
+
+
+def test_strays_and_texts_that_are_not_their_ids_are_named(store: ChunkStore, keys: list[EntryKey]) -> None:
+    with store._index.write() as db:
+        db.execute("delete from entries where digest = ?", [keys[2].digest])
+        db.execute("update chunks set text = 'another' where number = 1")
+    found = store.check()
+    assert found.stray == (keys[2].digest,)
+    assert found.damaged == ()
+    assert "must be the hash of its text" in found.index[0]
+    assert not found.is_sound
+
+
+def test_a_damaged_index_is_named(store: ChunkStore, folder: Path) -> None:
+    store.add_chunks([NewChunk("default", 1, f"text {n} " * 50, f"name {n}") for n in range(200)])
+    with closing(sqlite3.connect(folder / "index.db")) as db:
+        (root,) = db.execute("select rootpage from sqlite_schema where name = 'idx_names_namespace_name'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+    content = bytearray((folder / "index.db").read_bytes())
+    content[(root - 1) * size + 8 : (root - 1) * size + 12] = b"\xff\xff\xff\xff"
+    (folder / "index.db").write_bytes(content)
+    with ChunkStore(folder) as opened:
+        assert opened.check().index
