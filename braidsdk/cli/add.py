@@ -123,9 +123,10 @@ def add(
             braid.chunks.delete_many([row.id for row in gone])
     skipped = [(each.name or "stdin", str(each.error)) for each in registered.skipped]
     _report(out, added, reading.unread, skipped, gone, pruned=prune)
-    fresh = sum(each.new for each in added)
+    new = {each.id: each.new for each in added}  # two files may have one text
+    fresh = sum(new.values())
     done = f"; {estimate.tokens_to_compute:,} tokens computed in {duration(took)}" if estimate.tokens_to_compute else ""
-    out.note(f"{fresh:,} new, {len(added) - fresh:,} unchanged{done}.")
+    out.note(f"{fresh:,} new, {len(new) - fresh:,} unchanged{done}.")
     if not added:
         raise typer.Exit(FAILED)
 

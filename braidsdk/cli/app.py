@@ -5,7 +5,9 @@ Commands that need a model import what loads it, so that the other commands star
 
 import contextlib
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +36,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point."""
+    if sys.stdin is None:  # it was closed
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115 - open as long as the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -115,11 +115,11 @@ def counted(count: int, one: str, many: str = "") -> str:
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
-def ask_yes_no(question: str, *, read: Callable[[], str] = sys.stdin.readline) -> bool:
+def ask_yes_no(question: str, *, read: Callable[[], str] | None = None) -> bool:
     """Ask on stderr. Every answer except "y" and "yes" means no."""
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
-    return read().strip().lower() in ("y", "yes")
+    return (read or sys.stdin.readline)().strip().lower() in ("y", "yes")
 
 
 def _stderr(text: str) -> None:

@@ -116,7 +116,7 @@ def left_behind(
 
     def is_gone(source: str) -> bool:
         path = Path(source)
-        return source in read or (any(map(path.is_relative_to, folders)) and not path.exists())
+        return source in read or (any(map(path.is_relative_to, folders)) and not _may_exist(path))
 
     gone = []
     for row in held:
@@ -130,6 +130,17 @@ def left_behind(
         if mine:
             gone.append(row)
     return gone
+
+
+def _may_exist(path: Path) -> bool:
+    """Whether a file is there, or in a folder that can't be looked into."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _is_from(row: ChunkRow, source: Source) -> bool:

@@ -7,8 +7,9 @@ stores or models.
 import fnmatch
 import os
 import re
+import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def read_sources(arguments: Sequence[str], globs: Sequence[str]) -> Reading:
             found = [_decode(sys.stdin.buffer.read(), "stdin", None, None)]
         elif path.is_dir():
             folders.append(path.resolve())
-            found = [_read_file(file, file.relative_to(path).as_posix()) for file in _walk(path, globs)]
+            found = _read_folder(path, globs)
         elif path.exists():
             found = [_read_file(path, path.name)]
         elif is_glob(argument):
@@ -106,8 +107,18 @@ def read_sources(arguments: Sequence[str], globs: Sequence[str]) -> Reading:
     return Reading(tuple(once), tuple(unread), tuple(folders))
 
 
-def _walk(folder: Path, globs: Sequence[str]) -> Iterator[Path]:
-    for where, folders, files in os.walk(folder):
+def _read_folder(folder: Path, globs: Sequence[str]) -> list[Source | Unread]:
+    """The files of a folder that are wanted. A pipe that is given by itself is read; one that lies in a folder is left
+    out, because it would be waited for."""
+    found: list[Source | Unread] = []
+    for path in _walk(folder, globs, lambda error: found.append(_unreadable(error.filename, error))):
+        name = path.relative_to(folder).as_posix()
+        found.append(Unread(str(path), "is no regular file") if _is_special(path) else _read_file(path, name))
+    return found
+
+
+def _walk(folder: Path, globs: Sequence[str], on_error: Callable[[OSError], None]) -> Iterator[Path]:
+    for where, folders, files in os.walk(folder, onerror=on_error):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(where) / name
@@ -144,7 +155,19 @@ def _read_file(path: Path, name: str) -> Source | Unread:
     try:
         return _decode(path.read_bytes(), str(path), name, path.resolve())
     except OSError as error:
-        return Unread(str(path), f"can't be read: {error.strerror}")
+        return _unreadable(path, error)
+
+
+def _unreadable(path: object, error: OSError) -> Unread:
+    return Unread(str(path), f"can't be read: {error.strerror}")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path is a pipe, a socket or a device."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False  # reading it says what is wrong
 
 
 def _decode(content: bytes, shown: str, name: str | None, path: Path | None) -> Source | Unread:

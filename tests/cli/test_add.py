@@ -1,5 +1,6 @@
 """`braid add`: what is read, how it is cut and named, and that a second run does only what changed."""
 
+import os
 import signal
 import subprocess
 import time
@@ -201,6 +202,46 @@ class TestAgain:
         (docs / "a.md").unlink()
         assert cli("add", "docs", "--prune", "--json").json["gone"] == []
         assert {"mine", "a.md"} <= {each["name"] for each in cli("ls", "--json").json}
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+    def test_what_can_not_be_looked_into_is_named_and_not_pruned(self, cli: Cli, docs: Path) -> None:
+        cli("add", "docs")
+        (docs / "more").chmod(0)
+        try:
+            ended = cli("add", "docs", "--prune")
+        finally:
+            (docs / "more").chmod(0o755)
+        assert "more: can't be read: Permission denied" in ended.stderr
+        assert "more/b.txt" in cli("ls").stdout
+
+    def test_a_file_behind_an_error_is_not_taken_for_gone(
+        self, cli: Cli, docs: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cli("add", "docs")
+        (docs / "a.md").unlink()
+        honest = Path.stat
+
+        def refused(path: Path, **more: Any) -> os.stat_result:
+            if path.name == "a.md":
+                raise PermissionError(13, "Permission denied")
+            return honest(path, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", refused)
+            assert cli("add", "docs", "--prune", "--json").json["gone"] == []
+        assert len(cli("add", "docs", "--prune", "--json").json["gone"]) == 1
+
+    def test_files_with_one_text_count_as_one_chunk(self, cli: Cli, docs: Path) -> None:
+        (docs / "c.txt").write_text("The same.")
+        (docs / "d.txt").write_text("The same.")
+        fresh = len({each["id"] for each in cli("add", "docs", "--json").json["chunks"]})
+        assert cli("add", "docs").stderr.endswith(f"0 new, {fresh} unchanged.\n")
+
+    def test_a_pipe_in_a_folder_is_named_and_not_waited_for(self, cli: Cli, docs: Path) -> None:
+        os.mkfifo(docs / "pipe.log")
+        ended = cli("add", "docs")
+        assert "pipe.log: is no regular file" in ended.stderr
+        assert "a.md" in ended.stdout
 
     def test_a_name_does_not_move_here_from_another_file_by_itself(self, cli: Cli, docs: Path) -> None:
         (docs / "rules.txt").write_text("Other rules.")

@@ -120,3 +120,19 @@ def test_completion_knows_the_commands(child: Child) -> None:
     env = {**os.environ, "_BRAID_COMPLETE": "complete_bash", "COMP_WORDS": "braid do", "COMP_CWORD": "1"}
     stdout, stderr = child(env=env).communicate(timeout=60)
     assert stdout.split() == ["doctor"], stderr
+
+
+def test_a_closed_stdin_is_an_empty_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            "sh",
+            "-c",
+            f"'{sys.executable}' -P -c 'from braidsdk.cli import main; main()' ask - --store '{tmp_path}/s' <&-",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode not in (0, -11)
+    assert "Traceback" not in done.stderr
+    assert "braid: " in done.stderr
