@@ -178,8 +178,8 @@ def _refuse_unknown(db: Database) -> None:
     unknown = sorted(m.name for m in migrations.applied(db) if m.name not in _known())
     if unknown:
         raise StoreVersionError(
-            f"The store must be of this version or an older one; got one with the migrations {', '.join(unknown)}, "
-            "which this version does not know. Update braidsdk, or open another store."
+            f"The store must be of this version or an older release; got one with the migrations {', '.join(unknown)}: "
+            "a newer version wrote it, or one before the first release. Update braidsdk, or open another store."
         )
 
 

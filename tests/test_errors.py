@@ -275,7 +275,11 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (store_path, errors.StorePathError, "a file in the way. Choose another path"),
     (read_only_store, errors.StoreReadOnlyError, "can only be read. Open it where it can be written"),
     (replaced_store, errors.StoreReplacedError, "removed or replaced. Nothing was kept. Open the store again"),
-    (newer_store, errors.StoreVersionError, "migrations m999_new, which this version does not know. Update braidsdk"),
+    (
+        newer_store,
+        errors.StoreVersionError,
+        "migrations m999_new: a newer version wrote it, .*Update braidsdk, or open another store",
+    ),
     (corrupt_store, errors.StoreCorruptError, "Move the index aside"),
     (full_disk, errors.StoreFullError, "must have room for .* got .* free. Free some space"),
     (disk_that_fills_up, errors.StoreFullError, "No space left on device. Free some space"),
