@@ -543,6 +543,12 @@ def store_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def campaign_table(report: dict[str, Any]) -> str:
+    """What was done to the store, how often, and how often something was wrong then, as Markdown."""
+    rows = [f"| {row['what']} | {row['cases']:,} | {row['wrong']:,} |" for row in report["rows"]]
+    return "\n".join(["| what happens | cases | wrong |", "| --- | ---: | ---: |", *rows])
+
+
 def real_table(report: dict[str, Any]) -> str:
     """Modes against full prefill on a real model, as Markdown."""
     lines = []
@@ -610,6 +616,7 @@ TABLES = {
     "repairs": (_QUALITY, "repairs-cpu.json", repairs_table),
     "repairs-gpu": (_QUALITY, "repairs-cuda.json", repairs_table),
     "store": ("docs/store.md", "store.json", store_table),
+    "campaign": ("docs/store.md", "store_campaign.json", campaign_table),
     "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),

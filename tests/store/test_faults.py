@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ import pytest
 
 CAMPAIGN = Path(__file__).parent / "campaign"
 COMPILER = shutil.which("cc")
+
+KINDS = {
+    "kill": "SIGKILL at one step",
+    "kill, then kill the recovery": "SIGKILL at one step, then SIGKILL while the store is opened again",
+    "eio": "EIO at one step",
+    "enospc": "ENOSPC at one step that writes",
+    "lock": "ENOLCK at one step that locks",
+    "eintr": "EINTR at one step that locks",
+}
+"""The table's name of each kind of fault."""
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or COMPILER is None, reason="needs Linux and a C compiler, to fail calls to the system"
@@ -41,9 +52,12 @@ def test_a_fault_at_any_step_loses_nothing_and_is_typed(faults: Path) -> None:
 
 
 @pytest.mark.campaign
-def test_a_fault_at_every_step_loses_nothing_and_is_typed(faults: Path) -> None:
+def test_a_fault_at_every_step_loses_nothing_and_is_typed(faults: Path, counted: Callable[..., None]) -> None:
     found = run(faults)
-    sys.stdout.write(json.dumps(found["counts"]))
+    for what, name in KINDS.items():
+        kind, then, _ = what.partition(", then")
+        wrong = sum(each.startswith(f"{kind} at ") and (", then at" in each) == bool(then) for each in found["wrong"])
+        counted(name, found["counts"][what], wrong=wrong)
     assert found["wrong"] == []
     assert found["counts"]["kill"] >= 200
 
