@@ -3,6 +3,7 @@
 import builtins
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from braidsdk.engine.engine import Engine
@@ -10,7 +11,7 @@ from braidsdk.errors import InputError, UnknownChunkError, shown
 from braidsdk.ingest.check import text_of
 from braidsdk.prompt.text import normalise
 from braidsdk.store import ChunkRow, chunk_id
-from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, PageDocument, TextNode
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, ChunkVersion, PageDocument, TextNode
 
 PAGE = 1_000
 """How many chunks iterating holds in memory at a time."""
@@ -104,15 +105,18 @@ class Chunks:
         metadata: Mapping[str, Any] | None = None,
         name: str | None = None,
         replace: bool = False,
+        pinned: bool | None = None,
     ) -> Chunk:
-        """Give a chunk other metadata, or one more name. Its text, id and KV entries stay as they are, because another
-        text is another chunk.
+        """Give a chunk other metadata, one more name, or a pin. Its text, id and KV entries stay as they are, because
+        another text is another chunk.
 
         Args:
             chunk: a chunk, its name or its id.
             metadata: JSON types that replace what the chunk has. None changes nothing.
             name: one more name. None adds none.
-            replace: lets `name` move here from another text.
+            replace: lets `name` move here from another text. `history` tells what it stood for.
+            pinned: whether its KV entries stay when others are evicted to keep the store within its limits. None
+                changes nothing.
 
         Returns:
             The chunk as it is now.
@@ -124,9 +128,55 @@ class Chunks:
         """
         found = self.resolve([chunk])[0]
         row = self._engine.store.update_chunk(
-            self._engine.namespace, found.id, name=name, metadata=metadata, replace=replace
+            self._engine.namespace, found.id, name=name, metadata=metadata, replace=replace, pinned=pinned
         )
         return self.from_row(row)
+
+    def history(self, name: str) -> builtins.list[ChunkVersion]:
+        """What a name stands for and stood for, the newest first. A name moves when another text is registered with it
+        and `replace=True`. At most 100 chunks before the present one are known, and none that were deleted.
+
+        Raises:
+            UnknownChunkError: the name was never given in this namespace, or all its chunks were deleted.
+        """
+        self._engine.check_open()
+        if not isinstance(name, str):
+            raise InputError(f"A chunk's name must be a str; got a {type(name).__name__}.")
+        store, namespace = self._engine.store, self._engine.namespace
+        found = store.versions(namespace, name)
+        rows = store.find_chunks(namespace, [each.chunk_id for each in found])
+        versions = [
+            ChunkVersion(
+                self.from_row(rows[each.chunk_id]),
+                datetime.fromisoformat(each.since),
+                None if each.until is None else datetime.fromisoformat(each.until),
+            )
+            for each in found
+            if each.chunk_id in rows  # it may have been deleted since
+        ]
+        if not versions:
+            raise self._unknown(name)
+        return versions
+
+    def restore(self, name: str, chunk: Chunk | str | None = None) -> Chunk:
+        """Let a name stand again for a chunk that it stood for.
+
+        Args:
+            name: the name.
+            chunk: one of `history(name)`, or its id. None takes the one before the present one, or the last one if the
+                name stands for none now.
+
+        Returns:
+            The chunk that the name stands for now.
+
+        Raises:
+            UnknownChunkError: the name is unknown, or never stood for this chunk, or for no other one.
+        """
+        self._engine.check_open()
+        wanted = chunk.id if isinstance(chunk, Chunk) else chunk
+        if not isinstance(name, str) or not isinstance(wanted, str | None):
+            raise InputError("restore takes a name, and a chunk or its id. Pass one of chunks.history(name).")
+        return self.from_row(self._engine.store.restore_name(self._engine.namespace, name, wanted))
 
     def delete(self, chunk: Chunk | str) -> int:
         """Delete a chunk, its names, its KV entries and every entry that was computed after it.
@@ -210,6 +260,7 @@ class Chunks:
             text=row.text,
             name=row.name,
             metadata=row.metadata,
+            pinned=row.pinned,
             _encode=self._engine.layout.chunk_ids,
         )
 

@@ -5,6 +5,7 @@ Knows nothing about tensors, models or files.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,7 @@ class Chunk:
         text: the text, NFC-normalised and stripped of outer white space.
         name: the name that it was asked for by, else its first name, else None.
         metadata: what the application attached, as JSON types.
+        pinned: whether its KV entries stay when others are evicted.
     """
 
     id: str
@@ -37,6 +39,7 @@ class Chunk:
     text: str
     name: str | None = field(default=None, compare=False)
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    pinned: bool = field(default=False, compare=False)
     _encode: Callable[[int, str], tuple[int, ...]] = field(default=lambda *_: (), repr=False, compare=False)
 
     @cached_property
@@ -58,6 +61,21 @@ class Chunk:
     def __repr__(self) -> str:
         start = self.text[:40] + "…" if len(self.text) > 40 else self.text
         return f"Chunk(id={self.id!r}, name={self.name!r}, level={self.level}, text={start!r})"
+
+
+@dataclass(frozen=True)
+class ChunkVersion:
+    """A chunk that a name stands for, or stood for.
+
+    Attributes:
+        chunk: the chunk.
+        since: when the name was given to it, in UTC.
+        until: when the name was given to another chunk; None if it stands for this one.
+    """
+
+    chunk: Chunk
+    since: datetime
+    until: datetime | None
 
 
 class PageDocument(Protocol):

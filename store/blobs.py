@@ -229,7 +229,7 @@ def read(path: Path, place: Tensors | None = None) -> Blob:
         DamagedFile: it does not hold what was written, or is no file.
         OSError: it is missing or can't be read.
     """
-    with _opened(path) as (descriptor, size):
+    with opened(path) as (descriptor, size):
         header = _read_header(descriptor, size)
         if place is None:
             place = {
@@ -259,14 +259,14 @@ def read_header(path: Path) -> Header:
         DamagedFile: the header is damaged, or there is no file but something else.
         OSError: the file is missing or can't be read.
     """
-    with _opened(path) as (descriptor, size):
+    with opened(path) as (descriptor, size):
         return _read_header(descriptor, size)
 
 
 def read_token_bytes(path: Path, header: Header) -> bytes:
     """Read only a file's token ids, little-endian int32, without verifying them."""
     token_bytes = bytearray(4 * header.tokens)
-    with _opened(path) as (descriptor, _):
+    with opened(path) as (descriptor, _):
         _read_all(descriptor, [memoryview(token_bytes)], header.tensors[TOKEN_IDS][2])
     return bytes(token_bytes)
 
@@ -275,7 +275,7 @@ def is_of_another_format(path: Path) -> bool:
     """Whether a file is sound by the rules of safetensors and names another format than this version's, so that
     another version of the store may be able to read it."""
     try:
-        with _opened(path) as (descriptor, size):
+        with opened(path) as (descriptor, size):
             parsed = json.loads(_read_start(descriptor, size)[8:])
         named = parsed["__metadata__"]["format"]
     except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
@@ -290,7 +290,7 @@ def ordered(tensors: Tensors) -> list[str]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
+def opened(path: Path) -> Iterator[tuple[int, int]]:
     """The descriptor of a regular file, and the file's size. A pipe or a link in its place is neither waited for nor
     followed."""
     try:

@@ -1,11 +1,11 @@
-"""Looks at everything that a store holds, and says what is wrong. Changes nothing."""
+"""Looks at everything that a store holds, and says what is wrong. `check` changes nothing, and `repair` mends it."""
 
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from braidsdk.errors import StoreCorruptError
-from braidsdk.store import blobs, chunks, entries
+from braidsdk.store import blobs, catalogue, chunks, entries
 from braidsdk.store.chunks import ChunkFilter
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
@@ -25,6 +25,9 @@ class Checked:
         damaged: digest of each entry whose file is missing or not what was written, with the reason.
         stray: digests of files that no row of the index names, from processes that were killed. Opening the store
             removes them within a day.
+        chunks: chunks that the index names.
+        behind: id of each chunk whose file is missing, damaged, or does not say what the index says, with the reason,
+            and of each file without a chunk. The texts in the index are sound, and `repair` writes the files again.
     """
 
     entries: int
@@ -32,11 +35,13 @@ class Checked:
     index: tuple[str, ...]
     damaged: tuple[tuple[str, str], ...]
     stray: tuple[str, ...]
+    chunks: int
+    behind: tuple[tuple[str, str], ...]
 
     @property
     def is_sound(self) -> bool:
         """Whether nothing is damaged."""
-        return not self.index and not self.damaged
+        return not self.index and not self.damaged and not self.behind
 
 
 def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int, int], None] | None = None) -> Checked:
@@ -50,10 +55,9 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
     """
     there = list(layout.digests())  # before the rows are read, so that it lacks what is published from now on
     with index.read() as db:
-        troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
         rows = dict(db.execute("select digest, payload_digest from entries").fetchall())
-        namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
-    troubles += [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
+        count = db.table("chunks").count
+    troubles = index_troubles(index)
     damaged, read = [], 0
     for number, (digest, payload) in enumerate(rows.items(), 1):
         whole = random.random() < share
@@ -68,7 +72,33 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
         if on_progress:
             on_progress(number, len(rows))
     stray = [each for each in there if each not in rows and not blobs.is_of_another_format(layout.entry(each))]
-    return Checked(len(rows), read, tuple(troubles), tuple(damaged), tuple(stray))
+    behind = tuple(behind_index(index, layout)) if not troubles else ()
+    return Checked(len(rows), read, tuple(troubles), tuple(damaged), tuple(stray), count, behind)
+
+
+def index_troubles(index: Index) -> list[str]:
+    """What is wrong with the index and the texts in it, in words."""
+    with index.read() as db:
+        troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
+        namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
+    return troubles + [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
+
+
+def behind_index(index: Index, layout: Layout) -> Iterator[tuple[str, str]]:
+    """The chunks whose files do not say what the index says, with the reason."""
+    found = dict.fromkeys(layout.chunk_ids())
+    with index.read() as db:
+        found |= dict.fromkeys(row[0] for row in db.execute("select id from chunks"))
+    ids = list(found)
+    for start in range(0, len(ids), PAGE):
+        some = ids[start : start + PAGE]
+        with index.read() as db:  # a writer moves files only while no one reads
+            stale = catalogue.stale(db)
+            records = catalogue.records_of(db, some)
+            for each in some:
+                why = catalogue.difference(layout.chunk(each), records.get(each))
+                if why and each not in stale:
+                    yield each, why
 
 
 def _texts(index: Index, namespace: str) -> Iterator[str]:

@@ -18,8 +18,10 @@ from braidsdk.errors import (
     InputError,
     NameTakenError,
     StoreCorruptError,
+    UnknownChunkError,
     shown,
 )
+from braidsdk.store.files import REPAIR
 from braidsdk.store.keys import chunk_id, looks_like_chunk_id
 from braidsdk.store.schema import METADATA_INDEX
 
@@ -28,6 +30,9 @@ NAME_LIMIT = 500
 
 METADATA_DEPTH = 64
 """The most levels of lists and objects in metadata. Deeper ones break JSON libraries and copies elsewhere."""
+
+FORMER_NAMES = 100
+"""The most chunks that a name is known to have stood for before."""
 
 SUGGEST_AMONG = 5_000
 """The most names that `close_names` compares, because the comparison is slow."""
@@ -59,6 +64,7 @@ class ChunkRow:
         name: the name that it was asked for by, else its first name, else None.
         names: all its names, in the order of registration.
         metadata: the application's own values, as JSON gives them back.
+        pinned: whether its entries stay when others are evicted.
     """
 
     id: str
@@ -68,6 +74,22 @@ class ChunkRow:
     name: str | None = None
     names: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class NameVersion:
+    """A chunk that a name stands for or stood for.
+
+    Attributes:
+        chunk_id: the chunk.
+        since: when the name was given to it, ISO 8601 in UTC.
+        until: when the name was given to another chunk; None if it stands for this one.
+    """
+
+    chunk_id: str
+    since: str
+    until: str | None = None
 
 
 @dataclass(frozen=True)
@@ -95,13 +117,14 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
     if not found:
         row = {"id": new_id, "namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}
         db.table("chunks").insert({**row, "metadata": metadata or "{}", "created": now()})
+        touch(db, [new_id])
     elif found[0] != {"namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}:
         raise HashCollisionError(
             f"The id {new_id} must be free or stand for this text; another text in namespace "
             f"{shown(found[0]['namespace'])} has it. Change the text by a character, for example add a space inside."
         )
     elif metadata is not None:
-        db.execute("update chunks set metadata = ? where id = ?", [metadata, new_id])
+        _set(db, new_id, "metadata", metadata)
     if chunk.name is not None:
         _name(db, chunk.namespace, chunk.name, new_id, replace=replace)
     return _rows(db, "id = ?", [new_id], asked={new_id: chunk.name})[0]
@@ -173,12 +196,20 @@ def count(db: Database, namespace: str, which: ChunkFilter) -> int:
 
 
 def update(
-    db: Database, row: ChunkRow, *, name: str | None, metadata: Mapping[str, Any] | None, replace: bool
+    db: Database,
+    row: ChunkRow,
+    *,
+    name: str | None,
+    metadata: Mapping[str, Any] | None,
+    replace: bool,
+    pinned: bool | None = None,
 ) -> ChunkRow:
-    """Give a chunk metadata in place of what it has, and one more name. See `ChunkStore.update_chunk`."""
+    """Give a chunk metadata in place of what it has, one more name, or a pin. See `ChunkStore.update_chunk`."""
     _check_name(name)
     if metadata is not None:
-        db.execute("update chunks set metadata = ? where id = ?", [_metadata_json(metadata), row.id])
+        _set(db, row.id, "metadata", _metadata_json(metadata))
+    if pinned is not None:
+        _set(db, row.id, "pinned", int(pinned))
     if name is not None:
         _name(db, row.namespace, name, row.id, replace=replace)
     return _rows(db, "id = ?", [row.id], asked={row.id: name or row.name})[0]
@@ -202,8 +233,44 @@ def owners(db: Database, ids: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
+def touch(db: Database, ids: Iterable[str]) -> None:
+    """Mark chunks as changed, so that their files are written again or removed; see `catalogue.py`."""
+    db.conn.executemany("insert or replace into stale values (?, random())", [(each,) for each in ids])
+
+
+def touch_all(db: Database) -> None:
+    """Mark all chunks as changed."""
+    db.execute("insert or replace into stale select id, random() from chunks")
+
+
+def versions(db: Database, namespace: str, name: str) -> list[NameVersion]:
+    """Return what a name stands for and stood for, the newest first. There is none for an unknown name."""
+    query = "select chunk_id, since, {} as until from {} where namespace = ? and name = ? order by number desc"
+    found = [
+        row
+        for until, table in (("null", "names"), ("until", "former_names"))
+        for row in db.query(query.format(until, table), [namespace, _bindable(name)])
+    ]
+    return [NameVersion(**row) for row in found]
+
+
+def restore(db: Database, namespace: str, name: str, wanted: str | None) -> ChunkRow:
+    """Let a name stand again for a chunk that it stood for; see `ChunkStore.restore_name`."""
+    before = [each.chunk_id for each in versions(db, namespace, name) if each.until is not None]
+    found = next((each for each in before if wanted in (None, each)), None)
+    if found is None:
+        known = f"it stood for {', '.join(dict.fromkeys(before[:5]))}" if before else "no other is known"
+        raise UnknownChunkError(
+            f"The name {shown(name)} in namespace {shown(namespace)} must have stood for "
+            f"{f'chunk {shown(wanted)}' if wanted else 'another chunk before'}; {known}. Look at its history: "
+            "chunks.history(name), or `braid log NAME`."
+        )
+    return update(db, find_many(db, namespace, [found])[found], name=name, metadata=None, replace=True)
+
+
 def delete(db: Database, ids: Sequence[str]) -> None:
     """Delete the rows and names of chunks. Their entries must be deleted before."""
+    touch(db, ids)
     for part in parts(ids):
         db.table("chunks").delete_where(f"id in ({placeholders(part)})", [*part])
 
@@ -307,17 +374,37 @@ def _json_types(key: object, value: object) -> tuple[str, ...]:
     )
 
 
+def _set(db: Database, ident: str, column: str, value: object) -> None:
+    db.execute(f"update chunks set {column} = ? where id = ?", [value, ident])
+    touch(db, [ident])
+
+
 def _name(db: Database, namespace: str, name: str, new_id: str, *, replace: bool) -> None:
-    taken = list(db.query("select number, chunk_id from names where namespace = ? and name = ?", [namespace, name]))
+    taken = list(db.query("select * from names where namespace = ? and name = ?", [namespace, name]))
+    when = now()
+    if taken and taken[0]["chunk_id"] == new_id:
+        return
+    if taken and not replace:
+        raise NameTakenError(
+            f"The name {shown(name)} must be free in namespace {shown(namespace)} or stand for this text; it "
+            f"stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose another."
+        )
+    row = {"namespace": namespace, "name": name, "chunk_id": new_id, "since": when}
     if not taken:
-        db.table("names").insert({"namespace": namespace, "name": name, "chunk_id": new_id})
-    elif taken[0]["chunk_id"] != new_id:
-        if not replace:
-            raise NameTakenError(
-                f"The name {shown(name)} must be free in namespace {shown(namespace)} or stand for this text; it "
-                f"stands for chunk {taken[0]['chunk_id']}. Pass replace=True to move the name, or choose another."
-            )
-        db.table("names").update(taken[0]["number"], {"chunk_id": new_id})
+        db.table("names").insert(row)
+    else:
+        before = taken[0]
+        later = next(db.query("select max(number) + 1 as number from names"))
+        db.table("names").update(before.pop("number"), {**row, **later})
+        db.table("former_names").insert({**before, "until": when})
+        ended = (
+            "from former_names where namespace = ? and name = ? order by number desc limit -1 offset ?",
+            [namespace, name, FORMER_NAMES],
+        )
+        forgotten = list(db.query(f"select number, chunk_id {ended[0]}", ended[1]))
+        db.conn.executemany("delete from former_names where number = ?", [(each["number"],) for each in forgotten])
+        touch(db, [before["chunk_id"], *(each["chunk_id"] for each in forgotten)])
+    touch(db, [new_id])
 
 
 def _rows(
@@ -333,7 +420,7 @@ def _rows(
 
     A chunk carries the name in `asked`, else its first name that fits the pattern `named`, else its first name.
     """
-    columns = "id, namespace, level, text, metadata"
+    columns = "id, namespace, level, text, metadata, pinned"
     query = f"select {columns} from chunks where {where} order by number limit ?"
     found = list(db.query(query, [*arguments, -1 if limit is None else limit]))
     names: dict[str, list[str]] = {}
@@ -349,29 +436,37 @@ def _rows(
     for row in found:
         if chunk_id(row["namespace"], row["level"], row["text"]) != row["id"]:
             raise StoreCorruptError(
-                f"The id of chunk {row['id']} must be the hash of its text; the index holds another text. Move the "
-                "index aside (index.db and index.db-journal): the next open rebuilds it from the entries."
+                f"The id of chunk {row['id']} must be the hash of its text; the index holds another text. {REPAIR}"
             )
         own = tuple(names.get(row["id"], ()))
         name = (asked or fitting).get(row["id"]) or (own[0] if own else None)
-        metadata = {} if row["metadata"] == "{}" else _stored_metadata(row["id"], row["metadata"])
-        rows.append(ChunkRow(row["id"], row["namespace"], row["level"], row["text"], name, own, metadata))
+        metadata = {} if row["metadata"] == "{}" else check_stored_metadata(row["id"], row["metadata"])
+        rows.append(
+            ChunkRow(row["id"], row["namespace"], row["level"], row["text"], name, own, metadata, bool(row["pinned"]))
+        )
     return rows
 
 
-def _stored_metadata(ident: str, text: str) -> dict[str, Any]:
-    """The metadata of a row, which may come from anyone's index."""
+def check_stored_metadata(ident: str, text: str) -> dict[str, Any]:
+    """The metadata of a row or of a file, which may come from anyone.
+
+    Raises:
+        StoreCorruptError: they are not what can be registered.
+    """
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_refused)
         if isinstance(found, dict) and not _is_deep(found):
             return found
     except (ValueError, RecursionError):
         pass
     raise StoreCorruptError(
         f"The metadata of chunk {ident} must be a JSON object of at most {METADATA_DEPTH} levels; the index holds "
-        "something else. Move the index aside (index.db and index.db-journal): the next open rebuilds it from the "
-        "entries."
+        f"something else. {REPAIR}"
     )
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(constant)
 
 
 def _is_deep(value: Any) -> bool:

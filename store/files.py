@@ -1,10 +1,11 @@
 """Knows where a store's files lie, and moves them durably.
 
-    index.db                             the index; it is rebuilt from the entries if it is missing
+    index.db                             the index; it is rebuilt from the files if it is missing
+    chunks/<2 hex>/<id>.json             one chunk each: text, names, metadata (see catalogue.py)
     entries/<2 hex>/<digest>.safetensors one KV entry each, immutable
     tmp/<owner>.lock                     locked for as long as a process has the store open
     tmp/<owner>.<digest>.<8 hex>.part    files that it is writing; removed by others once it does not live any more
-    damaged/                             entries that were set aside
+    damaged/                             files that were set aside
     queue.lock                           what writers of the index queue for
     claims.lock                          whose bytes stand for the entries that processes compute (see claims.py)
 
@@ -25,9 +26,11 @@ from pathlib import Path
 from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_ENTRY = re.compile(r"[0-9a-f]{32}\.safetensors")
 _DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.safetensors")
+_OLD_INDEX = re.compile(r"index\.[0-9a-f]{8}\.db(-journal)?")
 _OWNED = re.compile(r"([0-9a-f]{16})\.(lock|[0-9a-f]{32}\.[0-9a-f]{8}\.part)")
+
+REPAIR = "Run `braid store repair`: it rebuilds the index from the files of chunks and entries."
 
 Stamp = tuple[int, int, int]
 """Tells a file from another one that takes its path later: inode, time of change in ns, size in bytes."""
@@ -146,9 +149,22 @@ class Layout:
         """The folder of files that were set aside."""
         return self.root / "damaged"
 
+    @property
+    def chunks(self) -> Path:
+        """The folder of all chunks' files. It is made once the index knows which files it must have."""
+        return self.root / "chunks"
+
     def entry(self, digest: str) -> Path:
         """The path of the entry with this digest. Raises the same errors as `entry_name`."""
         return self.root / entry_name(digest)
+
+    def chunk(self, chunk_id: str) -> Path:
+        """The path of the file of the chunk with this id.
+
+        Raises:
+            StoreCorruptError: it is not an id.
+        """
+        return self.chunks / _checked(chunk_id)[:2] / f"{chunk_id}.json"
 
     @property
     def queue(self) -> Path:
@@ -164,27 +180,50 @@ class Layout:
         """A new path to write an entry to before it is moved to its place."""
         return self.tmp / f"{self._owner}.{digest}.{secrets.token_hex(4)}.part"
 
-    def place(self, moves: Iterable[tuple[Path, str]]) -> None:
-        """Move finished files to the places of their digests, durably."""
+    def place(self, moves: Iterable[tuple[Path, Path]], removed: Iterable[Path] = ()) -> None:
+        """Move finished files of entries or chunks to their places, and remove others, durably."""
         folders = set()
-        for source, digest in moves:
-            target = self.entry(digest)
+        for source, target in moves:
             if target.parent not in self._synced:  # whoever has made it may not have synced it
                 self._make_folder(target.parent)
-                folders.add(self.entries)
+                folders.add(target.parent.parent)
             source.replace(target)
             folders.add(target.parent)
+        for path in removed:
+            remove(path)
+            if path.parent.is_dir():  # whoever has removed it may not have synced it
+                folders.add(path.parent)
         for folder in folders:
             sync_folder(folder)
         self._synced |= folders
 
-    def set_aside(self, digest: str) -> str | None:
-        """Move an entry's damaged file to damaged/ and return its name there. Returns None if it is gone already."""
-        name = f"{digest}.{secrets.token_hex(4)}.safetensors"
+    def make_chunks(self) -> None:
+        """Make the folder of the chunks' files, durably."""
+        self._make_folder(self.chunks)
+        sync_folder(self.root)
+
+    def set_aside(self, path: Path) -> str | None:
+        """Move the damaged file of an entry or a chunk to damaged/ and return its name there. Returns None if it is
+        gone already."""
+        name = f"{path.stem}.{secrets.token_hex(4)}{path.suffix}"
         try:
-            self.entry(digest).replace(self.damaged / name)
+            path.replace(self.damaged / name)
         except FileNotFoundError:
             return None
+        return name
+
+    def set_index_aside(self) -> str | None:
+        """Move the index and its journal to damaged/, and return the index's name there. Returns None if there is
+        none."""
+        name = f"index.{secrets.token_hex(4)}.db"
+        with contextlib.suppress(FileNotFoundError):
+            # The journal goes first: without it the index is damaged at worst, and it must not meet a new index.
+            self.root.joinpath("index.db-journal").replace(self.damaged / f"{name}-journal")
+        try:
+            self.index.replace(self.damaged / name)
+        except FileNotFoundError:
+            return None
+        sync_folder(self.root)
         return name
 
     def remove_damaged(self, name: str) -> None:
@@ -192,13 +231,19 @@ class Layout:
         if _DAMAGED.fullmatch(name):
             remove(self.damaged / name)
 
+    def remove_old_indexes(self) -> None:
+        """Remove indexes that were set aside, because texts are in them that are deleted now."""
+        for path in self.damaged.iterdir():
+            if _OLD_INDEX.fullmatch(path.name):
+                remove(path)
+
     def digests(self) -> Iterator[str]:
         """The digest of every entry's file. This lists all files, which takes seconds for millions."""
-        for folder in sorted(self.entries.iterdir()):
-            if len(folder.name) == 2 and folder.is_dir():
-                for name in sorted(path.name for path in folder.iterdir()):
-                    if _ENTRY.fullmatch(name) and name.startswith(folder.name):
-                        yield name.removesuffix(".safetensors")
+        return _listed(self.entries, ".safetensors")
+
+    def chunk_ids(self) -> Iterator[str]:
+        """The id of every chunk's file. This lists all files, which takes seconds for millions."""
+        return _listed(self.chunks, ".json") if self.chunks.is_dir() else iter(())
 
     def sweep_temporaries(self) -> None:
         """Remove what processes left in tmp/ that do not live any more. Files that aren't ours are not touched."""
@@ -231,12 +276,22 @@ def entry_name(digest: str) -> str:
     Raises:
         StoreCorruptError: it is not a digest.
     """
+    return f"entries/{_checked(digest)[:2]}/{digest}.safetensors"
+
+
+def _checked(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
-        raise StoreCorruptError(
-            f"An entry's digest must be 32 hex digits; got {shown(digest)}. Move the index aside (index.db and "
-            "index.db-journal): the next open rebuilds it from the entries."
-        )
-    return f"entries/{digest[:2]}/{digest}.safetensors"
+        raise StoreCorruptError(f"A digest must be 32 hex digits; got {shown(digest)}. {REPAIR}")
+    return digest
+
+
+def _listed(folder: Path, suffix: str) -> Iterator[str]:
+    """The digests that the files below a folder have as their names."""
+    for part in sorted(folder.iterdir()):
+        if len(part.name) == 2 and part.is_dir():
+            for path in sorted(part.iterdir()):
+                if path.suffix == suffix and _DIGEST.fullmatch(path.stem) and path.name.startswith(part.name):
+                    yield path.stem
 
 
 def stamp(path: Path) -> Stamp | None:

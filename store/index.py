@@ -21,7 +21,7 @@ from typing import TypeVar
 from sqlite_utils import Database
 
 from braidsdk.errors import ClosedError, StoreError, StoreReadOnlyError, StoreReplacedError
-from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, is_busy, migrated, primary, translate
+from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, is_busy, kind_of, migrated, primary, translate
 
 FAIR_S = 5.0
 """So long a writer queues. After that it asks SQLite all the same: the queue is only for fairness, and its lock may be
@@ -121,7 +121,7 @@ class Index:
             except sqlite3.Error as error:
                 raise self._translated(error) from error
             except OSError as error:
-                raise StoreError(
+                raise kind_of(error)(
                     f"The files of the store at {self._path.parent} could not be changed: {error.strerror}. Free some "
                     "space or correct what fails. The store is as it was before."
                 ) from error

@@ -1,60 +1,139 @@
-"""Rebuilds the index from the entries' files.
+"""Rebuilds the index from the files of chunks and entries.
 
-It reads only headers and token ids. The tensors are verified when an entry is loaded. A file that is provably not what
-its name says is set aside. Names, metadata and chunks without an entry are only in the index, and are lost with it.
+Of an entry it reads only the header and the token ids: the tensors are verified when it is loaded. A file that is
+provably not what its name says is set aside. The text of a chunk whose file is damaged comes from an entry of it; its
+names and metadata are lost. A chunk without a file was deleted, and what is left of its entries stays out.
 """
 
 import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database
 
-from braidsdk.store import blobs, entries
+from braidsdk.store import blobs, catalogue, chunks, entries
+from braidsdk.store.blobs import DamagedFile
+from braidsdk.store.catalogue import Record
 from braidsdk.store.entries import EntryRow
 from braidsdk.store.files import Layout
 from braidsdk.store.keys import canonical_json, chunk_id, digest_of, record_chunk_ids
 
 
-def rebuild(db: Database, layout: Layout) -> None:
+@dataclass(frozen=True)
+class Rebuilt:
+    """What an index was rebuilt from.
+
+    Attributes:
+        chunks: chunks that it has now.
+        entries: entries that it has now.
+        damaged: the path of each file that was set aside, with the reason.
+        without_names: ids of chunks whose names and metadata are lost. Their text comes from an entry.
+    """
+
+    chunks: int
+    entries: int
+    damaged: tuple[tuple[Path, str], ...]
+    without_names: tuple[str, ...]
+
+
+def rebuild(db: Database, layout: Layout) -> Rebuilt:
     """Fill a new index from the files in their places, inside the caller's transaction."""
-    found: list[tuple[str, EntryRow]] = []
-    chunks: dict[str, dict[str, Any]] = {}
+    any_file = layout.chunks.is_dir()  # if not, the texts of all entries are taken
+    found = dict(catalogue.read_all(layout))
+    records = {each: record for each, record in found.items() if isinstance(record, Record)}
+    damaged = {layout.chunk(each): error for each, error in found.items() if isinstance(error, DamagedFile)}
+    headers: dict[str, tuple[blobs.Header, EntryRow]] = {}
     for digest in layout.digests():
         path = layout.entry(digest)
         try:
             header = blobs.read_header(path)
-            row = _row(path, header)
-        except blobs.DamagedFile as error:
-            if blobs.is_of_another_format(path):
-                continue  # it belongs to another version and stays where it is
-            moved = layout.set_aside(digest)
-            entries.record_damage(db, digest, namespace="", chunks=[], file=moved, why=str(error))
-            continue
+            headers[digest] = header, _row(path, header)
+        except DamagedFile as error:
+            if not blobs.is_of_another_format(path):  # else it belongs to another version and stays where it is
+                damaged[path] = error
         except FileNotFoundError:
             continue
-        found.append((header.created, row))
-        if header.chunk is not None:
-            known = chunks.setdefault(row.chunk_id or "", {**header.chunk, "metadata": "{}", "created": header.created})
-            known["created"] = min(known["created"], header.created)
-    if chunks:
-        db.table("chunks").insert_all(sorted(chunks.values(), key=lambda chunk: (chunk["created"], chunk["id"])))
-    if found:
-        entries.insert(db, [row for _, row in sorted(found, key=lambda item: item[0])])
+    recovered = _recovered(headers, {each for each in found if each not in records} if any_file else None)
+    changed = _add_chunks(db, {**records, **recovered})
+    chunks.touch(db, {*changed, *recovered})
+    kept = [
+        (header.created, row)
+        for header, row in headers.values()
+        if not any_file or all(each in records or each in recovered for each in row.chunks)
+    ]
+    if kept:
+        entries.insert(db, [row for _, row in sorted(kept, key=lambda item: item[0])])
+    for path, why in damaged.items():
+        moved = layout.set_aside(path)
+        about = [path.stem] if path.suffix == ".json" else []
+        entries.record_damage(db, path.stem, namespace="", chunks=about, file=moved, why=str(why))
+    return Rebuilt(
+        chunks=len(records) + len(recovered),
+        entries=len(kept),
+        damaged=tuple((path, str(why)) for path, why in damaged.items()),
+        without_names=tuple(recovered),
+    )
+
+
+def _recovered(headers: Mapping[str, tuple[blobs.Header, EntryRow]], wanted: set[str] | None) -> dict[str, Record]:
+    """The chunks that entries are of, as far as their text says; None wants all of them."""
+    found: dict[str, Record] = {}
+    for header, _ in sorted(headers.values(), key=lambda item: item[0].created):
+        chunk = header.chunk
+        if chunk is not None and (wanted is None or chunk["id"] in wanted):
+            more = {"metadata": "{}", "created": header.created, "number": 0, "pinned": False}
+            found.setdefault(chunk["id"], Record({**chunk, **more}))
+    return found
+
+
+def _add_chunks(db: Database, records: Mapping[str, Record]) -> set[str]:
+    """Insert chunks with their names now and before. Returns the ids of those whose files are not right."""
+    changed = set()
+
+    def numbered(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Rows in the order of their numbers; those without one come last."""
+        last = 0
+        for row in sorted(rows, key=lambda row: (row["number"] <= 0, row["number"])):
+            last = max(last + 1, row["number"])
+            if row["number"] != last:
+                changed.add(row.get("chunk_id") or row["id"])
+            yield {**row, "number": last}
+
+    def of_all(which: str) -> list[dict[str, Any]]:
+        return [
+            {**row, "namespace": record.chunk["namespace"], "chunk_id": each}
+            for each, record in records.items()
+            for row in getattr(record, which)
+        ]
+
+    current: dict[tuple[str, str], dict[str, Any]] = {}
+    former = of_all("former")
+    for row in numbered(of_all("names")):
+        if before := current.get((row["namespace"], row["name"])):
+            # A process that moved the name was killed before it moved both files to their places.
+            former.append({**before, "number": 0, "until": row["since"]})
+            changed.add(before["chunk_id"])
+        current[row["namespace"], row["name"]] = row
+    db.table("chunks").insert_all(numbered([record.chunk for record in records.values()]))
+    db.table("names").insert_all(current.values())
+    db.table("former_names").insert_all(numbered(former))
+    return changed
 
 
 def _row(path: Path, header: blobs.Header) -> EntryRow:
     token_bytes = blobs.read_token_bytes(path, header)
     record = canonical_json(header.key)
     if digest_of(record, token_bytes) != path.stem:
-        raise blobs.DamagedFile("its name is not the digest of its key")
+        raise DamagedFile("its name is not the digest of its key")
     own, chunk = header.key["chunk_id"], header.chunk
     if (own is None) != (chunk is None):
-        raise blobs.DamagedFile("its chunk is missing")
+        raise DamagedFile("its chunk is missing")
     if chunk is not None:
         named = chunk_id(chunk["namespace"], chunk["level"], chunk["text"])
         if not own == chunk["id"] == named:
-            raise blobs.DamagedFile("its chunk's text is not the one that its key names")
+            raise DamagedFile("its chunk's text is not the one that its key names")
     return EntryRow(
         digest=path.stem,
         chunk_id=own,

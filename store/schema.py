@@ -4,9 +4,10 @@ Migrations are append-only: a migration that has shipped is never edited, and a 
 Each migration runs in one transaction with the record of it, so several processes may open a new store at the same
 time.
 
-The index can be rebuilt from the entries' files (see `rebuild.py`), except names, metadata and chunks without an entry.
+The index can be rebuilt from the files of chunks and entries (see `rebuild.py`).
 """
 
+import errno
 import sqlite3
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +18,7 @@ from sqlite_utils.db import ForeignKey
 from sqlite_utils.migrations import Migrations
 
 from braidsdk.errors import StoreCorruptError, StoreError, StoreFullError, StorePathError, StoreVersionError
+from braidsdk.store.files import REPAIR
 
 BUSY_TIMEOUT_S = 30.0
 
@@ -38,12 +40,22 @@ migrations = Migrations("braidsdk-store")
 
 @migrations()
 def m001_tables(db: Database) -> None:
-    """Chunks with their names, entries with the chunks that each one saw, what was set aside as damaged, and what
-    processes remember for later ones."""
+    """Chunks with their names now and before, entries with the chunks that each one saw, what was set aside as damaged,
+    and what processes remember for later ones."""
     db.table("chunks").create(
-        {"number": int, "id": str, "namespace": str, "level": int, "text": str, "metadata": str, "created": str},
-        pk="number",  # registration order; an explicit one, because VACUUM may renumber rows without
-        not_null=["id", "namespace", "level", "text", "metadata", "created"],
+        {
+            "number": int,  # registration order; an explicit one, because VACUUM may renumber rows without
+            "id": str,
+            "namespace": str,
+            "level": int,
+            "text": str,
+            "metadata": str,
+            "created": str,
+            "pinned": int,
+        },
+        pk="number",
+        not_null=["id", "namespace", "level", "text", "metadata", "created", "pinned"],
+        defaults={"pinned": 0},
         strict=True,
     )
     db.table("chunks").create_index(["id"], unique=True)
@@ -51,14 +63,26 @@ def m001_tables(db: Database) -> None:
     db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
     db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
     db.table("names").create(
-        {"number": int, "namespace": str, "name": str, "chunk_id": str},
-        pk="number",
-        not_null=["namespace", "name", "chunk_id"],
+        {"number": int, "namespace": str, "name": str, "chunk_id": str, "since": str},
+        pk="number",  # the later of two claims to a name has the higher one
+        not_null=["namespace", "name", "chunk_id", "since"],
         foreign_keys=[ForeignKey("names", "chunk_id", "chunks", "id", on_delete="CASCADE")],
         strict=True,
     )
     db.table("names").create_index(["namespace", "name"], unique=True)
     db.table("names").create_index(["chunk_id"])
+    db.table("former_names").create(
+        {"number": int, "namespace": str, "name": str, "chunk_id": str, "since": str, "until": str},
+        pk="number",  # the order in which they ended
+        not_null=["namespace", "name", "chunk_id", "since", "until"],
+        foreign_keys=[ForeignKey("former_names", "chunk_id", "chunks", "id", on_delete="CASCADE")],
+        strict=True,
+    )
+    db.table("former_names").create_index(["namespace", "name", "number"])
+    db.table("former_names").create_index(["chunk_id"])
+    db.table("stale").create(  # chunks whose files may be behind the index; see catalogue.py
+        {"chunk_id": str, "change": int}, pk="chunk_id", not_null=["chunk_id", "change"], strict=True
+    )
     db.table("entries").create(
         {
             "digest": str,
@@ -151,8 +175,7 @@ def migrated(path: Path, *, read_only: bool, first: Callable[[Database], None]) 
             _migrate(db, first)
         if _tables(db) != _expected():
             raise StoreCorruptError(
-                f"The index at {path} must have the tables that this version makes; it has others. Move "
-                f"{path.name} aside: the next open rebuilds the index from the entries, which stay as they are."
+                f"The index at {path} must have the tables that this version makes; it has others. {REPAIR}"
             )
     except BaseException:
         db.close()
@@ -211,15 +234,16 @@ def is_busy(error: sqlite3.Error) -> bool:
     return primary(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def kind_of(error: OSError) -> type[StoreError]:
+    """Return the type of our own error for a write that failed."""
+    return StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
+
+
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
     """Return our own error that tells the user what an error of SQLite means."""
     code = primary(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return StoreCorruptError(
-            f"The index at {index} must be intact; it is damaged ({error}). Move {index.name} and {index.name}-journal "
-            "aside: the next open rebuilds the index from the entries, which stay as they are. "
-            "Register names, metadata and chunks without an entry again."
-        )
+        return StoreCorruptError(f"The index at {index} must be intact; it is damaged ({error}). {REPAIR}")
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(
             f"The index at {index} must be writable; got: {error}. Choose another path or correct its permissions."

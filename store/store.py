@@ -1,7 +1,8 @@
 """The chunk store: registered chunks and their computed KV entries, on disk, shared by processes.
 
-The entries' files hold the truth, and the index finds them. Files are moved only under the index's write lock, so a
-process never sees half of what another one publishes, deletes or sets aside. Knows nothing about models or modes.
+The index finds everything, and can be rebuilt from the files of chunks and entries. Entries' files are moved only under
+the index's write lock, so a process never sees half of what another one publishes, deletes or sets aside. Knows nothing
+about models or modes.
 """
 
 import contextlib
@@ -10,28 +11,41 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Self
 
 from sqlite_utils import Database
 
-from braidsdk.errors import InputError, StoreError, StoreFullError, StorePathError, UnknownChunkError, shown
-from braidsdk.store import blobs, chunks, entries, memory, reasons, rebuild
+from braidsdk.errors import (
+    InputError,
+    StoreError,
+    StoreFullError,
+    StorePathError,
+    StoreReplacedError,
+    UnknownChunkError,
+    shown,
+)
+from braidsdk.store import blobs, chunks, entries, memory, reasons
 from braidsdk.store.blobs import DamagedFile, Tensors
+from braidsdk.store.catalogue import Catalogue
 from braidsdk.store.check import Checked, check
-from braidsdk.store.chunks import ChunkFilter, ChunkRow, NewChunk
+from braidsdk.store.chunks import ChunkFilter, ChunkRow, NameVersion, NewChunk
 from braidsdk.store.claims import Claims
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
 from braidsdk.store.files import Layout, Stamp, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
 from braidsdk.store.reasons import Miss
+from braidsdk.store.rebuild import Rebuilt, rebuild
 from braidsdk.store.recent import RecentChunks
+from braidsdk.store.schema import kind_of
 from braidsdk.store.threads import threads
 
 _log = logging.getLogger(__name__)
@@ -78,10 +92,10 @@ class Deleted:
 class ChunkStore:
     """A folder of chunks and KV entries.
 
-    `claims` says which entries this process computes.
+    `claims` says which entries this process computes. `rebuilt` says what the index was rebuilt from when the store was
+    opened, and is None if it was there.
 
-    Several threads may share one. Each process opens its own. A missing index is rebuilt from the entries. Names,
-    metadata and chunks without an entry are lost then, because only the index has them.
+    Several threads may share one. Each process opens its own. A missing index is rebuilt from the files.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -93,22 +107,24 @@ class ChunkStore:
             StoreCorruptError: its index is damaged.
         """
         self._layout = Layout(Path(path).absolute())
+        self.rebuilt: Rebuilt | None = None
         try:
             self._index = Index(
-                self._layout.index,
-                queue=self._layout.queue,
-                read_only=self._layout.read_only,
-                first=lambda db: rebuild.rebuild(db, self._layout),
+                self._layout.index, queue=self._layout.queue, read_only=self._layout.read_only, first=self._rebuild
             )
             self._recent = RecentChunks(self._index)
+            self._catalogue = Catalogue(self._layout, self._index)
+            self._changes = Lock()
             self.claims = Claims(None if self.read_only else self._layout.claims)
             try:
                 if not self.read_only:
+                    self._catch_up()
                     self._sweep()
             except BaseException:
                 self.close()
                 raise
         except OSError as error:
+            self._layout.close()
             raise StorePathError(
                 f"The files of the store at {path} must be readable; got: {error.strerror} ({error.filename}). Correct "
                 "the permissions, or choose another path."
@@ -129,6 +145,8 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close the store. Safe to call twice. Entries that were loaded stay valid."""
+        with contextlib.suppress(StoreError):  # the next opening does it
+            self._catalogue.settle()
         self._index.close()
         self.claims.close()
         self._layout.close()
@@ -162,14 +180,14 @@ class ChunkStore:
 
     def add_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow]:
         """Register many texts in one transaction, all or none. Raises the same errors as `add_chunk`."""
-        with self._index.write() as db:
+        with self._changing() as db:
             return [chunks.add(db, chunk, replace=replace) for chunk in new]
 
     def add_good_chunks(self, new: Sequence[NewChunk], *, replace: bool = False) -> list[ChunkRow | InputError]:
         """Register many texts in one transaction. For a text that can't be registered, the result is the error that
         `add_chunk` would raise."""
         results: list[ChunkRow | InputError] = []
-        with self._index.write() as db:
+        with self._changing() as db:
             for chunk in new:
                 db.execute("savepoint one_chunk")
                 try:
@@ -188,22 +206,38 @@ class ChunkStore:
         name: str | None = None,
         metadata: Mapping[str, Any] | None = None,
         replace: bool = False,
+        pinned: bool | None = None,
     ) -> ChunkRow:
-        """Give a chunk metadata in place of what it has, or one more name. None changes nothing.
+        """Give a chunk metadata in place of what it has, one more name, or a pin. None changes nothing.
 
         Raises:
             UnknownChunkError: it is not registered, or not any more.
             NameTakenError: the name stands for another text, and `replace` is off.
             InputError: the name or metadata can't be used.
         """
-        with self._index.write() as db:
+        with self._changing() as db:
             row = chunks.find_many(db, namespace, [chunk_id]).get(chunk_id)
             if row is None:
                 raise UnknownChunkError(
                     f"Chunk {chunk_id} must be registered in namespace {shown(namespace)}; it is not, or it was "
                     "deleted. Register it again."
                 )
-            return chunks.update(db, row, name=name, metadata=metadata, replace=replace)
+            return chunks.update(db, row, name=name, metadata=metadata, replace=replace, pinned=pinned)
+
+    def versions(self, namespace: str, name: str) -> list[NameVersion]:
+        """Return what a name stands for and stood for, the newest first: at most `FORMER_NAMES` chunks before the
+        present one, and none that were deleted."""
+        with self._index.read() as db:
+            return chunks.versions(db, namespace, name)
+
+    def restore_name(self, namespace: str, name: str, chunk_id: str | None = None) -> ChunkRow:
+        """Let a name stand again for a chunk that it stood for; None takes the one before the present one.
+
+        Raises:
+            UnknownChunkError: the name is unknown, or never stood for this chunk, or for no other one.
+        """
+        with self._changing() as db:
+            return chunks.restore(db, namespace, name, chunk_id)
 
     def find_chunk(self, namespace: str, name_or_id: str) -> ChunkRow | None:
         """Return the chunk of that name, else the one of that id, else None."""
@@ -280,7 +314,7 @@ class ChunkStore:
 
     def delete_chunks(self, namespace: str, ids: Iterable[str]) -> Deleted:
         """Delete many chunks in one transaction, all or none."""
-        with self._index.write() as db:
+        with self._changing(removes=True) as db:
             owners = chunks.owners(db, ids)
             # Entries may have been computed after a chunk without a row: a rebuilt index may know only its id.
             free = [each for each, owner in owners.items() if owner in (namespace, None)]
@@ -292,6 +326,7 @@ class ChunkStore:
             known = sum(owner == namespace for owner in owners.values())
         for name in aside:
             self._layout.remove_damaged(name)
+        self._layout.remove_old_indexes()
         self._remove_entries(list(gone))
         return Deleted(known, tuple(gone), sum(gone.values()))
 
@@ -313,17 +348,6 @@ class ChunkStore:
         """Return what the index knows about a chunk's own entries, oldest first. Opens no entry's file."""
         with self._index.read() as db:
             return entries.of_chunk(db, chunk_id)
-
-    def entry_files(self) -> list[Path]:
-        """Return the paths of all entries that the index knows, the newest entry first. A file may be missing."""
-        with self._index.read() as db:
-            return [self._layout.entry(digest) for digest in entries.newest_digests(db)]
-
-    def index_troubles(self) -> list[str]:
-        """Return what SQLite finds wrong with the index, at most five things. The list is empty if all is well."""
-        with self._index.read() as db:
-            found = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)")]
-        return [] if found == ["ok"] else found
 
     def check(self, share: float = 0.0, on_progress: Callable[[int, int], None] | None = None) -> Checked:
         """Look at everything that the store holds, and change nothing; see `check.check`."""
@@ -397,7 +421,7 @@ class ChunkStore:
                 for digest in entries.known(db, rows):
                     del rows[digest]  # another process was quicker
                 placed = list(rows)
-                self._layout.place((written[digest], digest) for digest in placed)
+                self._layout.place((written[digest], self._layout.entry(digest)) for digest in placed)
                 entries.insert(db, list(rows.values()))
             written_bytes = sum(row.bytes for row in rows.values())
             _log.info("published %d entries, %d bytes in %.1f ms", len(rows), written_bytes, _ms_since(started))
@@ -475,6 +499,48 @@ class ChunkStore:
                 memory.remember(db, values)
                 memory.count(db, add or {})
 
+    @contextmanager
+    def _changing(self, *, removes: bool = False) -> Iterator[Database]:
+        """A transaction that changes chunks. Their files follow it."""
+        self._index.check_writable()
+        with self._changes:
+            try:
+                with self._index.write() as db:
+                    yield db
+                    self._catalogue.prepare(db)
+                try:
+                    self._catalogue.publish()
+                except StoreReplacedError:
+                    raise  # nothing was kept
+                except StoreError as error:
+                    if removes:
+                        raise StoreError(
+                            f"The chunks are deleted, and their files in {self._layout.chunks} could not be removed. "
+                            f"Their text may still be there until the store is opened again. {error}"
+                        ) from error
+                    _log.warning("chunks are registered, and their files follow at the next change: %s", error)
+            finally:
+                self._catalogue.discard()
+
+    def _rebuild(self, db: Database) -> None:
+        found = self.rebuilt = rebuild(db, self._layout)
+        if found.chunks or found.entries or found.damaged:
+            _log.warning(
+                "the index was rebuilt from the files: %d chunks, %d entries, %d damaged files",
+                *(found.chunks, found.entries, len(found.damaged)),
+            )
+
+    def _catch_up(self) -> None:
+        """Write the chunks' files that a process could not write, as far as the disk allows it."""
+        try:
+            if not self._layout.chunks.is_dir():
+                with self._index.write() as db:
+                    chunks.touch_all(db)
+                self._layout.make_chunks()  # now that the index knows that all files are missing
+            self._catalogue.catch_up()
+        except StoreFullError as error:
+            _log.warning("files of chunks could not be written: %s", error)
+
     def _load(self, key: EntryKey, hit: Hit | None, place: Callable[[EntryKey], Tensors] | None) -> Entry | None:
         failed = False
         while hit:
@@ -512,7 +578,7 @@ class ChunkStore:
             return None
         with self._index.write() as db:
             if entries.known(db, [key.digest]) and stamp(path) == read:
-                moved = self._layout.set_aside(key.digest)
+                moved = self._layout.set_aside(self._layout.entry(key.digest))
                 _log.warning("set aside entry %s: %s", key.digest, why)
                 entries.delete_damaged(db, key.digest, file=moved, why=why)
             return entries.look_up(db, [key], self._layout)[0]
@@ -593,8 +659,7 @@ class ChunkStore:
         self._remove_entries([digest for digest, path in stray.items() if not blobs.is_of_another_format(path)])
 
     def _write_error(self, error: OSError) -> StoreError:
-        kind = StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
-        return kind(
+        return kind_of(error)(
             f"An entry could not be written to the store at {self.path}: {error.strerror}. Free some space or correct "
             "what fails. Nothing of the entry is left, and the store is as it was before."
         )

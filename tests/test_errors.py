@@ -280,7 +280,7 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
         errors.StoreVersionError,
         "migrations m999_new: a newer version wrote it, .*Update braidsdk, or open another store",
     ),
-    (corrupt_store, errors.StoreCorruptError, "Move the index aside"),
+    (corrupt_store, errors.StoreCorruptError, "braid store repair"),
     (full_disk, errors.StoreFullError, "must have room for .* got .* free. Free some space"),
     (disk_that_fills_up, errors.StoreFullError, "No space left on device. Free some space"),
     (collision, errors.HashCollisionError, "Change the text by a character"),

@@ -68,9 +68,24 @@ def demo(out: Output, store: StoreOption = None, device: DeviceOption = "auto", 
         raise typer.Exit(1)
 
 
-for each in (demo, add, chunks.ls, chunks.show, chunks.rm, ask, chat, fidelity, stats, doctor):
+for each in (
+    demo,
+    add,
+    chunks.ls,
+    chunks.show,
+    chunks.log,
+    chunks.restore,
+    chunks.pin,
+    chunks.rm,
+    ask,
+    chat,
+    fidelity,
+    stats,
+    doctor,
+):
     app.command()(command(each, computes=each in (demo, add, ask, chat, fidelity)))
 
 stores = typer.Typer(help="Look after a store.", no_args_is_help=True)
 stores.command()(command(store.check))
+stores.command("repair")(command(store.repair_store))
 app.add_typer(stores, name="store")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from braidsdk.errors import BraidError
-from braidsdk.store import ChunkStore, blobs
+from braidsdk.store import REPAIR, ChunkStore
 from braidsdk.types import MARGIN_BYTES, size
 
 if TYPE_CHECKING:
@@ -157,30 +157,21 @@ def check_store(subject: Subject) -> Finding:
 
 
 def check_integrity(subject: Subject) -> Finding:
-    """Whether the index is intact, every entry's file is there, and the newest files hold what was written."""
+    """Whether the index and the chunks' files are sound, every entry's header is, and some entries are to the last
+    byte."""
     if not subject.store.exists():
         return Finding("skip", "there is no store yet")
     with ChunkStore(subject.store) as store:
         aside = store.damaged_count
-        files, troubles = store.entry_files(), store.index_troubles()
-    if troubles:
-        remedy = "Move index.db and index.db-journal aside: the next open rebuilds the index from the entries."
-        return Finding("fail", f"the index is damaged: {'; '.join(troubles)[:300]}", remedy)
-    bad = [path.name for path in files if not path.exists()]
-    for path in files[:VERIFIED_ENTRIES]:
-        try:
-            blobs.read(path)
-        except FileNotFoundError:
-            continue
-        except blobs.DamagedFile:
-            bad.append(path.name)
-    looked = f"all {len(files):,} entries are there, the newest {min(len(files), VERIFIED_ENTRIES)} verified"
-    facts = {"entries": len(files), "damaged": bad, "set_aside": aside}
-    if bad:
-        remedy = (
-            "Nothing is lost: they are set aside when read, and computed again. If this happens again, check the disk."
-        )
-        return Finding("warn", f"{len(bad):,} entries missing or damaged, such as {bad[0]}", remedy, facts)
+        held = sum(store.stats(namespace).entries for namespace in store.namespaces())
+        found = store.check(min(1.0, VERIFIED_ENTRIES / max(1, held)))
+    facts = {"entries": found.entries, "damaged": [each for each, _ in found.damaged], "set_aside": aside}
+    if found.index:
+        return Finding("fail", f"the index is damaged: {'; '.join(found.index)[:300]}", REPAIR, facts)
+    if bad := [*found.damaged, *found.behind]:
+        remedy = "Run `braid store repair`. Nothing is lost: damaged entries are computed again. Check the disk."
+        return Finding("warn", f"{len(bad):,} files missing or damaged, such as {bad[0][0]}", remedy, facts)
+    looked = f"all {found.entries:,} entries and {found.chunks:,} chunks are there, {found.read:,} entries read whole"
     detail = looked + (f"; {aside:,} damaged files were set aside earlier" if aside else "")
     return Finding("ok", detail, facts=facts)
 

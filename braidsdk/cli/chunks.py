@@ -1,4 +1,4 @@
-"""`braid ls`, `show` and `rm` list, show and delete registered chunks. None of them loads a model."""
+"""`braid ls`, `show`, `log`, `restore`, `pin` and `rm` work on registered chunks. None of them loads a model."""
 
 import glob
 import json
@@ -85,6 +85,75 @@ def show(
         out.text(row.text)
 
 
+def log(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="A chunk's name.")],
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """List what a name stands for and stood for, the newest first.
+
+    Columns: since when and until when (UTC), start of the id, start of the text. Piped, they are separated by tabs, and
+    the id is whole. `braid restore` lets the name stand for one of them again.
+    """
+    with open_store(store) as opened:
+        versions = opened.versions(namespace, name)
+        if not versions:
+            StoredChunks(opened, namespace).get(name)  # says which names are close
+            raise InputError(f"A name must be given; {name} is an id. Pass one of the chunk's names.")
+        rows = opened.find_chunks(namespace, [each.chunk_id for each in versions])
+    there = [(each, rows[each.chunk_id]) for each in versions if each.chunk_id in rows]
+    if out.json:
+        out.document([{"since": each.since, "until": each.until, **_described(row)} for each, row in there])
+        return
+    shown = 8 if sys.stdout.isatty() else 32
+    cells = [
+        (each.since[:19], (each.until or "now")[:19], row.id[:shown], one_line(row.text[:_START]))
+        for each, row in there
+    ]
+    out.table(("since", "until", "id", "text"), cells, fill=3)
+
+
+def restore(
+    out: Output,
+    name: Annotated[str, typer.Argument(help="A chunk's name.")],
+    ident: Annotated[str | None, typer.Argument(metavar="[ID]", help="The chunk's id, or its start.")] = None,
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """Let a name stand again for a chunk that it stood for.
+
+    Without an id it is the one before the present one. `braid log NAME` lists them.
+    """
+    with open_store(store) as opened:
+        known = dict.fromkeys(each.chunk_id for each in opened.versions(namespace, name))
+        fits = [each for each in known if ident and each.startswith(ident.lower())]
+        row = opened.restore_name(namespace, name, fits[0] if len(fits) == 1 else ident)
+    if out.json:
+        out.document(_described(row))
+    else:
+        out.text(f"{one_line(name)}\t{row.id}\t{one_line(row.text[:_START])}")
+
+
+def pin(
+    out: Output,
+    names: Annotated[list[str], typer.Argument(help=_WORDS)],
+    off: Annotated[bool, typer.Option("--off", help="Remove the pins.")] = False,
+    store: StoreOption = None,
+    namespace: NamespaceOption = "default",
+) -> None:
+    """Pin chunks: their KV entries stay when others are evicted to keep the store within its limits."""
+    with open_store(store) as opened:
+        rows = select(StoredChunks(opened, namespace), names)
+        changed = [opened.update_chunk(namespace, row.id, pinned=not off) for row in rows]
+    if out.json:
+        out.document([_described(row) for row in changed])
+        return
+    for row in changed:
+        out.text(f"{row.id}\t{one_line(row.name or '')}")
+    out.note(f"{counted(len(changed), 'chunk')} {'unpinned' if off else 'pinned'}.")
+
+
 def rm(
     out: Output,
     names: Annotated[list[str], typer.Argument(help=_WORDS)],
@@ -157,6 +226,7 @@ def _described(row: ChunkRow) -> dict[str, Any]:
         "namespace": row.namespace,
         "level": row.level,
         "metadata": row.metadata,
+        "pinned": row.pinned,
         "text": row.text,
     }
 

@@ -19,9 +19,8 @@ MODEL = "model:"
 imports torch."""
 
 
-@contextmanager
-def open_store(store: Path | None) -> Iterator[ChunkStore]:
-    """Open a store that exists, without a model.
+def existing_store(store: Path | None) -> Path:
+    """The folder of a store that exists.
 
     Raises:
         NotFoundError: it does not exist.
@@ -29,7 +28,13 @@ def open_store(store: Path | None) -> Iterator[ChunkStore]:
     folder = store_folder(store)
     if not folder.exists():
         raise NotFoundError(f"No store at {str(folder)!r}. `braid add FILE` makes one; --store chooses another.")
-    with ChunkStore(folder) as opened:
+    return folder
+
+
+@contextmanager
+def open_store(store: Path | None) -> Iterator[ChunkStore]:
+    """Open a store that exists, without a model. Raises the same errors as `existing_store`."""
+    with ChunkStore(existing_store(store)) as opened:
         yield opened
 
 

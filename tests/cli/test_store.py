@@ -1,4 +1,4 @@
-"""`braid store check`."""
+"""`braid store check` and `braid store repair`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +16,8 @@ def store(cli: Cli, tmp_path: Path) -> Path:
 
 
 def test_check_says_that_all_is_well(cli: Cli, store: Path) -> None:
-    assert cli("store", "check").stdout == "1 entry, 0 read whole: sound\n"
-    assert cli("store", "check", "--read-data", "100%").stdout == "1 entry, 1 read whole: sound\n"
+    assert cli("store", "check").stdout == "1 chunk, 1 entry, 0 read whole: sound\n"
+    assert cli("store", "check", "--read-data", "100%").stdout == "1 chunk, 1 entry, 1 read whole: sound\n"
     assert cli("store", "check", "--json").json == {
         "sound": True,
         "entries": 1,
@@ -25,6 +25,8 @@ def test_check_says_that_all_is_well(cli: Cli, store: Path) -> None:
         "index": [],
         "damaged": [],
         "stray": [],
+        "chunks": 1,
+        "behind": [],
     }
 
 
@@ -39,6 +41,36 @@ def test_check_names_what_is_damaged_and_ends_with_4(cli: Cli, store: Path) -> N
     assert ended.stdout.endswith("1 damaged entry\n")
     path.unlink()
     assert not cli("store", "check", "--json", code=4).json["sound"]
+
+
+def test_repair_rebuilds_what_a_damaged_index_held(cli: Cli, store: Path) -> None:
+    before = cli("ls", "--json").json
+    assert cli("store", "repair").stdout == "nothing was damaged\n"
+    (store / "index.db").write_bytes(b"junk" * 5000)
+    assert "braid store repair" in cli("store", "check", code=4).stderr
+    assert cli("store", "repair").stdout == "rebuilt the index from the files: 1 chunk and 1 entry\n"
+    assert cli("ls", "--json").json == before
+    assert before[0]["name"] == "rules.txt"
+    assert cli("store", "check", "--read-data", "100%").stdout.endswith("sound\n")
+
+
+def test_repair_says_what_it_mends(cli: Cli, store: Path) -> None:
+    (entry,), (chunk,) = store.glob("entries/*/*"), store.glob("chunks/*/*")
+    entry.write_bytes(b"junk")
+    chunk.unlink()
+    ended = cli("store", "check", code=4).stdout
+    assert ended.endswith("1 damaged entry, 1 file of chunks to write again\n")
+    shown = cli("store", "repair").stdout
+    assert f"set aside: entry {entry.stem}: " in shown
+    assert f"written again: chunk {chunk.stem}: it is missing" in shown
+    assert cli("store", "repair", "--json").json == {
+        "rebuilt": None,
+        "damaged": [],
+        "written": [],
+        "removed": [],
+        "old_index": None,
+    }
+    assert "sound" in cli("store", "check").stdout
 
 
 @pytest.mark.parametrize("share", ["x", "101%", "-1", "nan", "2"])

@@ -171,7 +171,7 @@ def test_a_text_that_changed_in_the_index_is_noticed(store: ChunkStore) -> None:
     row = add(store, "one\n")
     with store._index.write() as db:
         db.execute("update chunks set text = 'two'")
-    with pytest.raises(StoreCorruptError, match="Move the index aside"):
+    with pytest.raises(StoreCorruptError, match="braid store repair"):
         store.find_chunk("default", row.id)
 
 

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -138,9 +138,16 @@ def forked(run: Callable[[Callable[[str], object]], object]) -> tuple[list[str],
 
 
 def check(folder: Path, said: list[str]) -> list[str]:
-    """What is wrong with what is left."""
-    wrong: list[str] = []
+    """What is wrong with what is left, with the index and without it."""
     done = {line[5:] for line in said if line.startswith("done ")}
+    wrong = check_opened(folder, done)
+    (folder / "index.db").unlink()
+    return wrong + [f"rebuilt: {each}" for each in check_opened(folder, done)]
+
+
+def check_opened(folder: Path, done: set[str]) -> list[str]:
+    """What is wrong with what a process finds that opens the store."""
+    wrong: list[str] = []
     with ChunkStore(folder) as opened:
         there = {name: opened.find_chunk("default", name) for name in ("kept", "deleted", "new", "later")}
         whole = {name: load(opened, name) for name in there}
@@ -155,13 +162,13 @@ def check(folder: Path, said: list[str]) -> list[str]:
             wrong.append("lost metadata")
         if "delete" in done and (there["deleted"] or whole["deleted"]):
             wrong.append("deleted came back")
-        if troubles := opened.index_troubles():
-            wrong.append(f"index: {troubles}")
+        found = opened.check(1.0)
+        if not found.is_sound or found.stray:
+            wrong.append(f"check: {found}")
         if opened.damaged_count:
             wrong.append("set something aside")
-        known = {path.name for path in opened.entry_files()}
     for path in folder.rglob("*"):
-        if path.name.endswith((".part", "-journal")) or (path.suffix == ".safetensors" and path.name not in known):
+        if path.name.endswith((".part", "-journal")):
             wrong.append(f"left {path.relative_to(folder)}")
         if "delete" in done and path.is_file() and b"marmalade" in path.read_bytes():
             wrong.append(f"deleted text in {path.name}")
@@ -171,7 +178,7 @@ def check(folder: Path, said: list[str]) -> list[str]:
 def plant_row_first() -> None:
     """A bug that the campaign must see: entries get their places after the commit that names them."""
     place, write = Layout.place, Index.write
-    late: list[tuple[Layout, list[tuple[Path, str]]]] = []
+    late: list[tuple[Layout, list[tuple[Path, Path]]]] = []
 
     @contextmanager
     def writing(self: Index) -> Iterator[Database]:
@@ -180,7 +187,10 @@ def plant_row_first() -> None:
         while late:
             place(*late.pop())
 
-    Layout.place = lambda self, moves: late.append((self, list(moves)))  # type: ignore[method-assign]
+    def later(self: Layout, moves: Iterable[tuple[Path, Path]], removed: Iterable[Path] = ()) -> None:
+        late.append((self, list(moves)))
+
+    Layout.place = later  # type: ignore[method-assign]
     Index.write = writing  # type: ignore[method-assign, assignment]
 
 
