@@ -42,7 +42,7 @@ from braidsdk.progress import ProgressBar, steps_bar
 from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.text import check_window, is_unicode, normalise
 from braidsdk.settings import store_folder
-from braidsdk.store import ChunkStore, counters
+from braidsdk.store import WHOLE, ChunkStore, Limit, counters
 from braidsdk.store.threads import Threads
 from braidsdk.types import (
     LEVEL_CONTEXT,
@@ -333,6 +333,29 @@ class Braid:
             step_tokens=load.step_tokens,
             last_step_rows=load.last_step_rows,
         )
+
+    def limit_store(
+        self, *, max_bytes: float | None = None, max_age_days: float | None = None, whole_store: bool = False
+    ) -> None:
+        """Limit what this namespace's KV entries take on disk, for all processes from now on.
+
+        What is over the limit is evicted at once, and after each registration: entries with the fewest recent uses per
+        byte first, never those of pinned chunks (`chunks.update(chunk, pinned=True)`). Texts stay; an evicted entry is
+        computed again when a question needs it. `braid gc` collects by hand.
+
+        Args:
+            max_bytes: the most bytes that the entries' files may take. None means any number.
+            max_age_days: entries that were not used for so many days are evicted, once a day. None means never.
+            whole_store: limits the store of all namespaces together instead.
+
+        Raises:
+            InputError: a limit is not a number of at least 0.
+            StoreReadOnlyError: the store can only be read.
+        """
+        self._engine.check_open()
+        max_age_s = None if max_age_days is None else Limit(max_age_s=max_age_days).max_age_s
+        limit = Limit(max_bytes, None if max_age_s is None else 86_400 * max_age_s)
+        self._engine.store.set_limit(limit, WHOLE if whole_store else self._engine.namespace)
 
     def compose(
         self,

@@ -8,7 +8,9 @@
     chunks.py    registered chunks and names, as rows
     entries.py   KV entries, as rows
     memory.py    what processes remember for later ones
-    claims.py    which entries a process computes
+    claims.py    which entries a process computes, and which it reads
+    limits.py    how large a store may become
+    collect.py   evicts and sweeps
     reasons.py   says why a look-up missed
     check.py     looks at everything, and says what is wrong
     catalogue.py keeps each chunk in a file of its own too
@@ -22,6 +24,7 @@ The store keeps named tensors as bytes with a dtype and a shape. It knows no tor
 from braidsdk.store.blobs import Array, Tensors
 from braidsdk.store.check import Checked
 from braidsdk.store.chunks import ChunkRow, NameVersion, NewChunk
+from braidsdk.store.collect import DAMAGED_S, Collected
 from braidsdk.store.entries import Entry, EntryGroup, Hit
 from braidsdk.store.files import REPAIR
 from braidsdk.store.keys import (
@@ -34,6 +37,7 @@ from braidsdk.store.keys import (
     differences,
     sha256_of_tokens,
 )
+from braidsdk.store.limits import WHOLE, Limit
 from braidsdk.store.memory import counters
 from braidsdk.store.reasons import Miss
 from braidsdk.store.rebuild import Rebuilt
@@ -42,18 +46,22 @@ from braidsdk.store.store import ChunkStore, Deleted, Publication, StoreStats
 
 __all__ = [
     "ALGORITHM_VERSION",
+    "DAMAGED_S",
     "FORMAT_VERSION",
     "REPAIR",
+    "WHOLE",
     "Array",
     "Checked",
     "ChunkRow",
     "ChunkStore",
+    "Collected",
     "Deleted",
     "Difference",
     "Entry",
     "EntryGroup",
     "EntryKey",
     "Hit",
+    "Limit",
     "Miss",
     "ModelIdentity",
     "NameVersion",

@@ -139,6 +139,11 @@ class Header:
         return min(at for _, _, at in self.tensors.values())
 
     @property
+    def end(self) -> int:
+        """The size of the file in bytes."""
+        return max(at + math.prod(shape) * ITEM_BYTES[dtype] for dtype, shape, at in self.tensors.values())
+
+    @property
     def tokens(self) -> int:
         """Number of tokens."""
         return self.tensors[TOKEN_IDS][1][0]

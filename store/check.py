@@ -81,6 +81,10 @@ def index_troubles(index: Index) -> list[str]:
     with index.read() as db:
         troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
         namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
+        held = db.execute("select namespace, count(*), sum(size) from entries group by namespace").fetchall()
+        counted = {name: total for name, total in entries.totals(db).items() if total != (0, 0)}
+    if counted != {row[0]: (row[1], row[2]) for row in held}:
+        troubles.append("the totals of its entries are not their sums")
     return troubles + [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
 
 

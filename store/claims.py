@@ -1,6 +1,7 @@
-"""Says which entries a process computes, so that no other process computes them too.
+"""Says which entries a process computes, so that no other process computes them too, and which ones it reads, so that
+no other process evicts them.
 
-A claim is a lock of one byte of a file, at the place that the entry's digest names. It belongs to the open file, so it
+Both are locks of one byte of a file, at the place that the entry's digest names. A lock belongs to the open file, so it
 ends with its process, however that ends; nothing is left to collect, and no clock is read. Where there are no such
 locks every claim is granted: then entries are computed more than once, and stored once.
 """
@@ -10,6 +11,8 @@ import fcntl
 import os
 import struct
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +23,39 @@ _FLOCK = "hhqqi4x"
 """C's `struct flock`: type, whence, start, length, process."""
 
 
+EVICTION_S = 2.0
+"""So long a reader waits for an eviction. One takes milliseconds."""
+
+PAUSE_S = 0.001
+
+
+class _Bytes:
+    """A file whose bytes stand for entries. Digests share bytes so rarely that it does not matter: one of two waits."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: int | None = None
+        if path is not None and hasattr(fcntl, "F_OFD_SETLK"):
+            self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def set(self, digest: str, kind: int) -> bool:
+        """Whether the entry's byte could be locked or unlocked."""
+        if self._file is None:
+            return True
+        try:
+            fcntl.fcntl(
+                self._file, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, int(digest[:15], 16), 1, 0)
+            )
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
+        return True
+
+    def close(self) -> None:
+        """End all locks. Safe to call twice."""
+        descriptor, self._file = self._file, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 class Claims:
     """This process's claims on entries. Safe to use from several threads, which have claims against each other too."""
 
@@ -27,9 +63,7 @@ class Claims:
         """Claim on the bytes of the file at a path; None grants every claim."""
         self._lock = threading.Lock()
         self._held: set[str] = set()
-        self._file: int | None = None
-        if path is not None and hasattr(fcntl, "F_OFD_SETLK"):
-            self._file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._bytes = _Bytes(path)
 
     @contextmanager
     def begin(self) -> Iterator["Claiming"]:
@@ -42,7 +76,7 @@ class Claims:
 
     def _take(self, digest: str) -> bool:
         with self._lock:
-            if digest in self._held or not self._set(digest, fcntl.F_WRLCK):
+            if digest in self._held or not self._bytes.set(digest, fcntl.F_WRLCK):
                 return False
             self._held.add(digest)
             return True
@@ -50,29 +84,14 @@ class Claims:
     def _release(self, digests: Iterable[str]) -> None:
         with self._lock:
             for digest in self._held.intersection(digests):
-                self._set(digest, fcntl.F_UNLCK)
+                self._bytes.set(digest, fcntl.F_UNLCK)
                 self._held.remove(digest)
 
     def close(self) -> None:
         """End all claims. Safe to call twice."""
         with self._lock:
-            descriptor, self._file = self._file, None
             self._held.clear()
-            if descriptor is not None:
-                os.close(descriptor)
-
-    def _set(self, digest: str, kind: int) -> bool:
-        """Whether the entry's byte could be locked or unlocked. Digests share bytes so rarely that it does not matter:
-        the second one waits."""
-        if self._file is None:
-            return True
-        try:
-            fcntl.fcntl(
-                self._file, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, kind, os.SEEK_SET, int(digest[:15], 16), 1, 0)
-            )
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES)
-        return True
+            self._bytes.close()
 
 
 class Claiming:
@@ -97,3 +116,59 @@ class Claiming:
             self.digests.add(digest)
             return True
         return False
+
+
+class Leases:
+    """Which entries this process reads now. Safe to use from several threads."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Lease the bytes of the file at a path; None leases nothing."""
+        self._lock = threading.Lock()
+        self._path = path
+        self._held: Counter[str] = Counter()
+        self._bytes = _Bytes(path)
+
+    @contextmanager
+    def hold(self, digests: Iterable[str]) -> Iterator[None]:
+        """Keep entries from being evicted by any process. An eviction that has begun is waited for: then its entry is a
+        miss."""
+        some = set(digests)
+        deadline = time.monotonic() + EVICTION_S
+        with self._lock:
+            for digest in some:
+                while not self._held[digest] and not self._bytes.set(digest, fcntl.F_RDLCK):
+                    if time.monotonic() > deadline:
+                        break  # whoever evicts it was stopped; it is a miss, now or soon
+                    time.sleep(PAUSE_S)
+                self._held[digest] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held.subtract(some)
+                for digest in some:
+                    if not self._held[digest]:
+                        self._bytes.set(digest, fcntl.F_UNLCK)
+                        del self._held[digest]
+
+    @contextmanager
+    def evicting(self) -> Iterator["Evicting"]:
+        """Take entries that nobody reads, until the block is left."""
+        job = Evicting(self._path)
+        try:
+            yield job
+        finally:
+            job.close()
+
+    def close(self) -> None:
+        """End all leases. Safe to call twice."""
+        with self._lock:
+            self._bytes.close()
+
+
+class Evicting(_Bytes):
+    """Entries that are being evicted; see `Leases.evicting`."""
+
+    def take(self, digest: str) -> bool:
+        """Whether nobody reads the entry, in this process or another. Nobody can lease it then."""
+        return self.set(digest, fcntl.F_WRLCK)

@@ -1,21 +1,34 @@
 """KV entries as rows of the index.
 
 Each function takes the open index and runs inside the caller's transaction. None reads or writes an entry's file.
+
+An entry's worth says how often it was used per byte, where a use counts half after `HALF_LIFE` more uses of any entry:
+log2(sum over its uses of 2^(n / HALF_LIFE)) - log2(size), where n is the number of uses of all entries until then. No
+clock is in it, and it does not change as others are used: so it is kept as a number, in an index.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database
 
+from braidsdk.store import memory
 from braidsdk.store.blobs import Tensors
 from braidsdk.store.chunks import now, parts, placeholders
 from braidsdk.store.files import Layout, entry_name
 from braidsdk.store.keys import EntryKey, record_chunk_ids
 from braidsdk.store.schema import MODELS_INDEX
+
+HALF_LIFE = 4096.0
+"""After so many uses of any entry, a use counts half."""
+
+USES = "uses"
+"""The key under which the store remembers how many uses of entries there were."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class EntryRow:
     tokens_sha256: str
     tokens: int
     bytes: int
+    size: int
     payload_digest: str
     chunks: tuple[str, ...]
 
@@ -103,31 +117,39 @@ def known(db: Database, digests: Iterable[str]) -> set[str]:
     return found
 
 
-def newest_digests(db: Database) -> list[str]:
-    """Return the digests of all entries, the newest first."""
-    return [row["digest"] for row in db.table("entries").rows_where(select="digest", order_by="rowid desc")]
-
-
 def all_digests(db: Database) -> set[str]:
     """Return the digests of all entries."""
     return {digest for (digest,) in db.execute("select digest from entries")}
 
 
 def insert(db: Database, rows: Sequence[EntryRow]) -> None:
-    """Add entries. Their chunks must be registered, and their digests must be new."""
-    created = now()
-    fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "payload_digest")
-    db.table("entries").insert_all(
-        [
-            {name: getattr(row, name) for name in fields}
-            | _copied(row)
-            | {"file": entry_name(row.digest), "created": created}  # `file` is for people; nothing reads it
-            for row in rows
-        ]
-    )
+    """Add entries, each with one use. Their chunks must be registered, and their digests must be new."""
+    created, used, uses = now(), int(time.time()), _uses(db)
+    fields = ("digest", "chunk_id", "record", "tokens_sha256", "tokens", "bytes", "size", "payload_digest")
+    full = [
+        {name: getattr(row, name) for name in fields}
+        | _copied(row)
+        | {"worth": uses / HALF_LIFE - math.log2(row.size), "used": used}
+        | {"file": entry_name(row.digest), "created": created}  # `file` is for people; nothing reads it
+        for row in rows
+    ]
+    db.table("entries").insert_all(full)
     saw = [{"digest": row.digest, "chunk_id": chunk} for row in rows for chunk in row.chunks]
     if saw:
         db.table("entry_chunks").insert_all(saw)
+    for namespace in {row["namespace"] for row in full}:
+        own = [row["size"] for row in full if row["namespace"] == namespace]
+        _add_to_total(db, namespace, len(own), sum(own))
+
+
+def delete(db: Database, digests: Sequence[str]) -> None:
+    """Delete entries. Unknown ones are ignored."""
+    for part in parts(digests):
+        marks = placeholders(part)
+        query = f"select namespace, count(*), sum(size) from entries where digest in ({marks}) group by namespace"
+        for namespace, count, size in db.execute(query, [*part]).fetchall():
+            _add_to_total(db, namespace, -count, -size)
+        db.table("entries").delete_where(f"digest in ({marks})", part)
 
 
 def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
@@ -140,8 +162,7 @@ def delete_of_chunks(db: Database, chunk_ids: Sequence[str]) -> dict[str, int]:
             [*part],
         )
         deleted.update((row["digest"], row["bytes"]) for row in rows)
-    for part in parts(list(deleted)):
-        db.table("entries").delete_where(f"digest in ({placeholders(part)})", part)
+    delete(db, list(deleted))
     return deleted
 
 
@@ -151,9 +172,63 @@ def delete_damaged(db: Database, digest: str, *, file: str | None, why: str) -> 
     found = list(db.table("entries").rows_where("digest = ?", [digest], select="namespace"))
     if not found:
         return False
-    db.table("entries").delete(digest)
+    delete(db, [digest])
     record_damage(db, digest, namespace=found[0]["namespace"], chunks=chunks, file=file, why=why)
     return True
+
+
+def count_uses(db: Database, uses: Mapping[str, int]) -> None:
+    """Add uses of entries to their worth. Unknown entries are ignored."""
+    before, now_s = _uses(db), int(time.time())
+    at = before + sum(uses.values())
+    memory.remember(db, {USES: str(at)})
+    for part in parts(list(uses)):
+        rows = db.execute(f"select digest, worth, size from entries where digest in ({placeholders(part)})", [*part])
+        changed = [
+            (_sum_log2(worth + math.log2(size), math.log2(uses[digest]) + at / HALF_LIFE) - math.log2(size), digest)
+            for digest, worth, size in rows.fetchall()
+        ]
+        db.conn.executemany(f"update entries set worth = ?, used = {now_s} where digest = ?", changed)
+
+
+def totals(db: Database) -> dict[str, tuple[int, int]]:
+    """Return of each namespace how many entries it has, and the size of their files in bytes."""
+    return {row[0]: (row[1], row[2]) for row in db.execute("select namespace, entries, size from totals")}
+
+
+def evictable(
+    db: Database, namespace: str | None, *, unused_since: int | None = None
+) -> Iterator[tuple[str, str, int]]:
+    """The digests, namespaces and file sizes of entries that no pin keeps, the least worth first. None means all
+    namespaces. With `unused_since` only those that were used before, in seconds since 1970."""
+    where = "(chunk_id is null or chunk_id not in (select id from chunks where pinned))"
+    arguments: list[Any] = []
+    if namespace is not None:
+        where += " and namespace = ?"
+        arguments.append(namespace)
+    if unused_since is not None:
+        where += " and used < ?"
+        arguments.append(unused_since)
+    yield from db.execute(f"select digest, namespace, size from entries where {where} order by worth", arguments)
+
+
+def _add_to_total(db: Database, namespace: str, count: int, size: int) -> None:
+    db.execute(
+        "insert into totals (namespace, entries, size) values (?, ?, ?) on conflict (namespace) do update set "
+        "entries = entries + excluded.entries, size = size + excluded.size",
+        [namespace, count, size],
+    )
+
+
+def _uses(db: Database) -> int:
+    """How many uses of entries there were."""
+    return int(memory.recall(db, [USES]).get(USES, 0))
+
+
+def _sum_log2(one: float, other: float) -> float:
+    """log2(2^one + 2^other), for numbers of any size."""
+    most = max(one, other)
+    return most + math.log2(2.0 ** (one - most) + 2.0 ** (other - most))
 
 
 def record_damage(
@@ -194,7 +269,7 @@ def groups(db: Database, namespace: str) -> list[EntryGroup]:
 
 def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
     """Return a chunk's own entries, oldest first."""
-    fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, payload_digest"
+    fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, size, payload_digest"
     found = db.table("entries").rows_where("chunk_id = ?", [chunk_id], select=fields, order_by="rowid")
     return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
 

@@ -6,8 +6,10 @@
     tmp/<owner>.lock                     locked for as long as a process has the store open
     tmp/<owner>.<digest>.<8 hex>.part    files that it is writing; removed by others once it does not live any more
     damaged/                             files that were set aside
+    limits.json                          how large the store may become (see limits.py)
+    reserve                              space that deleting uses when the disk is full
     queue.lock                           what writers of the index queue for
-    claims.lock                          whose bytes stand for the entries that processes compute (see claims.py)
+    claims.lock, leases.lock             whose bytes stand for entries that processes compute or read (see claims.py)
 
 Every path is made from a digest or from a name that `set_aside` gives. An index may come from anyone, so nothing in it
 may lead out of the store. Knows nothing about the content of files or of the index.
@@ -26,9 +28,12 @@ from pathlib import Path
 from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.safetensors")
+_DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.(safetensors|json)")
 _OLD_INDEX = re.compile(r"index\.[0-9a-f]{8}\.db(-journal)?")
 _OWNED = re.compile(r"([0-9a-f]{16})\.(lock|[0-9a-f]{32}\.[0-9a-f]{8}\.part)")
+
+RESERVE_BYTES = 2**20
+"""What the journal of a deletion needs, and more."""
 
 REPAIR = "Run `braid store repair`: it rebuilds the index from the files of chunks and entries."
 
@@ -93,7 +98,7 @@ class Layout:
             with contextlib.suppress(FileExistsError):
                 os.link(new, self.index)
             new.unlink()
-        for path in (self.queue, self.claims):
+        for path in (self.queue, self.claims, self.leases):
             with contextlib.suppress(FileExistsError):
                 os.close(self._open_new(path))
         sync_folder(self.root)
@@ -176,6 +181,16 @@ class Layout:
         """The file of claims."""
         return self.root / "claims.lock"
 
+    @property
+    def leases(self) -> Path:
+        """The file of leases."""
+        return self.root / "leases.lock"
+
+    @property
+    def limits(self) -> Path:
+        """The file of limits."""
+        return self.root / "limits.json"
+
     def temporary(self, digest: str) -> Path:
         """A new path to write an entry to before it is moved to its place."""
         return self.tmp / f"{self._owner}.{digest}.{secrets.token_hex(4)}.part"
@@ -244,6 +259,41 @@ class Layout:
     def chunk_ids(self) -> Iterator[str]:
         """The id of every chunk's file. This lists all files, which takes seconds for millions."""
         return _listed(self.chunks, ".json") if self.chunks.is_dir() else iter(())
+
+    def sweep_damaged(self, before: float) -> int:
+        """Remove what was set aside before a time, in seconds since 1970, and return how many files. A file from the
+        future, after the clock was wrong, stays."""
+        old = [
+            path
+            for path in self.damaged.iterdir()
+            if (_DAMAGED.fullmatch(path.name) or _OLD_INDEX.fullmatch(path.name)) and path.lstat().st_ctime < before
+        ]
+        for path in old:
+            remove(path)
+        return len(old)
+
+    def keep_reserve(self) -> None:
+        """Keep some space for the time when the disk is full, as far as there is any."""
+        path = self.root / "reserve"
+        with contextlib.suppress(OSError):
+            if path.exists() and path.stat().st_size >= RESERVE_BYTES:
+                return
+            remove(path)
+            descriptor = self._open_new(path)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+            except OSError:
+                remove(path)
+            finally:
+                os.close(descriptor)
+
+    def use_reserve(self) -> bool:
+        """Free the reserved space. Returns whether there was any."""
+        try:
+            (self.root / "reserve").unlink()
+        except OSError:
+            return False
+        return True
 
     def sweep_temporaries(self) -> None:
         """Remove what processes left in tmp/ that do not live any more. Files that aren't ours are not touched."""

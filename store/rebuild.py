@@ -141,6 +141,7 @@ def _row(path: Path, header: blobs.Header) -> EntryRow:
         tokens_sha256=hashlib.sha256(token_bytes).hexdigest(),
         tokens=header.tokens,
         bytes=header.nbytes,
+        size=header.end,
         payload_digest=header.digest,
         chunks=record_chunk_ids(header.key),
     )

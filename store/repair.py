@@ -73,5 +73,5 @@ def _mended(opened: ChunkStore, share: float, on_progress: Callable[[int, int], 
                 entries.delete_damaged(db, digest, file=layout.set_aside(layout.entry(digest)), why=why)
     with opened._changing(removes=True) as db:
         chunks.touch(db, [each for each, _ in found.behind])
-    opened._remove_entries(found.stray)
+    opened._collector.remove_entries(found.stray)
     return Repaired(opened.rebuilt, found.damaged, found.behind, found.stray)

@@ -60,6 +60,7 @@ def m001_tables(db: Database) -> None:
     )
     db.table("chunks").create_index(["id"], unique=True)
     db.table("chunks").create_index(["namespace", "number"])
+    db.execute("create index idx_chunks_pinned on chunks (id) where pinned")
     db.table("chunks").create_index(["namespace", "level"])  # every index ends with the row's number
     db.execute(f"create index {METADATA_INDEX} on chunks (namespace, metadata) where metadata <> '{{}}'")
     db.table("names").create(
@@ -95,6 +96,9 @@ def m001_tables(db: Database) -> None:
             "level": int,
             "tokens": int,
             "bytes": int,
+            "size": int,  # of its file, in bytes
+            "worth": float,  # the least is evicted first; see entries.py
+            "used": int,  # when it was used last, in seconds since 1970
             "payload_digest": str,
             "file": str,  # relative to the store; for people, nothing reads it
             "created": str,
@@ -102,7 +106,7 @@ def m001_tables(db: Database) -> None:
         pk="digest",
         not_null=[
             *("namespace", "record", "tokens_sha256", "weights", "dtype", "level"),
-            *("tokens", "bytes", "payload_digest", "file", "created"),
+            *("tokens", "bytes", "size", "worth", "used", "payload_digest", "file", "created"),
         ],
         foreign_keys=[ForeignKey("entries", "chunk_id", "chunks", "id")],
         strict=True,
@@ -111,6 +115,15 @@ def m001_tables(db: Database) -> None:
     db.table("entries").create_index(["tokens_sha256", "namespace"])
     columns = ["namespace", "weights", "dtype", "level", "bytes"]
     db.table("entries").create_index(columns, index_name=MODELS_INDEX)
+    db.table("entries").create_index(["worth"])
+    db.table("entries").create_index(["namespace", "worth"])
+    db.table("entries").create_index(["namespace", "used"])
+    db.table("totals").create(  # of entries and their files, so that a limit is compared at once
+        {"namespace": str, "entries": int, "size": int},
+        pk="namespace",
+        not_null=["namespace", "entries", "size"],
+        strict=True,
+    )
     db.table("entry_chunks").create(
         {"digest": str, "chunk_id": str},  # no key to chunks: a rebuilt index may know an entry's anchor by id alone
         pk=("digest", "chunk_id"),
@@ -184,6 +197,7 @@ def migrated(path: Path, *, read_only: bool, first: Callable[[Database], None]) 
 
 
 def _migrate(db: Database, first: Callable[[Database], None]) -> None:
+    db.conn.execute("PRAGMA auto_vacuum=INCREMENTAL")  # has an effect before the first table only
     db.conn.execute("BEGIN IMMEDIATE")
     try:
         _refuse_unknown(db)  # again, because another process may have been quicker

@@ -9,8 +9,7 @@ import contextlib
 import errno
 import logging
 import shutil
-import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,16 +31,18 @@ from braidsdk.errors import (
     UnknownChunkError,
     shown,
 )
-from braidsdk.store import blobs, chunks, entries, memory, reasons
+from braidsdk.store import blobs, chunks, entries, limits, memory, reasons
 from braidsdk.store.blobs import DamagedFile, Tensors
 from braidsdk.store.catalogue import Catalogue
 from braidsdk.store.check import Checked, check
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NameVersion, NewChunk
-from braidsdk.store.claims import Claims
+from braidsdk.store.claims import Claims, Leases
+from braidsdk.store.collect import DAMAGED_S, Collected, Collector
 from braidsdk.store.entries import Entry, EntryGroup, EntryRow, Hit
 from braidsdk.store.files import Layout, Stamp, remove, stamp
 from braidsdk.store.index import Index
 from braidsdk.store.keys import EntryKey
+from braidsdk.store.limits import WHOLE, Limit
 from braidsdk.store.reasons import Miss
 from braidsdk.store.rebuild import Rebuilt, rebuild
 from braidsdk.store.recent import RecentChunks
@@ -55,12 +56,6 @@ READERS = 2
 
 WRITERS = 2
 """Threads that write entries: while one waits for the disk, the other goes on."""
-
-SWEEP_EVERY_S = 24 * 3600.0
-"""The shortest time between two sweeps of a store's entries, whichever processes open it."""
-
-SWEPT = "swept"
-"""The key under which the store remembers when the last sweep began, in seconds since 1970."""
 
 Publication = tuple[EntryKey, Tensors, Mapping[str, Any]]
 """A key, its tensors, and its provenance: text, numbers, bools and None by name, which are kept and not compared."""
@@ -116,10 +111,16 @@ class ChunkStore:
             self._catalogue = Catalogue(self._layout, self._index)
             self._changes = Lock()
             self.claims = Claims(None if self.read_only else self._layout.claims)
+            self._leases = Leases(None if self.read_only else self._layout.leases)
+            self._collector = Collector(self._index, self._layout, self._leases)
+            self._uses: Counter[str] = Counter()
+            self._uses_lock = Lock()
             try:
                 if not self.read_only:
                     self._catch_up()
-                    self._sweep()
+                    with contextlib.suppress(StoreFullError):  # as far as the disk allows it
+                        self._collector.sweep_if_due()
+                    self._layout.keep_reserve()
             except BaseException:
                 self.close()
                 raise
@@ -145,10 +146,12 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close the store. Safe to call twice. Entries that were loaded stay valid."""
-        with contextlib.suppress(StoreError):  # the next opening does it
+        with contextlib.suppress(StoreError):  # the next opening does the first, and the second is only statistics
             self._catalogue.settle()
+            self.remember({})
         self._index.close()
         self.claims.close()
+        self._leases.close()
         self._layout.close()
 
     @property
@@ -313,7 +316,11 @@ class ChunkStore:
         return self.delete_chunks(namespace, [chunk_id]).digests
 
     def delete_chunks(self, namespace: str, ids: Iterable[str]) -> Deleted:
-        """Delete many chunks in one transaction, all or none."""
+        """Delete many chunks in one transaction, all or none, even if the disk is full."""
+        wanted = list(ids)
+        return self._collector.freeing(lambda: self._delete_chunks(namespace, wanted))
+
+    def _delete_chunks(self, namespace: str, ids: Sequence[str]) -> Deleted:
         with self._changing(removes=True) as db:
             owners = chunks.owners(db, ids)
             # Entries may have been computed after a chunk without a row: a rebuilt index may know only its id.
@@ -327,7 +334,7 @@ class ChunkStore:
         for name in aside:
             self._layout.remove_damaged(name)
         self._layout.remove_old_indexes()
-        self._remove_entries(list(gone))
+        self._collector.remove_entries(list(gone))
         return Deleted(known, tuple(gone), sum(gone.values()))
 
     # entries
@@ -375,18 +382,20 @@ class ChunkStore:
                 before it reads the entry. If an entry is set aside, its memory may have been written to. Threads write
                 to the memory until this iterator has ended or was closed.
         """
-        found = self.look_up(keys)
-        if len(keys) == 1:
-            yield self._load(keys[0], found[0], place)
-            return
-        jobs = iter([(key, hit, place) for key, hit in zip(keys, found, strict=True)])
-        with threads(READERS) as readers:
-            ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
-            while ahead:
-                result = ahead.popleft().result()
-                if (job := next(jobs, None)) is not None:
-                    ahead.append(readers.submit(self._load, *job))
-                yield result
+        with self._leases.hold(key.digest for key in keys):
+            found = self.look_up(keys)
+            self.count_uses(hit.digest for hit in found if hit)
+            if len(keys) == 1:
+                yield self._load(keys[0], found[0], place)
+                return
+            jobs = iter([(key, hit, place) for key, hit in zip(keys, found, strict=True)])
+            with threads(READERS) as readers:
+                ahead = deque(readers.submit(self._load, *job) for job in islice(jobs, READERS))
+                while ahead:
+                    result = ahead.popleft().result()
+                    if (job := next(jobs, None)) is not None:
+                        ahead.append(readers.submit(self._load, *job))
+                    yield result
 
     def publish(self, publications: Sequence[Publication]) -> None:
         """Store entries durably, all or none. Entries that the store has already stay as they are.
@@ -423,11 +432,12 @@ class ChunkStore:
                 placed = list(rows)
                 self._layout.place((written[digest], self._layout.entry(digest)) for digest in placed)
                 entries.insert(db, list(rows.values()))
+                self._keep_uses(db)
             written_bytes = sum(row.bytes for row in rows.values())
             _log.info("published %d entries, %d bytes in %.1f ms", len(rows), written_bytes, _ms_since(started))
         except BaseException as error:
             with contextlib.suppress(StoreError):  # a later open sweeps what is left
-                self._remove_entries(placed)
+                self._collector.remove_entries(placed)
             if isinstance(error, OSError):
                 raise self._write_error(error) from error
             raise
@@ -435,6 +445,44 @@ class ChunkStore:
             for path in written.values():
                 with contextlib.suppress(OSError):  # a later open sweeps what is left
                     remove(path)
+        try:
+            self._collector.evict(spared=rows)
+        except StoreError as error:
+            _log.warning("the store may be over its limits until the next publication: %s", error)
+
+    # limits
+
+    def limits(self) -> dict[str, Limit]:
+        """Return the limits by namespace; "" is the whole store's.
+
+        Raises:
+            StoreCorruptError: limits.json can't be read.
+        """
+        return limits.read(self._layout)
+
+    def set_limit(self, limit: Limit, namespace: str = WHOLE) -> Collected:
+        """Limit the store, or a namespace of it, for all processes from now on, and evict what is over the limit. Only
+        KV entries are evicted: texts stay until they are deleted."""
+        with self._index.write():
+            limits.write(self._layout, {**self.limits(), namespace: limit})
+        return self._collector.evict()
+
+    def collect(self, *, damaged_s: float = DAMAGED_S) -> Collected:
+        """Evict what is over the limits or too old, and remove what killed processes left and what was set aside longer
+        than `damaged_s` seconds ago. A publication and the first opening of a day do this too."""
+        self._index.check_writable()
+        return self._collector.collect(damaged_s=damaged_s)
+
+    def count_uses(self, digests: Iterable[str]) -> None:
+        """Count uses of entries. They are kept with the next publication, `remember` or closing."""
+        with self._uses_lock:
+            self._uses.update(digests)
+
+    def _keep_uses(self, db: Database) -> None:
+        with self._uses_lock:
+            uses, self._uses = self._uses, Counter()
+        if uses:
+            entries.count_uses(db, uses)
 
     @property
     def damaged_count(self) -> int:
@@ -494,10 +542,11 @@ class ChunkStore:
     def remember(self, values: Mapping[str, str], *, add: Mapping[str, int] | None = None) -> None:
         """Keep values for later processes, and add to counts. Moving the index aside forgets them, and so does a store
         that can only be read."""
-        if (values or add) and not self.read_only:
+        if (values or add or self._uses) and not self.read_only:
             with self._index.write() as db:
                 memory.remember(db, values)
                 memory.count(db, add or {})
+                self._keep_uses(db)
 
     @contextmanager
     def _changing(self, *, removes: bool = False) -> Iterator[Database]:
@@ -602,6 +651,7 @@ class ChunkStore:
             tokens_sha256=key.token_sha256,
             tokens=len(key.token_ids),
             bytes=sum(each.nbytes for each in tensors.values()),
+            size=path.stat().st_size,
             payload_digest=payload_digest,
             chunks=key.chunk_ids(),
         )
@@ -622,53 +672,11 @@ class ChunkStore:
                 records[chunk] = {"id": row.id, "namespace": row.namespace, "level": row.level, "text": row.text}
         return records
 
-    def _remove_entries(self, digests: Sequence[str]) -> None:
-        """Delete the files of entries that have no row, under the lock that publishing takes."""
-        if not digests:
-            return
-        with self._index.write() as db:
-            kept = entries.known(db, digests)
-            for digest in digests:
-                if digest not in kept:
-                    remove(self._layout.entry(digest))
-
-    def _sweep(self) -> None:
-        """Remove what killed processes left, as far as the disk allows it."""
-        with contextlib.suppress(StoreFullError):
-            self._layout.sweep_temporaries()
-            if self._claim_sweep():
-                self._sweep_entries()
-
-    def _claim_sweep(self) -> bool:
-        """Whether a sweep is due. If so, this process does it, and no other one does for `SWEEP_EVERY_S`."""
-        with self._index.read() as db:  # first, because usually none is due and no write lock is needed
-            if not _is_due(db):
-                return False
-        with self._index.write() as db:
-            due = _is_due(db)  # again, because another process may have been quicker
-            if due:
-                memory.remember(db, {SWEPT: str(time.time())})
-        return due
-
-    def _sweep_entries(self) -> None:
-        """Remove files that no row names. A process was killed before it wrote the row, or after it deleted the row."""
-        there = list(self._layout.digests())  # read before the rows, so that it lacks what is published from now on
-        with self._index.read() as db:
-            kept = entries.all_digests(db)
-        stray = {digest: self._layout.entry(digest) for digest in there if digest not in kept}
-        self._remove_entries([digest for digest, path in stray.items() if not blobs.is_of_another_format(path)])
-
     def _write_error(self, error: OSError) -> StoreError:
         return kind_of(error)(
             f"An entry could not be written to the store at {self.path}: {error.strerror}. Free some space or correct "
             "what fails. Nothing of the entry is left, and the store is as it was before."
         )
-
-
-def _is_due(db: Database) -> bool:
-    """Whether the last sweep was long ago, or is in the future because the clock was wrong."""
-    swept = memory.recall(db, [SWEPT]).get(SWEPT)
-    return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
 
 
 def _ms_since(started: float) -> float:

@@ -301,9 +301,10 @@ class Residency(Generic[N]):
         """Count a ready request's entries as hits and misses; once it has a kept overlay, that one alone."""
         held = self._held[request]
         entries = {held.kept} if held.kept else set(held.entries)
-        missing = len(entries & self._making.keys())
-        self.misses += missing
-        self.hits += len(entries) - missing
+        ready = entries - self._making.keys()
+        self.misses += len(entries) - len(ready)
+        self.hits += len(ready)
+        self._store.count_uses(entry.key.digest for entry in ready if entry.stored)
 
     # after computing
 

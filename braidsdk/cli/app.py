@@ -82,10 +82,12 @@ for each in (
     fidelity,
     stats,
     doctor,
+    store.gc,
 ):
     app.command()(command(each, computes=each in (demo, add, ask, chat, fidelity)))
 
 stores = typer.Typer(help="Look after a store.", no_args_is_help=True)
 stores.command()(command(store.check))
 stores.command("repair")(command(store.repair_store))
+stores.command()(command(store.limit))
 app.add_typer(stores, name="store")

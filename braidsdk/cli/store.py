@@ -1,5 +1,6 @@
-"""`braid store ...` checks and mends a store. It loads no model."""
+"""`braid store ...` and `braid gc` look after a store. They load no model."""
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -11,8 +12,12 @@ from braidsdk.cli.exits import INCOMPATIBLE
 from braidsdk.cli.opening import existing_store, open_store
 from braidsdk.cli.options import StoreOption
 from braidsdk.cli.output import Output, counted
+from braidsdk.errors import InputError
 from braidsdk.progress import steps_bar
-from braidsdk.store import repair
+from braidsdk.store import DAMAGED_S, WHOLE, Limit, repair
+from braidsdk.types import size
+
+DAY_S = 86_400.0
 
 _SHOWN = 20
 """The most files of a kind that are named."""
@@ -80,6 +85,87 @@ def repair_store(out: Output, read_data: ReadDataOption = "0%", store: StoreOpti
         out.text(f"removed {counted(len(done.removed), 'file')} of killed processes")
     if not (done.rebuilt or done.damaged or done.written or done.removed):
         out.text("nothing was damaged")
+
+
+def gc(
+    out: Output,
+    damaged_days: Annotated[
+        float, typer.Option("--damaged-days", min=0, help="Remove files that were set aside longer ago than this.")
+    ] = DAMAGED_S / DAY_S,
+    store: StoreOption = None,
+) -> None:
+    """Keep the store within its limits, and remove what is left over.
+
+    KV entries over a limit are evicted, those with the fewest recent uses per byte first; texts stay. Files of killed
+    processes and old files in damaged/ are removed. Registering does the first, and the first opening of a day all.
+    """
+    with open_store(store) as opened:
+        done = opened.collect(damaged_s=damaged_days * DAY_S)
+    if out.json:
+        out.document(asdict(done))
+        return
+    out.text(f"{counted(done.evicted, 'entry', 'entries')} of {size(done.evicted_bytes)} evicted")
+    if done.strays or done.damaged:
+        out.text(f"removed {counted(done.strays, 'stray file')} and {counted(done.damaged, 'damaged file')}")
+    if done.over_bytes:
+        out.note(f"Still {size(done.over_bytes)} over a limit: what is left is pinned or in use.")
+
+
+def limit(
+    out: Output,
+    max_bytes: Annotated[
+        str | None, typer.Option("--max-bytes", metavar="SIZE", help='Such as 50GB, 1.5TB or "none".')
+    ] = None,
+    max_age: Annotated[str | None, typer.Option("--max-age", metavar="DAYS", help='Such as 30, or "none".')] = None,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Limit one namespace instead of the whole store.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Limit how large the store may become and how long unused KV entries stay. Without an option, show the limits.
+
+    What is over a limit is evicted at once. Pinned chunks' entries and all texts stay.
+    """
+    with open_store(store) as opened:
+        limits, name = opened.limits(), WHOLE if namespace is None else namespace
+        before = limits.get(name, Limit())
+        wanted = Limit(
+            before.max_bytes if max_bytes is None else _bytes(max_bytes),
+            before.max_age_s if max_age is None else _days(max_age),
+        )
+        if (max_bytes, max_age) != (None, None):
+            done = opened.set_limit(wanted, name)
+            out.note(f"{counted(done.evicted, 'entry', 'entries')} of {size(done.evicted_bytes)} evicted.")
+            limits = opened.limits()
+    if out.json:
+        out.document({each: asdict(limit) for each, limit in limits.items()})
+        return
+    for each, limit in limits.items() or {WHOLE: Limit()}.items():
+        most = "no limit of bytes" if limit.max_bytes is None else f"at most {size(int(limit.max_bytes))}"
+        age = "any age" if limit.max_age_s is None else f"at most {limit.max_age_s / DAY_S:g} days unused"
+        out.text(f"{f'namespace {each}' if each else 'store'}: {most}, {age}")
+
+
+def _bytes(text: str) -> float | None:
+    """A number of bytes from text such as 50GB."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kmgt]?)b?", text.strip().lower())
+    if text.strip().lower() == "none":
+        return None
+    if not found:
+        raise typer.BadParameter(f'must be a size such as 50GB, or "none"; got {text!r}.', param_hint="--max-bytes")
+    return float(found[1]) * 1000.0 ** " kmgt".index(found[2] or " ")
+
+
+def _days(text: str) -> float | None:
+    """Seconds from a number of days."""
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return Limit(max_age_s=float(text.strip().lower().removesuffix("d")) * DAY_S).max_age_s
+    except (ValueError, InputError):
+        raise typer.BadParameter(
+            f'must be a number of days, or "none"; got {text!r}.', param_hint="--max-age"
+        ) from None
 
 
 def _show(out: Output, what: str, found: Sequence[tuple[str, str]]) -> None:

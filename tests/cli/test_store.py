@@ -80,3 +80,33 @@ def test_a_share_that_is_none_is_a_usage_error(cli: Cli, store: Path, share: str
 
 def test_no_store_is_not_found(cli: Cli, tmp_path: Path) -> None:
     assert "No store" in cli("store", "check", "--store", str(tmp_path / "nowhere"), code=3).stderr
+
+
+def test_limits_are_set_shown_and_kept(cli: Cli, store: Path) -> None:
+    assert cli("store", "limit").stdout == "store: no limit of bytes, any age\n"
+    ended = cli("store", "limit", "--max-bytes", "1.5GB", "--max-age", "30")
+    assert ended.stdout == "store: at most 1.5 GB, at most 30 days unused\n"
+    assert ended.stderr == "0 entries of 0 B evicted.\n"
+    cli("store", "limit", "--max-age", "none")
+    cli("store", "limit", "--namespace", "one", "--max-bytes", "10 kb")
+    assert cli("store", "limit", "--json").json == {
+        "": {"max_bytes": 1.5e9, "max_age_s": None},
+        "one": {"max_bytes": 10_000.0, "max_age_s": None},
+    }
+    assert cli("gc").stdout == "0 entries of 0 B evicted\n"
+    assert "1 entry of" in cli("store", "limit", "--max-bytes", "1").stderr
+    assert cli("ls").stdout, "texts stay"
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--max-bytes", "much"), ("--max-bytes", "-5"), ("--max-age", "x"), ("--max-age", "-1")]
+)
+def test_a_limit_that_is_none_is_a_usage_error(cli: Cli, store: Path, wrong: tuple[str, str]) -> None:
+    assert "must be a" in cli("store", "limit", *wrong, code=2).stderr
+
+
+def test_gc_says_what_it_removed(cli: Cli, store: Path) -> None:
+    (entry,) = store.glob("entries/*/*")
+    entry.with_name(entry.name[:2] + "0" * 30 + ".safetensors").write_bytes(entry.read_bytes())
+    assert "removed 1 stray file and 0 damaged files" in cli("gc").stdout
+    assert cli("gc", "--json").json["strays"] == 0

@@ -5,7 +5,7 @@ Whatever lies on a page is a number that says whose it is, so that a page with t
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +84,10 @@ class FakeStore:
     write_fails: bool = False
     read: list[EntryKey] = field(default_factory=list)
     written: list[EntryKey] = field(default_factory=list)
+    used: Counter[str] = field(default_factory=Counter)
+
+    def count_uses(self, digests: Iterable[str]) -> None:
+        self.used.update(digests)
 
     def stream(self, keys: Sequence[EntryKey], place: Callable[[EntryKey], Tensors]) -> Iterator[Entry | None]:
         for count, each in enumerate(keys):

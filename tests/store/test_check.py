@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from braidsdk.store import ChunkStore, EntryKey, Hit, NewChunk
+from braidsdk.store import ChunkStore, EntryKey, Hit, NewChunk, entries
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_another_sound_file_in_the_place_of_an_entry_is_named(store: ChunkStore,
 
 def test_strays_and_texts_that_are_not_their_ids_are_named(store: ChunkStore, keys: list[EntryKey]) -> None:
     with store._index.write() as db:
-        db.execute("delete from entries where digest = ?", [keys[2].digest])
+        entries.delete(db, [keys[2].digest])
         db.execute("update chunks set text = 'another' where number = 1")
     found = store.check()
     assert found.stray == (keys[2].digest,)

@@ -137,7 +137,7 @@ def test_an_entry_that_is_there_is_not_written_again(
 
 def test_a_late_removal_spares_what_was_published_again(store: ChunkStore, chunk: str, make: Any) -> None:
     store.publish([(make.key(chunk), make.tensors(), {})])
-    store._remove_entries([make.key(chunk).digest])
+    store._collector.remove_entries([make.key(chunk).digest])
     only(store.load([make.key(chunk)]), Entry)
 
 

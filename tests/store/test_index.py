@@ -42,7 +42,9 @@ def test_a_store_is_created_with_its_parents(tmp_path: Path) -> None:
             "claims.lock",
             "damaged",
             "entries",
+            "leases.lock",
             "queue.lock",
+            "reserve",
             "tmp",
         ]
 
@@ -222,7 +224,7 @@ def test_a_rebuild_leaves_the_files_of_another_format_alone(
         assert (store.stats("default").entries, store.damaged_count) == (0, 0)
     (path,) = folder.glob("entries/*/*.safetensors")
     os.utime(path, (0, 0))
-    monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
+    monkeypatch.setattr("braidsdk.store.collect.SWEEP_EVERY_S", 0)
     ChunkStore(folder).close()
     assert path.exists(), "the sweep leaves them alone too"
 
@@ -247,7 +249,7 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(
     folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the clock says."""
-    monkeypatch.setattr("braidsdk.store.store.SWEEP_EVERY_S", 0)
+    monkeypatch.setattr("braidsdk.store.collect.SWEEP_EVERY_S", 0)
     with ChunkStore(folder) as store:
         store.publish([(make.key(None), make.tensors(), {})])
         good = store.look_up([make.key(None)])[0]
@@ -314,7 +316,7 @@ def test_of_several_that_find_a_sweep_due_one_sweeps(folder: Path, monkeypatch: 
 
     def claim(store: ChunkStore) -> None:
         gate.wait()
-        claimed.append(store._claim_sweep())
+        claimed.append(store._collector._claim_sweep())
         store.close()
 
     with ThreadPoolExecutor(4) as pool:

@@ -29,7 +29,7 @@ from conftest import content, make_key, make_tensors
 from sqlite_utils import Database
 
 from braidsdk.errors import BraidError, StoreError
-from braidsdk.store import ChunkStore, Entry, EntryKey, store
+from braidsdk.store import ChunkStore, Entry, EntryKey, collect
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
 
@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--planted", choices=list(PLANTED), help="a bug, to see that it is noticed")
     options = parser.parse_args()
-    store.SWEEP_EVERY_S = 0.0
+    collect.SWEEP_EVERY_S = 0.0
     counts: Counter[str] = Counter()
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,10 +1,12 @@
-"""What a name stood for before: `chunks.history`, `chunks.restore`, `braid log`, `braid restore` and pins."""
+"""What a name stood for before, `chunks.history` and `chunks.restore`; pins; limits of the store."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from braidsdk.errors import InputError, UnknownChunkError
+from braidsdk.store import Limit
 from braidsdk.testing import FakeBraid
 
 
@@ -49,3 +51,21 @@ def test_a_pin_is_kept_and_taken_away() -> None:
         assert braid.register("One.").pinned, "to register it again does not change it"
         assert braid.chunks.get("guide").pinned
         assert not braid.chunks.update("guide", pinned=False).pinned
+
+
+def test_a_limit_evicts_caches_and_answers_stay_the_same(tmp_path: Path) -> None:
+    with FakeBraid(store=tmp_path / "store") as braid:
+        rules = braid.register_system("Answer.")
+        chunks = [braid.register(f"Text {n}.", anchor=rules) for n in range(4)]
+        before = braid.ask("Well?", chunks=[rules, *chunks]).text
+        braid.chunks.update(chunks[0], pinned=True)
+        braid.limit_store(max_bytes=0)
+        assert 1 <= braid.stats().entries <= 2
+        assert braid.ask("Well?", chunks=[rules, *chunks]).text == before
+        with pytest.raises(InputError, match="at least 0"):
+            braid.limit_store(max_age_days=-1)
+        braid.limit_store(max_age_days=30)
+        assert braid._engine.store.limits() == {"default": Limit(max_age_s=30 * 86_400)}
+        braid.limit_store(whole_store=True)
+    with FakeBraid(store=tmp_path / "store") as braid:
+        assert braid.ask("Well?", chunks=[rules, *chunks]).text == before
