@@ -215,7 +215,7 @@ def write(
     return header[_DIGEST].decode()
 
 
-def read(path: Path, place: Tensors | None = None) -> Blob:
+def read(path: Path, place: Tensors | None = None, *, digest: str | None = None) -> Blob:
     """Read a file and verify every byte of it.
 
     Nothing is memory-mapped, because a mapped file that is truncated kills the process.
@@ -224,13 +224,14 @@ def read(path: Path, place: Tensors | None = None) -> Blob:
         path: the file.
         place: the tensors that it must have, with the memory to read them into. None takes new memory for what it has.
             The memory holds the entry only if this function returns.
+        digest: the digest that its header must have. Another header is not parsed, however sound it is. None takes any.
 
     Raises:
         DamagedFile: it does not hold what was written, or is no file.
         OSError: it is missing or can't be read.
     """
     with _opened(path) as (descriptor, size):
-        header = _read_header(descriptor, size)
+        header = _read_header(descriptor, size, digest)
         if place is None:
             place = {
                 name: Array(dtype, shape, [np.empty(math.prod(shape) * ITEM_BYTES[dtype], dtype=np.uint8).data])
@@ -396,28 +397,30 @@ def _header(metadata: Mapping[str, str], tensors: Tensors, names: Iterable[str])
 def _digest_of(head: bytes | bytearray) -> bytes:
     state = xxhash.xxh3_128(head[: _DIGEST.start])
     state.update(b"0" * 32)
-    state.update(head[_DIGEST.stop :])
+    state.update(memoryview(head)[_DIGEST.stop :])  # a copy may be as large as the file
     return state.hexdigest().encode()
 
 
-def _read_start(descriptor: int, size: int) -> bytes:
+def _read_start(descriptor: int, size: int) -> bytearray:
     """The file's bytes up to the first tensor, as its first bytes say."""
     if size < 8:
         raise DamagedFile(f"it must have at least 8 bytes; it has {size}")
     length = bytearray(8)
     _read_all(descriptor, [memoryview(length)], 0)
-    count = int(struct.unpack("<Q", length)[0])
+    (count,) = struct.unpack("<Q", length)
     if count > min(HEADER_LIMIT_BYTES, size - 8):
         raise DamagedFile(f"its header claims {count} bytes of a file of {size}")
-    rest = bytearray(count)
-    _read_all(descriptor, [memoryview(rest)], 8)
-    return bytes(length + rest)
+    head = bytearray(8 + count)
+    _read_all(descriptor, [memoryview(head)], 0)
+    return head
 
 
-def _read_header(descriptor: int, size: int) -> Header:
+def _read_header(descriptor: int, size: int, digest: str | None = None) -> Header:
     head = _read_start(descriptor, size)
     if head[8 : _DIGEST.start] != _START or head[_DIGEST] != _digest_of(head):
         raise DamagedFile("its header does not match its digest")
+    if digest is not None and head[_DIGEST] != digest.encode():
+        raise DamagedFile("it is not the file that the index names")
     try:
         return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
