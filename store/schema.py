@@ -7,6 +7,7 @@ time.
 The index can be rebuilt from the entries' files (see `rebuild.py`), except names, metadata and chunks without an entry.
 """
 
+import os
 import sqlite3
 from collections.abc import Callable
 from functools import cache
@@ -28,6 +29,9 @@ PRAGMAS = (
     "trusted_schema=OFF",
     "temp_store=MEMORY",
 )
+
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+"""With it SQLite's journals begin, and end if they name a journal of several databases."""
 
 METADATA_INDEX = "idx_chunks_namespace_metadata"
 
@@ -111,8 +115,10 @@ def connected(path: Path, *, read_only: bool) -> Database:
     """A connection to an index that exists.
 
     Raises:
+        StoreCorruptError: its journal names another file.
         sqlite3.Error: it can't be opened.
     """
+    _refuse_foreign_journal(path)
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False)
     try:
@@ -124,6 +130,33 @@ def connected(path: Path, *, read_only: bool) -> Database:
         connection.close()
         raise
     return db
+
+
+def _refuse_foreign_journal(index: Path) -> None:
+    """A journal may name a journal of several databases, and SQLite deletes that file with it, wherever it lies. Ours
+    never do: a connection has one database.
+
+    Raises:
+        StoreCorruptError: it names one.
+    """
+    journal = index.with_name(f"{index.name}-journal")
+    try:
+        descriptor = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # there is none, or SQLite says what is wrong with it
+    try:
+        size = os.fstat(descriptor).st_size
+        end = os.pread(descriptor, 8, max(size - 8, 0))
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+    if size >= 16 and end == _JOURNAL_MAGIC:
+        raise StoreCorruptError(
+            f"The journal of the index at {index} must name no other file, as those of this store never do; it names "
+            f"one. Move {index.name} and {journal.name} aside: the next open rebuilds the index from the entries, "
+            "which stay as they are."
+        )
 
 
 def migrated(path: Path, *, read_only: bool, first: Callable[[Database], None]) -> Database:

@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -241,6 +242,33 @@ def test_a_stale_journal_does_not_come_back_in_a_new_index(folder: Path) -> None
         assert store.list_chunks("default") == []
     with ChunkStore(folder) as store:
         assert store.list_chunks("default") == []
+
+
+def foreign_journal(index: bytes, names: Path) -> bytes:
+    """A hot journal that changes nothing, and names another file as the journal of several databases."""
+    magic = bytes.fromhex("d9d505f920a163d7")
+    page, nonce, name = index[:4096], 7, str(names).encode()
+    checksum = (nonce + sum(page[at] for at in range(len(page) - 200, 0, -200))) & 0xFFFFFFFF
+    head = magic + struct.pack(">IIIII", 1, nonce, len(index) // 4096, 512, 4096)
+    record = struct.pack(">I", 1) + page + struct.pack(">I", checksum)
+    end = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    return head.ljust(512, b"\0") + record + end
+
+
+def test_a_journal_that_names_a_file_elsewhere_deletes_nothing(folder: Path, tmp_path: Path, make: Any) -> None:
+    """SQLite would delete that file, because it names no journal that is there."""
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.tensors(), {})])
+    precious, journal = tmp_path / "precious", folder / "index.db-journal"
+    precious.write_text("mine")
+    journal.write_bytes(foreign_journal((folder / "index.db").read_bytes(), precious))
+    with pytest.raises(StoreCorruptError, match="must name no other file"):
+        ChunkStore(folder)
+    assert precious.read_text() == "mine"
+    assert journal.exists()
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert isinstance(store.load([make.key(None)])[0], Entry)
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(
