@@ -79,6 +79,7 @@ _MODEL = {
     "head_dim": int,
     "rope": str,
 }
+_METADATA = dict.fromkeys(("digest", "payload", "format", "key", "chunk", "provenance", "created", "tokens"), str)
 _CHUNK = {"id": str, "namespace": str, "level": int, "text": str}
 
 
@@ -422,27 +423,29 @@ def _read_header(descriptor: int, size: int, digest: str | None = None) -> Heade
     if digest is not None and head[_DIGEST] != digest.encode():
         raise DamagedFile("it is not the file that the index names")
     try:
-        return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size)
+        return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size, head[_DIGEST].decode())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedFile(f"its header can't be read ({type(error).__name__})") from None
 
 
-def _parsed(content: dict[str, Any], begin: int, size: int) -> Header:
+def _parsed(content: dict[str, Any], begin: int, size: int, digest: str) -> Header:
     """Check what a header says. Its digest is right, so this only refuses what someone else wrote on purpose."""
     metadata = content.pop("__metadata__")
+    _typed(metadata, _METADATA)
     key, chunk, provenance = (
         json.loads(metadata[name], parse_constant=_refused) for name in ("key", "chunk", "provenance")
     )
     _typed(key, _RECORD)
     _typed(key["model"], _MODEL)
-    if not all(each is None or type(each) is str for each in key["after"]):
-        raise ValueError("after")
+    for each in key["after"]:
+        if each is not None:
+            _typed({"after": each}, {"after": str})
     if chunk is not None:
         _typed(chunk, _CHUNK)
     if not _is_flat(provenance):
         raise ValueError("provenance")
-    if metadata["format"] != str(FORMAT_VERSION) or type(metadata["created"]) is not str:
-        raise ValueError("format or created")
+    if metadata["format"] != str(FORMAT_VERSION):
+        raise ValueError("format")
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, given in content.items():
         dtype, item = _CODES[given["dtype"]]
@@ -466,19 +469,24 @@ def _parsed(content: dict[str, Any], begin: int, size: int) -> Header:
         chunk=chunk,
         provenance=provenance,
         created=metadata["created"],
-        digest=metadata["digest"],
+        digest=digest,
         payload=metadata["payload"],
         tensors=tensors,
     )
 
 
 def _typed(value: Any, types: Mapping[str, Any]) -> None:
-    """Check that a value is an object with exactly these members, of these types."""
+    """Check that a value is an object with exactly these members, of these types, and that the index can keep them."""
     if type(value) is not dict or value.keys() != types.keys():
         raise ValueError("members")
     for name, wanted in types.items():
-        if not isinstance(value[name], wanted) or isinstance(value[name], bool):
+        member = value[name]
+        if not isinstance(member, wanted) or isinstance(member, bool):
             raise TypeError(name)
+        if isinstance(member, str):
+            member.encode()  # no half of a surrogate pair
+        elif isinstance(member, int) and not -(2**63) <= member < 2**63:
+            raise ValueError(name)
 
 
 def _is_flat(value: Any) -> bool:
