@@ -10,6 +10,7 @@
     memory.py   what processes remember for later ones
     claims.py   which entries a process computes
     reasons.py  says why a look-up missed
+    troubles.py says what is wrong with the content of an index
     check.py    looks at everything, and says what is wrong
     rebuild.py  rebuilds the index from the files
     store.py    ChunkStore, which puts these together

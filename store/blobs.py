@@ -285,6 +285,15 @@ def is_of_another_format(path: Path) -> bool:
     return isinstance(named, str) and named != str(FORMAT_VERSION)
 
 
+def is_key_record(value: object) -> bool:
+    """Whether a value has the members of a key record, of the right types."""
+    try:
+        _check_record(value)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
 def ordered(tensors: Tensors) -> list[str]:
     """The names of tensors in the order of the file: those of large items first, so that each is aligned, then by
     name."""
@@ -435,11 +444,7 @@ def _parsed(content: dict[str, Any], begin: int, size: int, digest: str) -> Head
     key, chunk, provenance = (
         json.loads(metadata[name], parse_constant=_refused) for name in ("key", "chunk", "provenance")
     )
-    _typed(key, _RECORD)
-    _typed(key["model"], _MODEL)
-    for each in key["after"]:
-        if each is not None:
-            _typed({"after": each}, {"after": str})
+    _check_record(key)
     if chunk is not None:
         _typed(chunk, _CHUNK)
     if not _is_flat(provenance):
@@ -473,6 +478,14 @@ def _parsed(content: dict[str, Any], begin: int, size: int, digest: str) -> Head
         payload=metadata["payload"],
         tensors=tensors,
     )
+
+
+def _check_record(key: Any) -> None:
+    _typed(key, _RECORD)
+    _typed(key["model"], _MODEL)
+    for each in key["after"]:
+        if each is not None:
+            _typed({"after": each}, {"after": str})
 
 
 def _typed(value: Any, types: Mapping[str, Any]) -> None:

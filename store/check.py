@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from braidsdk.errors import StoreCorruptError
-from braidsdk.store import blobs, chunks, entries
+from braidsdk.store import blobs, chunks, entries, troubles
 from braidsdk.store.chunks import ChunkFilter
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
@@ -50,10 +50,10 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
     """
     there = list(layout.digests())  # before the rows are read, so that it lacks what is published from now on
     with index.read() as db:
-        troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
+        found = troubles.of_index(db)
         rows = dict(db.execute("select digest, payload_digest from entries").fetchall())
         namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
-    troubles += [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
+    found += [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
     damaged, read = [], 0
     for number, (digest, payload) in enumerate(rows.items(), 1):
         whole = random.random() < share
@@ -68,7 +68,7 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
         if on_progress:
             on_progress(number, len(rows))
     stray = [each for each in there if each not in rows and not blobs.is_of_another_format(layout.entry(each))]
-    return Checked(len(rows), read, tuple(troubles), tuple(damaged), tuple(stray))
+    return Checked(len(rows), read, tuple(found), tuple(damaged), tuple(stray))
 
 
 def _texts(index: Index, namespace: str) -> Iterator[str]:

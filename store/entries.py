@@ -212,4 +212,5 @@ def _copied(row: EntryRow) -> dict[str, Any]:
 def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | None:
     if row["record"] != key.record_json or row["tokens_sha256"] != key.token_sha256:
         return None  # two keys with one digest
+    entry_name(row["payload_digest"])  # raises if it is not a digest
     return Hit(key.digest, row["tokens"], row["bytes"], layout.entry(key.digest), row["payload_digest"])

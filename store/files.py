@@ -231,7 +231,7 @@ def entry_name(digest: str) -> str:
     Raises:
         StoreCorruptError: it is not a digest.
     """
-    if not _DIGEST.fullmatch(digest):
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise StoreCorruptError(
             f"An entry's digest must be 32 hex digits; got {shown(digest)}. Move the index aside (index.db and "
             "index.db-journal): the next open rebuilds it from the entries."

@@ -115,9 +115,15 @@ def connected(path: Path, *, read_only: bool) -> Database:
     """A connection to an index that exists.
 
     Raises:
+        StorePathError: it is a link.
         StoreCorruptError: its journal names another file.
         sqlite3.Error: it can't be opened.
     """
+    if path.is_symlink():  # to an index of somebody else, perhaps
+        raise StorePathError(
+            f"The index at {path} must be a file of its own; it is a link. Put the file that it leads to in its place, "
+            "or remove the link: the next open rebuilds the index from the entries."
+        )
     _refuse_foreign_journal(path)
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False)
@@ -244,15 +250,20 @@ def is_busy(error: sqlite3.Error) -> bool:
     return primary(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def corrupt(index: Path, why: str) -> StoreCorruptError:
+    """The error that tells the user that the index is damaged."""
+    return StoreCorruptError(
+        f"The index at {index} must be intact; it is damaged ({why}). Move {index.name} and {index.name}-journal "
+        "aside: the next open rebuilds the index from the entries, which stay as they are. "
+        "Register names, metadata and chunks without an entry again."
+    )
+
+
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
     """Return our own error that tells the user what an error of SQLite means."""
     code = primary(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return StoreCorruptError(
-            f"The index at {index} must be intact; it is damaged ({error}). Move {index.name} and {index.name}-journal "
-            "aside: the next open rebuilds the index from the entries, which stay as they are. "
-            "Register names, metadata and chunks without an entry again."
-        )
+        return corrupt(index, str(error))
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(
             f"The index at {index} must be writable; got: {error}. Choose another path or correct its permissions."

@@ -289,11 +289,11 @@ class ChunkStore:
                 self._layout.entry(digest)  # raises if it is not a digest; then nothing is deleted
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
-            known = sum(owner == namespace for owner in owners.values())
+            known, nbytes = sum(owner == namespace for owner in owners.values()), sum(gone.values())
         for name in aside:
             self._layout.remove_damaged(name)
         self._remove_entries(list(gone))
-        return Deleted(known, tuple(gone), sum(gone.values()))
+        return Deleted(known, tuple(gone), nbytes)
 
     # entries
 
@@ -603,7 +603,10 @@ class ChunkStore:
 def _is_due(db: Database) -> bool:
     """Whether the last sweep was long ago, or is in the future because the clock was wrong."""
     swept = memory.recall(db, [SWEPT]).get(SWEPT)
-    return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
+    try:
+        return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
+    except (TypeError, ValueError):
+        return True  # somebody else wrote it
 
 
 def _ms_since(started: float) -> float:

@@ -472,6 +472,71 @@ def test_an_index_with_other_tables_is_refused(folder: Path, sql: str) -> None:
         ChunkStore(folder)
 
 
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "update entries set record = 'null'",
+        "update entries set record = '{\"level\":1}'",
+        "update entries set record = ?",
+        "update entries set payload_digest = 'x'",
+        "update damage set chunks = '7'",
+    ],
+)
+def test_a_row_that_this_store_does_not_write_is_damage_when_it_is_met(folder: Path, make: Any, sql: str) -> None:
+    with ChunkStore(folder) as store:
+        row = store.add_chunk(namespace="default", level=1, text="one\n")
+        keys = [make.key(row.id), make.key(row.id, after=(None,))]
+        store.publish([(key, make.tensors(), {}) for key in keys])
+        next(folder.glob("entries/*/*.safetensors")).unlink()
+        store.load(keys)
+    with closing(sqlite3.connect(folder / "index.db")) as db:
+        db.execute(sql, ["[" * 100_000] * sql.count("?"))
+        db.commit()
+    with ChunkStore(folder) as store:
+        assert not store.check().is_sound
+        with pytest.raises(StoreCorruptError, match="digest must be" if "payload" in sql else "does not write"):
+            store.explain([make.key(row.id, level=0)]), store.load(keys), store.delete_chunk("default", row.id)
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert sum(isinstance(each, Entry) for each in store.load(keys)) == 1
+
+
+def test_our_own_mistake_is_not_called_damage(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("planted")
+
+    monkeypatch.setattr("braidsdk.store.chunks.select", fail)
+    with pytest.raises(TypeError, match="planted"):
+        store.list_chunks("default")
+
+
+def test_an_index_whose_schema_is_not_utf_8_is_damage(folder: Path) -> None:
+    ChunkStore(folder).close()
+    content = (folder / "index.db").read_bytes()
+    (folder / "index.db").write_bytes(
+        content.replace(b"tablechunks", b"tablech\xa0nks").replace(b"CREATE T", b"CREATE X")
+    )
+    with pytest.raises(StoreCorruptError, match="must be intact"):
+        ChunkStore(folder)
+
+
+def test_an_index_that_is_a_link_is_refused_and_not_followed(folder: Path, tmp_path: Path) -> None:
+    ChunkStore(folder).close()
+    (folder / "index.db").unlink()
+    (tmp_path / "mine.db").touch()
+    (folder / "index.db").symlink_to(tmp_path / "mine.db")
+    with pytest.raises(StorePathError, match="it is a link"):
+        ChunkStore(folder)
+    assert (tmp_path / "mine.db").stat().st_size == 0
+
+
+def test_a_time_of_the_last_sweep_that_is_none_is_forgotten(folder: Path) -> None:
+    with ChunkStore(folder) as store:
+        store.remember({"swept": "x"})
+    with ChunkStore(folder) as store:
+        assert float(store.recall(["swept"])["swept"]) > 0
+
+
 def test_a_store_that_is_replaced_acknowledges_nothing(folder: Path, make: Any) -> None:
     with ChunkStore(folder) as store:
         store.publish([(make.key(None), make.tensors(), {})])
