@@ -513,9 +513,7 @@ def test_our_own_mistake_is_not_called_damage(store: ChunkStore, monkeypatch: py
 def test_an_index_whose_schema_is_not_utf_8_is_damage(folder: Path) -> None:
     ChunkStore(folder).close()
     content = (folder / "index.db").read_bytes()
-    (folder / "index.db").write_bytes(
-        content.replace(b"tablechunks", b"tablech\xa0nks").replace(b"CREATE T", b"CREATE X")
-    )
+    (folder / "index.db").write_bytes(content.replace(b'"chunks" (', b'"chunks" \xa0'))
     with pytest.raises(StoreCorruptError, match="must be intact"):
         ChunkStore(folder)
 
