@@ -12,6 +12,7 @@
     limits.py    how large a store may become
     collect.py   evicts and sweeps
     reasons.py   says why a look-up missed
+    troubles.py  says what is wrong with the content of an index
     check.py     looks at everything, and says what is wrong
     catalogue.py keeps each chunk in a file of its own too
     rebuild.py   rebuilds the index from the files

@@ -79,6 +79,7 @@ _MODEL = {
     "head_dim": int,
     "rope": str,
 }
+_METADATA = dict.fromkeys(("digest", "payload", "format", "key", "chunk", "provenance", "created", "tokens"), str)
 _CHUNK = {"id": str, "namespace": str, "level": int, "text": str}
 
 
@@ -220,7 +221,7 @@ def write(
     return header[_DIGEST].decode()
 
 
-def read(path: Path, place: Tensors | None = None) -> Blob:
+def read(path: Path, place: Tensors | None = None, *, digest: str | None = None) -> Blob:
     """Read a file and verify every byte of it.
 
     Nothing is memory-mapped, because a mapped file that is truncated kills the process.
@@ -229,13 +230,14 @@ def read(path: Path, place: Tensors | None = None) -> Blob:
         path: the file.
         place: the tensors that it must have, with the memory to read them into. None takes new memory for what it has.
             The memory holds the entry only if this function returns.
+        digest: the digest that its header must have. Another header is not parsed, however sound it is. None takes any.
 
     Raises:
         DamagedFile: it does not hold what was written, or is no file.
         OSError: it is missing or can't be read.
     """
     with opened(path) as (descriptor, size):
-        header = _read_header(descriptor, size)
+        header = _read_header(descriptor, size, digest)
         if place is None:
             place = {
                 name: Array(dtype, shape, [np.empty(math.prod(shape) * ITEM_BYTES[dtype], dtype=np.uint8).data])
@@ -286,6 +288,15 @@ def is_of_another_format(path: Path) -> bool:
     except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return isinstance(named, str) and named != str(FORMAT_VERSION)
+
+
+def is_key_record(value: object) -> bool:
+    """Whether a value has the members of a key record, of the right types."""
+    try:
+        _check_record(value)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def ordered(tensors: Tensors) -> list[str]:
@@ -401,50 +412,50 @@ def _header(metadata: Mapping[str, str], tensors: Tensors, names: Iterable[str])
 def _digest_of(head: bytes | bytearray) -> bytes:
     state = xxhash.xxh3_128(head[: _DIGEST.start])
     state.update(b"0" * 32)
-    state.update(head[_DIGEST.stop :])
+    state.update(memoryview(head)[_DIGEST.stop :])  # a copy may be as large as the file
     return state.hexdigest().encode()
 
 
-def _read_start(descriptor: int, size: int) -> bytes:
+def _read_start(descriptor: int, size: int) -> bytearray:
     """The file's bytes up to the first tensor, as its first bytes say."""
     if size < 8:
         raise DamagedFile(f"it must have at least 8 bytes; it has {size}")
     length = bytearray(8)
     _read_all(descriptor, [memoryview(length)], 0)
-    count = int(struct.unpack("<Q", length)[0])
+    (count,) = struct.unpack("<Q", length)
     if count > min(HEADER_LIMIT_BYTES, size - 8):
         raise DamagedFile(f"its header claims {count} bytes of a file of {size}")
-    rest = bytearray(count)
-    _read_all(descriptor, [memoryview(rest)], 8)
-    return bytes(length + rest)
+    head = bytearray(8 + count)
+    _read_all(descriptor, [memoryview(head)], 0)
+    return head
 
 
-def _read_header(descriptor: int, size: int) -> Header:
+def _read_header(descriptor: int, size: int, digest: str | None = None) -> Header:
     head = _read_start(descriptor, size)
     if head[8 : _DIGEST.start] != _START or head[_DIGEST] != _digest_of(head):
         raise DamagedFile("its header does not match its digest")
+    if digest is not None and head[_DIGEST] != digest.encode():
+        raise DamagedFile("it is not the file that the index names")
     try:
-        return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size)
+        return _parsed(json.loads(head[8:], parse_constant=_refused), len(head), size, head[_DIGEST].decode())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedFile(f"its header can't be read ({type(error).__name__})") from None
 
 
-def _parsed(content: dict[str, Any], begin: int, size: int) -> Header:
+def _parsed(content: dict[str, Any], begin: int, size: int, digest: str) -> Header:
     """Check what a header says. Its digest is right, so this only refuses what someone else wrote on purpose."""
     metadata = content.pop("__metadata__")
+    _typed(metadata, _METADATA)
     key, chunk, provenance = (
         json.loads(metadata[name], parse_constant=_refused) for name in ("key", "chunk", "provenance")
     )
-    _typed(key, _RECORD)
-    _typed(key["model"], _MODEL)
-    if not all(each is None or type(each) is str for each in key["after"]):
-        raise ValueError("after")
+    _check_record(key)
     if chunk is not None:
         _typed(chunk, _CHUNK)
     if not _is_flat(provenance):
         raise ValueError("provenance")
-    if metadata["format"] != str(FORMAT_VERSION) or type(metadata["created"]) is not str:
-        raise ValueError("format or created")
+    if metadata["format"] != str(FORMAT_VERSION):
+        raise ValueError("format")
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for name, given in content.items():
         dtype, item = _CODES[given["dtype"]]
@@ -468,19 +479,32 @@ def _parsed(content: dict[str, Any], begin: int, size: int) -> Header:
         chunk=chunk,
         provenance=provenance,
         created=metadata["created"],
-        digest=metadata["digest"],
+        digest=digest,
         payload=metadata["payload"],
         tensors=tensors,
     )
 
 
+def _check_record(key: Any) -> None:
+    _typed(key, _RECORD)
+    _typed(key["model"], _MODEL)
+    for each in key["after"]:
+        if each is not None:
+            _typed({"after": each}, {"after": str})
+
+
 def _typed(value: Any, types: Mapping[str, Any]) -> None:
-    """Check that a value is an object with exactly these members, of these types."""
+    """Check that a value is an object with exactly these members, of these types, and that the index can keep them."""
     if type(value) is not dict or value.keys() != types.keys():
         raise ValueError("members")
     for name, wanted in types.items():
-        if not isinstance(value[name], wanted) or isinstance(value[name], bool):
+        member = value[name]
+        if not isinstance(member, wanted) or isinstance(member, bool):
             raise TypeError(name)
+        if isinstance(member, str):
+            member.encode()  # no half of a surrogate pair
+        elif isinstance(member, int) and not -(2**63) <= member < 2**63:
+            raise ValueError(name)
 
 
 def _is_flat(value: Any) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from braidsdk.errors import StoreCorruptError
-from braidsdk.store import blobs, catalogue, chunks, entries
+from braidsdk.store import blobs, catalogue, chunks, entries, troubles
 from braidsdk.store.chunks import ChunkFilter
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
@@ -57,7 +57,7 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
     with index.read() as db:
         rows = dict(db.execute("select digest, payload_digest from entries").fetchall())
         count = db.table("chunks").count
-    troubles = index_troubles(index)
+    found = index_troubles(index)
     damaged, read = [], 0
     for number, (digest, payload) in enumerate(rows.items(), 1):
         whole = random.random() < share
@@ -72,20 +72,20 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
         if on_progress:
             on_progress(number, len(rows))
     stray = [each for each in there if each not in rows and not blobs.is_of_another_format(layout.entry(each))]
-    behind = tuple(behind_index(index, layout)) if not troubles else ()
-    return Checked(len(rows), read, tuple(troubles), tuple(damaged), tuple(stray), count, behind)
+    behind = tuple(behind_index(index, layout)) if not found else ()
+    return Checked(len(rows), read, tuple(found), tuple(damaged), tuple(stray), count, behind)
 
 
 def index_troubles(index: Index) -> list[str]:
     """What is wrong with the index and the texts in it, in words."""
     with index.read() as db:
-        troubles = [str(row[0]) for row in db.execute("PRAGMA quick_check(5)") if row[0] != "ok"]
+        found = troubles.of_index(db)
         namespaces = [row[0] for row in db.execute("select distinct namespace from chunks")]
         held = db.execute("select namespace, count(*), sum(size) from entries group by namespace").fetchall()
         counted = {name: total for name, total in entries.totals(db).items() if total != (0, 0)}
     if counted != {row[0]: (row[1], row[2]) for row in held}:
-        troubles.append("the totals of its entries are not their sums")
-    return troubles + [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
+        found.append("the totals of its entries are not their sums")
+    return found + [trouble for namespace in namespaces for trouble in _texts(index, namespace)]
 
 
 def behind_index(index: Index, layout: Layout) -> Iterator[tuple[str, str]]:

@@ -188,4 +188,7 @@ def _last(rows: Iterable[tuple[str, str, int]], spared: Collection[str]) -> Iter
 def _is_due(db: Database) -> bool:
     """Whether the last sweep was long ago, or is in the future because the clock was wrong."""
     swept = memory.recall(db, [SWEPT]).get(SWEPT)
-    return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
+    try:
+        return swept is None or not 0 <= time.time() - float(swept) < SWEEP_EVERY_S
+    except (TypeError, ValueError):
+        return True  # somebody else wrote it

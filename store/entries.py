@@ -40,12 +40,14 @@ class Hit:
         tokens: number of its tokens.
         nbytes: bytes of KV, all layers.
         path: its file.
+        payload_digest: the digest of its file's header, which covers everything in the file.
     """
 
     digest: str
     tokens: int
     nbytes: int
     path: Path
+    payload_digest: str
 
 
 @dataclass(frozen=True)
@@ -285,4 +287,5 @@ def _copied(row: EntryRow) -> dict[str, Any]:
 def _hit(key: EntryKey, row: Mapping[str, Any], layout: Layout) -> Hit | None:
     if row["record"] != key.record_json or row["tokens_sha256"] != key.token_sha256:
         return None  # two keys with one digest
-    return Hit(key.digest, row["tokens"], row["bytes"], layout.entry(key.digest))
+    entry_name(row["payload_digest"])  # raises if it is not a digest
+    return Hit(key.digest, row["tokens"], row["bytes"], layout.entry(key.digest), row["payload_digest"])

@@ -330,7 +330,7 @@ def entry_name(digest: str) -> str:
 
 
 def _checked(digest: str) -> str:
-    if not _DIGEST.fullmatch(digest):
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
         raise StoreCorruptError(f"A digest must be 32 hex digits; got {shown(digest)}. {REPAIR}")
     return digest
 

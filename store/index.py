@@ -20,8 +20,9 @@ from typing import TypeVar
 
 from sqlite_utils import Database
 
-from braidsdk.errors import ClosedError, StoreError, StoreReadOnlyError, StoreReplacedError
-from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, is_busy, kind_of, migrated, primary, translate
+from braidsdk.errors import BraidError, ClosedError, StoreError, StoreReadOnlyError, StoreReplacedError
+from braidsdk.store import troubles
+from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, corrupt, is_busy, kind_of, migrated, primary, translate
 
 FAIR_S = 5.0
 """So long a writer queues. After that it asks SQLite all the same: the queue is only for fairness, and its lock may be
@@ -51,11 +52,9 @@ class Index:
         self._writes = 0
         self._closed = False
         self._db: Database | None = None
-        try:
+        with self._translating():
             self._db = patiently(partial(migrated, path, read_only=read_only, first=first))
             self._inode = inode_of(path)
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
 
     @contextmanager
     def read(self) -> Iterator[Database]:
@@ -94,10 +93,8 @@ class Index:
         this takes microseconds."""
         with self._lock:
             db = self._checked()
-            try:
+            with self._translating():
                 (others,) = patiently(lambda: db.conn.execute("PRAGMA data_version").fetchone())
-            except sqlite3.Error as error:
-                raise self._translated(error) from error
             return others, self._writes
 
     def close(self) -> None:
@@ -110,21 +107,19 @@ class Index:
     def _transaction(self, begin: Callable[[Database], None]) -> Iterator[Database]:
         with self._lock:
             db = self._checked()
-            try:
+            with self._translating():
                 try:
                     # Inside the try: Ctrl-C while this waits for the lock is only raised once it holds the lock.
                     patiently(partial(begin, db))
                     yield db
                     patiently(db.commit)
+                except OSError as error:
+                    raise kind_of(error)(
+                        f"The files of the store at {self._path.parent} could not be changed: {error.strerror}. Free "
+                        "some space or correct what fails. The store is as it was before."
+                    ) from error
                 finally:
                     _end(db)
-            except sqlite3.Error as error:
-                raise self._translated(error) from error
-            except OSError as error:
-                raise kind_of(error)(
-                    f"The files of the store at {self._path.parent} could not be changed: {error.strerror}. Free some "
-                    "space or correct what fails. The store is as it was before."
-                ) from error
 
     @contextmanager
     def _in_turn(self) -> Iterator[None]:
@@ -159,10 +154,8 @@ class Index:
             )
         self._check_place()
         if self._db is None:
-            try:
+            with self._translating():
                 self._db = patiently(partial(connected, self._path, read_only=self._read_only))
-            except sqlite3.Error as error:
-                raise self._translated(error) from error
         return self._db
 
     def _check_place(self) -> None:
@@ -179,27 +172,46 @@ class Index:
             with contextlib.suppress(sqlite3.Error):
                 db.close()
 
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Raise our own errors for those of SQLite, and for those of Python where a row is not what it must be."""
+        try:
+            yield
+        except BraidError:
+            raise
+        except sqlite3.Error as error:
+            raise self._translated(error) from error
+        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            self._disconnect()
+            found = self._trouble()
+            if found is None:
+                raise  # the index is sound, so this is our own mistake
+            raise corrupt(self._path, found) from error
+
     def _translated(self, error: sqlite3.Error) -> StoreError:
         """Our own error for one of SQLite's. Damage is only claimed after a second look."""
         if primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             self._disconnect()
         damaged = primary(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        if damaged and not self._is_damaged():
+        if damaged and self._trouble() is None:
             return StoreError(
                 f"The index {self._path} could not be read for a moment ({error}); it is sound. The store is as it was "
                 "before. Try again. If it fails again, look at what the disk reports."
             )
         return translate(error, self._path)
 
-    def _is_damaged(self) -> bool:
-        """Read the whole index over a new connection. A file of a database must not be read in any other way: closing
-        it would end the locks of this process."""
+    def _trouble(self) -> str | None:
+        """Read the whole index over a new connection, and say what is wrong with it. A file of a database must not be
+        read in any other way: closing it would end the locks of this process."""
         try:
             with closing(patiently(partial(connected, self._path, read_only=self._read_only))) as db:
-                found = patiently(lambda: db.conn.execute("PRAGMA quick_check(1)").fetchall())
+                found = patiently(lambda: troubles.of_index(db, 1))
         except sqlite3.Error as error:
-            return primary(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        return bool(found != [("ok",)])
+            damaged = primary(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            return str(error) if damaged else None
+        except UnicodeDecodeError:
+            return "it has text that is not UTF-8"  # so has SQLite's message about it
+        return found[0] if found else None
 
 
 def patiently(work: Callable[[], T]) -> T:

@@ -8,6 +8,7 @@ The index can be rebuilt from the files of chunks and entries (see `rebuild.py`)
 """
 
 import errno
+import os
 import sqlite3
 from collections.abc import Callable
 from functools import cache
@@ -30,6 +31,9 @@ PRAGMAS = (
     "trusted_schema=OFF",
     "temp_store=MEMORY",
 )
+
+_JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+"""With it SQLite's journals begin, and end if they name a journal of several databases."""
 
 METADATA_INDEX = "idx_chunks_namespace_metadata"
 
@@ -148,8 +152,16 @@ def connected(path: Path, *, read_only: bool) -> Database:
     """A connection to an index that exists.
 
     Raises:
+        StorePathError: it is a link.
+        StoreCorruptError: its journal names another file.
         sqlite3.Error: it can't be opened.
     """
+    if path.is_symlink():  # to an index of somebody else, perhaps
+        raise StorePathError(
+            f"The index at {path} must be a file of its own; it is a link. Put the file that it leads to in its place, "
+            "or remove the link: the next open rebuilds the index from the entries."
+        )
+    _refuse_foreign_journal(path)
     uri = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, timeout=0, check_same_thread=False)
     try:
@@ -161,6 +173,33 @@ def connected(path: Path, *, read_only: bool) -> Database:
         connection.close()
         raise
     return db
+
+
+def _refuse_foreign_journal(index: Path) -> None:
+    """A journal may name a journal of several databases, and SQLite deletes that file with it, wherever it lies. Ours
+    never do: a connection has one database.
+
+    Raises:
+        StoreCorruptError: it names one.
+    """
+    journal = index.with_name(f"{index.name}-journal")
+    try:
+        descriptor = os.open(journal, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return  # there is none, or SQLite says what is wrong with it
+    try:
+        size = os.fstat(descriptor).st_size
+        end = os.pread(descriptor, 8, max(size - 8, 0))
+    except OSError:
+        return
+    finally:
+        os.close(descriptor)
+    if size >= 16 and end == _JOURNAL_MAGIC:
+        raise StoreCorruptError(
+            f"The journal of the index at {index} must name no other file, as those of this store never do; it names "
+            f"one. Move {index.name} and {journal.name} aside: the next open rebuilds the index from the entries, "
+            "which stay as they are."
+        )
 
 
 def migrated(path: Path, *, read_only: bool, first: Callable[[Database], None]) -> Database:
@@ -253,11 +292,16 @@ def kind_of(error: OSError) -> type[StoreError]:
     return StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
 
 
+def corrupt(index: Path, why: str) -> StoreCorruptError:
+    """The error that tells the user that the index is damaged."""
+    return StoreCorruptError(f"The index at {index} must be intact; it is damaged ({why}). {REPAIR}")
+
+
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
     """Return our own error that tells the user what an error of SQLite means."""
     code = primary(error)
     if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
-        return StoreCorruptError(f"The index at {index} must be intact; it is damaged ({error}). {REPAIR}")
+        return corrupt(index, str(error))
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(
             f"The index at {index} must be writable; got: {error}. Choose another path or correct its permissions."

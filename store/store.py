@@ -330,12 +330,12 @@ class ChunkStore:
                 self._layout.entry(digest)  # raises if it is not a digest; then nothing is deleted
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
-            known = sum(owner == namespace for owner in owners.values())
+            known, nbytes = sum(owner == namespace for owner in owners.values()), sum(gone.values())
         for name in aside:
             self._layout.remove_damaged(name)
         self._layout.remove_old_indexes()
         self._collector.remove_entries(list(gone))
-        return Deleted(known, tuple(gone), sum(gone.values()))
+        return Deleted(known, tuple(gone), nbytes)
 
     # entries
 
@@ -595,10 +595,10 @@ class ChunkStore:
         while hit:
             before = stamp(hit.path)
             try:
-                blob = blobs.read(hit.path, place(key) if place else None)
+                blob = blobs.read(hit.path, place(key) if place else None, digest=hit.payload_digest)
                 if blob.token_bytes != key.token_bytes or blob.header.key != key.record():
                     raise DamagedFile("it holds another entry than the index says")
-                return Entry(key, blob.tensors, hit.nbytes, blob.header.provenance)
+                return Entry(key, blob.tensors, blob.header.nbytes, blob.header.provenance)
             except DamagedFile as error:
                 why = str(error)
             except FileNotFoundError:
@@ -612,12 +612,12 @@ class ChunkStore:
                     failed = True
                     continue
                 why = "the disk failed to read it, twice"
-            hit = self._set_aside(key, hit.path, before, why)
+            hit = self._set_aside(key, hit, before, why)
         return None
 
-    def _set_aside(self, key: EntryKey, path: Path, read: Stamp | None, why: str) -> Hit | None:
-        """Take a damaged file out of the store, unless another file has taken its place since it was read, or the store
-        can only be read.
+    def _set_aside(self, key: EntryKey, hit: Hit, read: Stamp | None, why: str) -> Hit | None:
+        """Take a damaged file out of the store, unless another file has taken its place since it was looked up or read,
+        or the store can only be read.
 
         Returns:
             The entry's new file, or None if it has none now.
@@ -626,7 +626,7 @@ class ChunkStore:
             _log.warning("entry %s is damaged and stays in its place: %s", key.digest, why)
             return None
         with self._index.write() as db:
-            if entries.known(db, [key.digest]) and stamp(path) == read:
+            if entries.look_up(db, [key], self._layout) == [hit] and stamp(hit.path) == read:
                 moved = self._layout.set_aside(self._layout.entry(key.digest))
                 _log.warning("set aside entry %s: %s", key.digest, why)
                 entries.delete_damaged(db, key.digest, file=moved, why=why)

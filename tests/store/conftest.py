@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from braidsdk.store import Array, ChunkStore, EntryKey, ModelIdentity, sha256_of_tokens
+from braidsdk.store import Array, ChunkStore, EntryKey, ModelIdentity, blobs, sha256_of_tokens
 
 MODEL = ModelIdentity(
     weights="a1" * 16,
@@ -50,14 +50,30 @@ def content(tensors: Any) -> dict[str, bytes]:
     return {name: b"".join(each.buffers) for name, each in tensors.items()}
 
 
+def header_of(file: bytes) -> dict[str, Any]:
+    """The header of an entry's file."""
+    header: dict[str, Any] = json.loads(file[8 : 8 + int.from_bytes(file[:8], "little")])
+    return header
+
+
+def headed(file: bytes, text: bytes) -> bytes:
+    """An entry's file with another header, whose digest is right if the text has its place."""
+    head = bytearray(len(text).to_bytes(8, "little") + text)
+    if len(head) >= blobs._DIGEST.stop:
+        head[blobs._DIGEST] = blobs._digest_of(head)
+    return bytes(head) + file[8 + int.from_bytes(file[:8], "little") :]
+
+
 @pytest.fixture
 def make() -> Any:
-    """The helpers of this file, for tests: `make.key`, `make.tensors`, `make.content`, `make.model`."""
+    """The helpers of this file, for tests: `make.key`, `make.tensors`, `make.content`, `make.model`, and so on."""
 
     class Make:
         key = staticmethod(make_key)
         tensors = staticmethod(make_tensors)
         content = staticmethod(content)
+        header_of = staticmethod(header_of)
+        headed = staticmethod(headed)
         model = MODEL
         shape = SHAPE
 

@@ -40,18 +40,22 @@ def file(tmp_path: Path, make: Any) -> Path:
     return write(tmp_path / "entry.safetensors", make)
 
 
-def forged(path: Path, change: Callable[[dict[str, Any]], object], *, body: Callable[[bytes], bytes] = bytes) -> Path:
-    """Another header over the same tensors, with a digest that is right."""
-    good = path.read_bytes()
-    end = 8 + int.from_bytes(good[:8], "little")
-    header = json.loads(good[8:end])
-    change(header)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    head = bytearray(len(text).to_bytes(8, "little") + text)
-    head[blobs._DIGEST] = blobs._digest_of(head)
-    made = path.with_name("forged")
-    made.write_bytes(bytes(head) + body(good[end:]))
-    return made
+Forge = Callable[[Callable[[dict[str, Any]], object]], Path]
+
+
+@pytest.fixture
+def forged(file: Path, make: Any) -> Forge:
+    """Puts another header over the same tensors, with a digest that is right."""
+
+    def forge(change: Callable[[dict[str, Any]], object]) -> Path:
+        good = file.read_bytes()
+        header = make.header_of(good)
+        change(header)
+        made = file.with_name("forged")
+        made.write_bytes(make.headed(good, json.dumps(header, separators=(",", ":")).encode()))
+        return made
+
+    return forge
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
@@ -200,8 +204,18 @@ def test_junk_is_damage_and_nothing_else(file: Path, junk: bytes) -> None:
             blobs.read(file.with_name("junk"))
 
 
-def test_a_forged_header_that_says_the_same_is_read(file: Path) -> None:
-    assert blobs.read(forged(file, lambda _: None)).token_bytes == blobs.read(file).token_bytes
+def test_a_forged_header_that_says_the_same_is_read(file: Path, forged: Forge) -> None:
+    assert blobs.read(forged(lambda _: None)).token_bytes == blobs.read(file).token_bytes
+
+
+def test_a_header_that_names_its_digest_twice_has_the_one_that_counts(file: Path, make: Any) -> None:
+    good = file.read_bytes()
+    header = make.header_of(good)
+    second = json.dumps(header[META] | {"digest": "0" * 32})
+    file.write_bytes(
+        make.headed(good, f'{json.dumps(header, separators=(",", ":"))[:-1]},"{META}":{second}}}'.encode())
+    )
+    assert blobs.read(file).header.digest.encode() == file.read_bytes()[blobs._DIGEST]
 
 
 META = "__metadata__"
@@ -245,14 +259,21 @@ META = "__metadata__"
         lambda h: h[META].update(provenance='{"x":Infinity}'),
         lambda h: h[META].update(provenance='{"x":1e999}'),
         lambda h: h[META].update(provenance="7" * 5000),
+        lambda h: h[META].update(tokens=1e999),
+        lambda h: h[META].update(more="x"),
+        lambda h: h[META].update(created="\ud800"),
+        lambda h: h[META].update(key=h[META]["key"].replace('"level":1', f'"level":{2**63}')),
+        lambda h: h[META].update(key=h[META]["key"].replace('"default"', r'"\ud800"')),
+        lambda h: h[META].update(key=h[META]["key"].replace("[null]", r'["\ud800"]')),
+        lambda h: h[META].update(chunk=h[META]["chunk"].replace("Zorbin", r"\ud800")),
         lambda h: h.update({META: None}),
         lambda h: h.update({META: {"digest": "0" * 32}}),
         lambda h: h.update(x=7),
     ],
 )
-def test_a_forged_header_that_makes_no_sense_is_damage(file: Path, change: Any) -> None:
+def test_a_forged_header_that_makes_no_sense_is_damage(forged: Forge, change: Any) -> None:
     """Its digest is right."""
-    path = forged(file, change)
+    path = forged(change)
     with pytest.raises(blobs.DamagedFile):
         blobs.read(path)
 
@@ -266,9 +287,9 @@ def test_a_header_without_a_digest_is_damage(tmp_path: Path, header: bytes) -> N
     assert not blobs.is_of_another_format(path)
 
 
-def test_a_file_of_another_format_is_told_from_a_damaged_one(file: Path) -> None:
+def test_a_file_of_another_format_is_told_from_a_damaged_one(file: Path, forged: Forge) -> None:
     assert not blobs.is_of_another_format(file)
-    assert blobs.is_of_another_format(forged(file, lambda header: header[META].update(format="3")))
+    assert blobs.is_of_another_format(forged(lambda header: header[META].update(format="3")))
     assert not blobs.is_of_another_format(file.with_name("absent"))
 
 

@@ -339,9 +339,45 @@ def test_a_good_file_in_a_wrong_place_is_set_aside(store: ChunkStore, chunk: str
     store.publish([(one, make.tensors(1), {}), (other, make.tensors(2), {})])
     paths = [hit.path for hit in store.look_up([one, other]) if isinstance(hit, Hit)]
     paths[1].write_bytes(paths[0].read_bytes())
+    with store._index.write() as db:
+        db.execute("update entries set payload_digest = ?", [blobs.read_header(paths[0]).digest])
     assert store.load([other]) == [None]
     assert "another entry" in only(store.explain([other]), Miss).detail
     assert make.content(only(store.load([one]), Entry).tensors) == make.content(make.tensors(1))
+
+
+def test_a_sound_file_that_the_index_does_not_name_is_set_aside(store: ChunkStore, chunk: str, make: Any) -> None:
+    """Someone has computed its digests again after changing it."""
+    key = make.key(chunk)
+    store.publish([(key, make.tensors(1), {})])
+    path = only(store.look_up([key]), Hit).path
+    path.unlink()
+    there = store.find_chunks("default", [chunk])[chunk]
+    record = {"id": there.id, "namespace": there.namespace, "level": there.level, "text": there.text}
+    given = {"chunk": record, "tensors": make.tensors(2), "provenance": {}, "created": "", "mode": 0o600}
+    blobs.write(path, key=key, **given)
+    assert store.load([key]) == [None]
+    assert "not the file that the index names" in only(store.explain([key]), Miss).detail
+
+
+def test_a_file_replaced_after_it_was_looked_up_is_read_again(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(chunk)
+    store.publish([(key, make.tensors(1), {})])
+    look_up = store.look_up
+
+    def replaced_after(keys: Any) -> Any:
+        found = look_up(keys)
+        flip(found[0].path)
+        with ChunkStore(folder) as other:
+            other.load([key])
+            other.publish([(key, make.tensors(2), {})])
+        return found
+
+    monkeypatch.setattr(store, "look_up", replaced_after)
+    assert make.content(only(store.load([key]), Entry).tensors) == make.content(make.tensors(2))
+    assert store.damaged_count == 1
 
 
 def test_a_file_replaced_while_it_was_read_is_read_again(
@@ -352,9 +388,9 @@ def test_a_file_replaced_while_it_was_read_is_read_again(
     flip(only(store.look_up([key]), Hit).path)
     read = blobs.read
 
-    def replaced_meanwhile(path: Path, place: Tensors | None) -> blobs.Blob:
+    def replaced_meanwhile(path: Path, place: Tensors | None, **given: Any) -> blobs.Blob:
         try:
-            return read(path, place)
+            return read(path, place, **given)
         finally:
             monkeypatch.setattr(blobs, "read", read)
             with ChunkStore(folder) as other:
@@ -394,10 +430,10 @@ def test_an_entry_deleted_while_it_was_read_is_absent_not_damaged(
     store.publish([(key, make.tensors(), {})])
     read = blobs.read
 
-    def deleted_meanwhile(path: Path, place: Tensors | None) -> blobs.Blob:
+    def deleted_meanwhile(path: Path, place: Tensors | None, **given: Any) -> blobs.Blob:
         with ChunkStore(folder) as other:
             other.delete_chunk("default", chunk)
-        return read(path, place)
+        return read(path, place, **given)
 
     monkeypatch.setattr(blobs, "read", deleted_meanwhile)
     assert store.load([key]) == [None]
@@ -411,7 +447,7 @@ def test_a_file_that_may_not_be_read_is_an_error_and_stays(
     key = make.key(chunk)
     store.publish([(key, make.tensors(), {})])
 
-    def refuse(_: Path, __: Tensors | None) -> blobs.Blob:
+    def refuse(*_: Any, **__: Any) -> blobs.Blob:
         raise PermissionError(13, "Permission denied")
 
     with monkeypatch.context() as patch:

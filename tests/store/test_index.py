@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import sqlite3
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -245,6 +246,33 @@ def test_a_stale_journal_does_not_come_back_in_a_new_index(folder: Path) -> None
             assert [row.text for row in store.list_chunks("default")] == [f"text {n}\n" * 400 for n in range(40)]
 
 
+def foreign_journal(index: bytes, names: Path) -> bytes:
+    """A hot journal that changes nothing, and names another file as the journal of several databases."""
+    magic = bytes.fromhex("d9d505f920a163d7")
+    page, nonce, name = index[:4096], 7, str(names).encode()
+    checksum = (nonce + sum(page[at] for at in range(len(page) - 200, 0, -200))) & 0xFFFFFFFF
+    head = magic + struct.pack(">IIIII", 1, nonce, len(index) // 4096, 512, 4096)
+    record = struct.pack(">I", 1) + page + struct.pack(">I", checksum)
+    end = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    return head.ljust(512, b"\0") + record + end
+
+
+def test_a_journal_that_names_a_file_elsewhere_deletes_nothing(folder: Path, tmp_path: Path, make: Any) -> None:
+    """SQLite would delete that file, because it names no journal that is there."""
+    with ChunkStore(folder) as store:
+        store.publish([(make.key(None), make.tensors(), {})])
+    precious, journal = tmp_path / "precious", folder / "index.db-journal"
+    precious.write_text("mine")
+    journal.write_bytes(foreign_journal((folder / "index.db").read_bytes(), precious))
+    with pytest.raises(StoreCorruptError, match="must name no other file"):
+        ChunkStore(folder)
+    assert precious.read_text() == "mine"
+    assert journal.exists()
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(
     folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -444,6 +472,69 @@ def test_an_index_with_other_tables_is_refused(folder: Path, sql: str) -> None:
         db.commit()
     with pytest.raises(StoreCorruptError, match="must have the tables that this version makes"):
         ChunkStore(folder)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "update entries set record = 'null'",
+        "update entries set record = '{\"level\":1}'",
+        "update entries set record = ?",
+        "update entries set payload_digest = 'x'",
+        "update damage set chunks = '7'",
+    ],
+)
+def test_a_row_that_this_store_does_not_write_is_damage_when_it_is_met(folder: Path, make: Any, sql: str) -> None:
+    with ChunkStore(folder) as store:
+        row = store.add_chunk(namespace="default", level=1, text="one\n")
+        keys = [make.key(row.id), make.key(row.id, after=(None,))]
+        store.publish([(key, make.tensors(), {}) for key in keys])
+        next(folder.glob("entries/*/*.safetensors")).unlink()
+        store.load(keys)
+    with closing(sqlite3.connect(folder / "index.db")) as db:
+        db.execute(sql, ["[" * 100_000] * sql.count("?"))
+        db.commit()
+    with ChunkStore(folder) as store:
+        assert not store.check().is_sound
+        with pytest.raises(StoreCorruptError, match="digest must be" if "payload" in sql else "does not write"):
+            store.explain([make.key(row.id, level=0)]), store.load(keys), store.delete_chunk("default", row.id)
+    aside(folder)
+    with ChunkStore(folder) as store:
+        assert sum(isinstance(each, Entry) for each in store.load(keys)) == 1
+
+
+def test_our_own_mistake_is_not_called_damage(store: ChunkStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("planted")
+
+    monkeypatch.setattr("braidsdk.store.chunks.select", fail)
+    with pytest.raises(TypeError, match="planted"):
+        store.list_chunks("default")
+
+
+def test_an_index_whose_schema_is_not_utf_8_is_damage(folder: Path) -> None:
+    ChunkStore(folder).close()
+    content = (folder / "index.db").read_bytes()
+    (folder / "index.db").write_bytes(content.replace(b'"chunks" (', b'"chunks" \xa0'))
+    with pytest.raises(StoreCorruptError, match="must be intact"):
+        ChunkStore(folder)
+
+
+def test_an_index_that_is_a_link_is_refused_and_not_followed(folder: Path, tmp_path: Path) -> None:
+    ChunkStore(folder).close()
+    (folder / "index.db").unlink()
+    (tmp_path / "mine.db").touch()
+    (folder / "index.db").symlink_to(tmp_path / "mine.db")
+    with pytest.raises(StorePathError, match="it is a link"):
+        ChunkStore(folder)
+    assert (tmp_path / "mine.db").stat().st_size == 0
+
+
+def test_a_time_of_the_last_sweep_that_is_none_is_forgotten(folder: Path) -> None:
+    with ChunkStore(folder) as store:
+        store.remember({"swept": "x"})
+    with ChunkStore(folder) as store:
+        assert float(store.recall(["swept"])["swept"]) > 0
 
 
 def test_a_store_that_is_replaced_acknowledges_nothing(folder: Path, make: Any) -> None:
