@@ -17,6 +17,7 @@ message holds tensor contents or long parts of a user's text, and none is longer
     │   └── WeightsError                   weights are missing, unexpected, misshapen or not finite
     ├── StoreError                         the chunk store can't be used
     │   ├── StorePathError                 the path is a file, or can't be written
+    │   ├── ArchiveError                   a file is no archive of a store, was changed, or can't be used here
     │   ├── StoreReadOnlyError             the store can only be read, and something must be written
     │   ├── StoreReplacedError             the store's folder was removed or replaced while it was open
     │   ├── StoreVersionError              a newer BraidSDK wrote it
@@ -42,6 +43,7 @@ LONGEST_MESSAGE = 1_600
 """The most characters of an error's message. A screen of 24 lines of 80 characters holds it."""
 
 __all__ = [
+    "ArchiveError",
     "BraidError",
     "ClosedError",
     "DeadlineError",
@@ -170,6 +172,10 @@ class StoreCorruptError(StoreError):
 
 class StoreFullError(StoreError):
     """The store's disk has no room for what must be written."""
+
+
+class ArchiveError(StoreError):
+    """A file is no archive of a store, was changed, or can't be used here."""
 
 
 class HashCollisionError(StoreError):

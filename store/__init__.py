@@ -17,6 +17,7 @@
     catalogue.py keeps each chunk in a file of its own too
     rebuild.py   rebuilds the index from the files
     repair.py    makes the index and the files agree
+    archive.py   exports a corpus, and imports it
     store.py     ChunkStore, which puts these together
 
 The store keeps named tensors as bytes with a dtype and a shape. It knows no torch, no model, no codec and no mode.

@@ -173,8 +173,8 @@ def write(path: Path, record: Record, mode: int) -> None:
         os.close(descriptor)
 
 
-def read(path: Path) -> Record:
-    """Read and verify a chunk's file.
+def read(path: Path, ident: str | None = None) -> Record:
+    """Read and verify the file of the chunk with an id; None means that the file's name is the id.
 
     Raises:
         DamagedFile: it does not hold what was written, or is no file.
@@ -193,7 +193,7 @@ def read(path: Path) -> Record:
         named = chunk_id(record.chunk["namespace"], record.chunk["level"], record.chunk["text"])
     except (ValueError, KeyError, TypeError, RecursionError, StoreCorruptError) as error:
         raise DamagedFile(f"its content can't be read ({type(error).__name__})") from None
-    if not path.stem == record.chunk["id"] == named:
+    if not (ident or path.stem) == record.chunk["id"] == named:
         raise DamagedFile("its name is not the hash of its text")
     return record
 

@@ -271,8 +271,17 @@ def groups(db: Database, namespace: str) -> list[EntryGroup]:
 
 def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
     """Return a chunk's own entries, oldest first."""
+    return _entry_rows(db, "chunk_id = ?", [chunk_id])
+
+
+def of_namespace(db: Database, namespace: str) -> list[EntryRow]:
+    """Return a namespace's entries, oldest first."""
+    return _entry_rows(db, "namespace = ?", [namespace])
+
+
+def _entry_rows(db: Database, where: str, arguments: list[str]) -> list[EntryRow]:
     fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, size, payload_digest"
-    found = db.table("entries").rows_where("chunk_id = ?", [chunk_id], select=fields, order_by="rowid")
+    found = db.table("entries").rows_where(where, arguments, select=fields, order_by="rowid")
     return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
 
 

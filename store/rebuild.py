@@ -49,7 +49,7 @@ def rebuild(db: Database, layout: Layout) -> Rebuilt:
         path = layout.entry(digest)
         try:
             header = blobs.read_header(path)
-            headers[digest] = header, _row(path, header)
+            headers[digest] = header, row_of(path, header, digest)
         except DamagedFile as error:
             if not blobs.is_of_another_format(path):  # else it belongs to another version and stays where it is
                 damaged[path] = error
@@ -122,10 +122,15 @@ def _add_chunks(db: Database, records: Mapping[str, Record]) -> set[str]:
     return changed
 
 
-def _row(path: Path, header: blobs.Header) -> EntryRow:
+def row_of(path: Path, header: blobs.Header, digest: str) -> EntryRow:
+    """What the index keeps of the entry in a file that must have this digest.
+
+    Raises:
+        DamagedFile: it has another, or not the chunk that its key names.
+    """
     token_bytes = blobs.read_token_bytes(path, header)
     record = canonical_json(header.key)
-    if digest_of(record, token_bytes) != path.stem:
+    if digest_of(record, token_bytes) != digest:
         raise DamagedFile("its name is not the digest of its key")
     own, chunk = header.key["chunk_id"], header.chunk
     if (own is None) != (chunk is None):
@@ -135,7 +140,7 @@ def _row(path: Path, header: blobs.Header) -> EntryRow:
         if not own == chunk["id"] == named:
             raise DamagedFile("its chunk's text is not the one that its key names")
     return EntryRow(
-        digest=path.stem,
+        digest=digest,
         chunk_id=own,
         record=record,
         tokens_sha256=hashlib.sha256(token_bytes).hexdigest(),

@@ -19,6 +19,8 @@ from braidsdk import Braid, BraidError, errors
 from braidsdk.engine import runner
 from braidsdk.engine.scheduler import Scheduler
 from braidsdk.errors import LONGEST_MESSAGE, did_you_mean, shown
+from braidsdk.store import ChunkStore
+from braidsdk.store.archive import import_chunks
 from braidsdk.testing import FakeBraid
 
 SECRET = "a long text of the user, private " * 200
@@ -191,6 +193,12 @@ def disk_that_fills_up(scene: Scene) -> None:
         braid.register("text", anchor=rules)
 
 
+def no_archive(scene: Scene) -> None:
+    (scene.folder / "no.tar").write_bytes(b"junk" * 500)
+    with ChunkStore(scene.folder / "store") as store:
+        import_chunks(store, scene.folder / "no.tar")
+
+
 def collision(scene: Scene) -> None:
     scene.monkeypatch.setattr("braidsdk.store.chunks.chunk_id", lambda *_: "0" * 32)
     with FakeBraid() as braid:
@@ -283,6 +291,7 @@ CASES: list[tuple[Callable[[Scene], None], type[BraidError], str]] = [
     (corrupt_store, errors.StoreCorruptError, "braid store repair"),
     (full_disk, errors.StoreFullError, "must have room for .* got .* free. Free some space"),
     (disk_that_fills_up, errors.StoreFullError, "No space left on device. Free some space"),
+    (no_archive, errors.ArchiveError, "must be an archive that `braid store export` wrote; .* Nothing was imported"),
     (collision, errors.HashCollisionError, "Change the text by a character"),
     (no_numbers, errors.NumericsError, "Logits must be finite; .* open the model with dtype='float32'"),
     (full_pool, errors.PoolFullError, "the pool's limit; they need .* larger pool_bytes"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from braidsdk.errors import InputError, UnknownChunkError
-from braidsdk.store import Limit
+from braidsdk.store import ChunkStore, Limit
 from braidsdk.testing import FakeBraid
 
 
@@ -65,7 +65,8 @@ def test_a_limit_evicts_caches_and_answers_stay_the_same(tmp_path: Path) -> None
         with pytest.raises(InputError, match="at least 0"):
             braid.limit_store(max_age_days=-1)
         braid.limit_store(max_age_days=30)
-        assert braid._engine.store.limits() == {"default": Limit(max_age_s=30 * 86_400)}
+        with ChunkStore(tmp_path / "store") as store:
+            assert store.limits() == {"default": Limit(max_age_s=30 * 86_400)}
         braid.limit_store(whole_store=True)
     with FakeBraid(store=tmp_path / "store") as braid:
         assert braid.ask("Well?", chunks=[rules, *chunks]).text == before

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from braidsdk import __version__
-from braidsdk.cli import chunks, store
+from braidsdk.cli import archive, chunks, store
 from braidsdk.cli.add import add
 from braidsdk.cli.ask import ask
 from braidsdk.cli.chat import chat
@@ -90,4 +90,6 @@ stores = typer.Typer(help="Look after a store.", no_args_is_help=True)
 stores.command()(command(store.check))
 stores.command("repair")(command(store.repair_store))
 stores.command()(command(store.limit))
+stores.command()(command(archive.export))
+stores.command("import")(command(archive.import_archive))
 app.add_typer(stores, name="store")

@@ -36,6 +36,7 @@ _CODES: tuple[tuple[type[BraidError], int], ...] = (
     (errors.ModelNotFoundError, NOT_FOUND),
     (errors.StoreVersionError, INCOMPATIBLE),
     (errors.StoreCorruptError, INCOMPATIBLE),
+    (errors.ArchiveError, INCOMPATIBLE),
     (errors.UnsupportedModelError, INCOMPATIBLE),
     (errors.WeightsError, INCOMPATIBLE),
     (errors.WindowExceededError, FAILED),
