@@ -97,8 +97,8 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
         db.table("chunks").insert({**row, "metadata": metadata or "{}", "created": now()})
     elif found[0] != {"namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}:
         raise HashCollisionError(
-            f"The id {new_id} must be free or stand for this text; another text in namespace "
-            f"{shown(found[0]['namespace'])} has it. Change the text by a character, for example add a space inside."
+            f"The id {new_id} must be free or stand for this text; another text has it. Change the text by a "
+            "character, for example add a space inside."
         )
     elif metadata is not None:
         db.execute("update chunks set metadata = ? where id = ?", [metadata, new_id])
@@ -161,8 +161,8 @@ def select(
     """
     where, arguments = _condition(namespace, which)
     if after is not None:
-        where += " and number > (select number from chunks where id = ?)"
-        arguments.append(_bindable(after))
+        where += " and number > (select number from chunks where id = ? and namespace = ?)"
+        arguments += [_bindable(after), namespace]
     return _rows(db, where, arguments, limit=limit, named=which.name)
 
 

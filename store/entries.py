@@ -194,10 +194,12 @@ def groups(db: Database, namespace: str) -> list[EntryGroup]:
     return [EntryGroup(**row) for row in rows]
 
 
-def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
-    """Return a chunk's own entries, oldest first."""
+def of_chunk(db: Database, namespace: str, chunk_id: str) -> list[EntryRow]:
+    """Return the own entries of a namespace's chunk, oldest first."""
     fields = "digest, chunk_id, record, tokens_sha256, tokens, bytes, payload_digest"
-    found = db.table("entries").rows_where("chunk_id = ?", [chunk_id], select=fields, order_by="rowid")
+    found = db.table("entries").rows_where(
+        "chunk_id = ? and namespace = ?", [chunk_id, namespace], select=fields, order_by="rowid"
+    )
     return [EntryRow(**row, chunks=record_chunk_ids(json.loads(row["record"]))) for row in found]
 
 
