@@ -80,7 +80,10 @@ def test_commits_are_durable_and_keys_are_enforced(store: ChunkStore) -> None:
 def test_a_migration_is_applied_once(folder: Path) -> None:
     for _ in range(3):
         with ChunkStore(folder) as store, store._index.read() as db:
-            assert [row["name"] for row in db.table("_sqlite_migrations").rows] == ["m001_tables"]
+            assert [row["name"] for row in db.table("_sqlite_migrations").rows] == [
+                "m001_tables",
+                "m002_ids_of_a_namespace",
+            ]
 
 
 def test_threads_that_open_a_new_store_at_once_all_get_it(tmp_path: Path) -> None:
