@@ -1,6 +1,7 @@
 """Documents and questions that try to be control: their content never holds a control token. A part runs always, all of
 it by `pytest -m campaign`."""
 
+import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,13 @@ def folder_of_model(request: pytest.FixtureRequest, make_checkpoint: Callable[..
             tokenizer.add_tokens([AddedToken(each, normalized=False, special=special) for each in words])
         tokenizer.save_pretrained(made)
     return made
+
+
+@pytest.fixture
+def control(folder_of_model: Path) -> dict[str, int]:
+    """The ids of all added tokens, by what spells them. All of them are control."""
+    added = json.loads((folder_of_model / "tokenizer.json").read_text())["added_tokens"]
+    return {each["content"]: each["id"] for each in added}
 
 
 @pytest.fixture
@@ -91,11 +99,9 @@ def texts(control: dict[str, int], count: int) -> list[str]:
     return [*made][:count]
 
 
-def trials(braid: Braid, count: int) -> tuple[int, list[str]]:
+def trials(braid: Braid, control: dict[str, int], count: int) -> tuple[int, list[str]]:
     """Register texts and ask them as questions. Returns how many there were, and which of them became control."""
-    layout = braid._engine.layout
-    control = layout._tokenizer.control
-    ids = set(control.values())
+    layout, ids = braid._engine.layout, set(control.values())
 
     def of(found: Any) -> int:
         return sum(each in ids for each in found)
@@ -116,18 +122,19 @@ def trials(braid: Braid, count: int) -> tuple[int, list[str]]:
     return len(given), wrong
 
 
-def test_no_content_becomes_control(braid: Braid) -> None:
-    count, wrong = trials(braid, 600)
+def test_no_content_becomes_control(braid: Braid, control: dict[str, int]) -> None:
+    count, wrong = trials(braid, control, 600)
     assert wrong == []
     assert count == 600
 
 
 @pytest.mark.campaign
-def test_no_content_of_very_many_becomes_control(braid: Braid, counted: Callable[..., None]) -> None:
-    count, wrong = trials(braid, 20_000)
-    tokens = len(braid._engine.layout._tokenizer.control)
+def test_no_content_of_very_many_becomes_control(
+    braid: Braid, control: dict[str, int], counted: Callable[..., None]
+) -> None:
+    count, wrong = trials(braid, control, 20_000)
     counted(
-        f"texts that try to be one of {tokens} control tokens, as document, system prompt and question",
+        f"texts that try to be one of {len(control)} control tokens, as document, system prompt and question",
         count,
         wrong=len(wrong),
     )
