@@ -148,9 +148,10 @@ def records_of(db: Database, ids: Sequence[str]) -> dict[str, Record]:
             found[row["id"]] = Record({**row, "pinned": bool(row["pinned"])})
         for table, rows in (("names", "names"), ("former_names", "former")):
             for row in db.query(f"select * from {table} where chunk_id in ({marks}) order by number", [*part]):
-                owner = row.pop("chunk_id")
+                owner = found.get(row.pop("chunk_id"))
                 del row["namespace"]
-                getattr(found[owner], rows).append(row)
+                if owner is not None:  # it is, unless somebody else wrote the index
+                    getattr(owner, rows).append(row)
     return found
 
 

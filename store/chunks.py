@@ -23,7 +23,7 @@ from braidsdk.errors import (
 )
 from braidsdk.store.files import REPAIR
 from braidsdk.store.keys import chunk_id, looks_like_chunk_id
-from braidsdk.store.schema import METADATA_INDEX
+from braidsdk.store.schema import ID_INDEX, METADATA_INDEX
 
 NAME_LIMIT = 500
 """Longest name, in characters."""
@@ -120,8 +120,8 @@ def add(db: Database, chunk: NewChunk, *, replace: bool) -> ChunkRow:
         touch(db, [new_id])
     elif found[0] != {"namespace": chunk.namespace, "level": chunk.level, "text": chunk.text}:
         raise HashCollisionError(
-            f"The id {new_id} must be free or stand for this text; another text in namespace "
-            f"{shown(found[0]['namespace'])} has it. Change the text by a character, for example add a space inside."
+            f"The id {new_id} must be free or stand for this text; another text has it. Change the text by a "
+            "character, for example add a space inside."
         )
     elif metadata is not None:
         _set(db, new_id, "metadata", metadata)
@@ -155,9 +155,8 @@ def find_many(db: Database, namespace: str, ids: Iterable[str]) -> dict[str, Chu
     """Return the namespace's chunks of these ids, by id. Unknown ids are left out."""
     found: dict[str, ChunkRow] = {}
     for part in parts(list(dict.fromkeys(ids))):
-        # With the namespace in the condition, SQLite would scan the namespace.
-        rows = _rows(db, f"id in ({placeholders(part)})", [*part])
-        found.update((row.id, row) for row in rows if row.namespace == namespace)
+        rows = _rows(db, f"number in ({_numbers(part)})", [*part, namespace])
+        found.update((row.id, row) for row in rows)
     return found
 
 
@@ -165,8 +164,7 @@ def known(db: Database, namespace: str, ids: Iterable[str]) -> set[str]:
     """Return those of the ids that are registered in the namespace."""
     found: set[str] = set()
     for part in parts(list(dict.fromkeys(ids))):
-        rows = db.table("chunks").rows_where(f"id in ({placeholders(part)})", [*part], select="id, namespace")
-        found.update(row["id"] for row in rows if row["namespace"] == namespace)
+        found.update(row[0] for row in db.execute(_numbers(part, "id"), [*part, namespace]))
     return found
 
 
@@ -184,8 +182,8 @@ def select(
     """
     where, arguments = _condition(namespace, which)
     if after is not None:
-        where += " and number > (select number from chunks where id = ?)"
-        arguments.append(_bindable(after))
+        where += f" and number > ({_numbers([after])})"
+        arguments += [_bindable(after), namespace]
     return _rows(db, where, arguments, limit=limit, named=which.name)
 
 
@@ -288,6 +286,11 @@ def parts(items: Sequence[str]) -> Iterable[Sequence[str]]:
 def placeholders(items: Sequence[str]) -> str:
     """Return as many question marks as there are items."""
     return ",".join("?" * len(items))
+
+
+def _numbers(ids: Sequence[str], column: str = "number") -> str:
+    """A query for the numbers of a namespace's chunks with these ids. Its parameters are the ids and the namespace."""
+    return f"select {column} from chunks indexed by {ID_INDEX} where id in ({placeholders(ids)}) and namespace = ?"
 
 
 def _check(chunk: NewChunk) -> None:

@@ -269,9 +269,9 @@ def groups(db: Database, namespace: str) -> list[EntryGroup]:
     return [EntryGroup(**row) for row in rows]
 
 
-def of_chunk(db: Database, chunk_id: str) -> list[EntryRow]:
-    """Return a chunk's own entries, oldest first."""
-    return _entry_rows(db, "chunk_id = ?", [chunk_id])
+def of_chunk(db: Database, namespace: str, chunk_id: str) -> list[EntryRow]:
+    """Return the own entries of a namespace's chunk, oldest first."""
+    return _entry_rows(db, "chunk_id = ? and namespace = ?", [chunk_id, namespace])
 
 
 def of_namespace(db: Database, namespace: str) -> list[EntryRow]:

@@ -29,7 +29,7 @@ from braidsdk.errors import StoreCorruptError, StorePathError, shown
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.(safetensors|json)")
-_OLD_INDEX = re.compile(r"index\.[0-9a-f]{8}\.db(-journal)?")
+_OLD_INDEX = re.compile(r"index\.[0-9a-f]{8}\.db(-journal|-wal|-shm)?")
 _OWNED = re.compile(r"([0-9a-f]{16})\.(lock|[0-9a-f]{32}\.[0-9a-f]{8}\.part)")
 
 RESERVE_BYTES = 2**20
@@ -231,15 +231,15 @@ class Layout:
         """Move the index and its journal to damaged/, and return the index's name there. Returns None if there is
         none."""
         name = f"index.{secrets.token_hex(4)}.db"
-        with contextlib.suppress(FileNotFoundError):
-            # The journal goes first: without it the index is damaged at worst, and it must not meet a new index.
-            self.root.joinpath("index.db-journal").replace(self.damaged / f"{name}-journal")
-        try:
-            self.index.replace(self.damaged / name)
-        except FileNotFoundError:
-            return None
+        moved = None
+        # The journal goes first: without it the index is damaged at worst, and it must not meet a new index.
+        for path in reversed(index_files(self.root)):
+            aside = self.damaged / f"{name}{path.name.removeprefix('index.db')}"
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(aside)
+                moved = aside.name
         sync_folder(self.root)
-        return name
+        return moved
 
     def remove_damaged(self, name: str) -> None:
         """Remove a file that was set aside under this name. Ignores a name that `set_aside` never gives."""
@@ -249,7 +249,7 @@ class Layout:
     def remove_old_indexes(self) -> None:
         """Remove indexes that were set aside, because texts are in them that are deleted now."""
         for path in self.damaged.iterdir():
-            if _OLD_INDEX.fullmatch(path.name):
+            if _OLD_INDEX.fullmatch(path.name) and not path.is_dir():
                 remove(path)
 
     def digests(self) -> Iterator[str]:
@@ -266,7 +266,9 @@ class Layout:
         old = [
             path
             for path in self.damaged.iterdir()
-            if (_DAMAGED.fullmatch(path.name) or _OLD_INDEX.fullmatch(path.name)) and path.lstat().st_ctime < before
+            if (_DAMAGED.fullmatch(path.name) or _OLD_INDEX.fullmatch(path.name))
+            and not path.is_dir()
+            and path.lstat().st_ctime < before
         ]
         for path in old:
             remove(path)
@@ -318,6 +320,11 @@ class Layout:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def index_files(root: Path) -> list[Path]:
+    """The paths of a store's index, of its journal, and of what other modes of SQLite leave beside it."""
+    return [root / f"index.db{suffix}" for suffix in ("", "-journal", "-wal", "-shm")]
 
 
 def entry_name(digest: str) -> str:

@@ -3,15 +3,25 @@
 A sound index is the truth. A damaged one is moved to damaged/ and rebuilt from the files of chunks and entries.
 """
 
+import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from braidsdk.errors import StoreCorruptError, StoreReadOnlyError
-from braidsdk.store import chunks, entries
+from braidsdk.errors import (
+    StoreError,
+    StoreFullError,
+    StorePathError,
+    StoreReadOnlyError,
+    StoreReplacedError,
+    StoreVersionError,
+)
+from braidsdk.store import blobs, chunks, entries
 from braidsdk.store.check import index_troubles
-from braidsdk.store.files import Layout
-from braidsdk.store.rebuild import Rebuilt
+from braidsdk.store.files import Layout, index_files
+from braidsdk.store.rebuild import Rebuilt, row_of
+from braidsdk.store.schema import is_busy
 from braidsdk.store.store import ChunkStore
 
 
@@ -22,8 +32,10 @@ class Repaired:
     Attributes:
         rebuilt: what the index was rebuilt from, None if it was sound.
         damaged: digest of each entry that was set aside, with the reason.
-        written: id of each chunk whose file was written again or removed, with the reason.
-        removed: digests of stray files that were removed.
+        written: id of each chunk whose file was written again, with the reason. A chunk's file that the index does not
+            know was moved to damaged/.
+        taken_in: digests of stray files that are sound entries of registered chunks.
+        removed: digests of other stray files.
         old_index: name of the damaged index in damaged/, None if there was none. The next deletion removes it, because
             it holds the texts of that time.
     """
@@ -31,6 +43,7 @@ class Repaired:
     rebuilt: Rebuilt | None
     damaged: tuple[tuple[str, str], ...]
     written: tuple[tuple[str, str], ...]
+    taken_in: tuple[str, ...]
     removed: tuple[str, ...]
     old_index: str | None = None
 
@@ -47,8 +60,9 @@ def repair(path: str | Path, share: float = 0.0, on_progress: Callable[[int, int
             if not index_troubles(opened._index):
                 return _mended(opened, share, on_progress)
             opened._index.check_writable()
-    except StoreCorruptError:
-        pass
+    except StoreError as error:
+        if not _is_damage(error, Path(path).absolute()):
+            raise
     layout = Layout(Path(path).absolute())
     try:
         if layout.read_only:
@@ -63,15 +77,52 @@ def repair(path: str | Path, share: float = 0.0, on_progress: Callable[[int, int
         return replace(_mended(opened, share, on_progress), old_index=old)
 
 
+def _is_damage(error: StoreError, root: Path) -> bool:
+    """Whether an error of opening or reading an index is a reason to rebuild it. The old one is kept, so that of a
+    disk that failed for a moment is one too; that of a busy one, or of one that this process may not use, is not."""
+    if isinstance(error, StoreVersionError | StoreReadOnlyError | StoreFullError | StoreReplacedError):
+        return False
+    if isinstance(error.__cause__, sqlite3.Error) and is_busy(error.__cause__):
+        return False
+    is_odd = any(os.path.lexists(path) and not _is_file(path) for path in index_files(root))
+    return is_odd or not isinstance(error, StorePathError)
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def _mended(opened: ChunkStore, share: float, on_progress: Callable[[int, int], None] | None) -> Repaired:
-    """Set damaged entries aside, write chunks' files again, and remove strays. The index is sound."""
+    """Set damaged entries aside, write chunks' files again, take strays in or remove them. The index is sound."""
     opened._index.check_writable()
     layout, found = opened._layout, opened.check(share, on_progress)
     for digest, why in found.damaged:
         with opened._index.write() as db:
             if entries.known(db, [digest]):
                 entries.delete_damaged(db, digest, file=layout.set_aside(layout.entry(digest)), why=why)
-    with opened._changing(removes=True) as db:
-        chunks.touch(db, [each for each, _ in found.behind])
-    opened._collector.remove_entries(found.stray)
-    return Repaired(opened.rebuilt, found.damaged, found.behind, found.stray)
+    behind = [each for each, _ in found.behind]
+    with opened._changing() as db:
+        owners = chunks.owners(db, behind)
+        for each in behind:
+            if owners[each]:
+                chunks.touch(db, [each])
+            else:
+                layout.set_aside(layout.chunk(each))  # a text is never removed but by its deletion
+    taken = [digest for digest in found.stray if _took_in(opened, digest)]
+    removed = tuple(digest for digest in found.stray if digest not in taken)
+    opened._collector.remove_entries(removed)
+    return Repaired(opened.rebuilt, found.damaged, found.behind, tuple(taken), removed)
+
+
+def _took_in(opened: ChunkStore, digest: str) -> bool:
+    """Add a stray file to the index, if it is a sound entry of registered chunks. That of a deleted chunk is not."""
+    path = opened._layout.entry(digest)
+    try:
+        row = row_of(path, blobs.read(path).header, digest)
+    except (blobs.DamagedFile, FileNotFoundError):
+        return False
+    with opened._index.write() as db:
+        if digest in entries.known(db, [digest]) or None in chunks.owners(db, row.chunks).values():
+            return False
+        entries.insert(db, [row])
+    return True

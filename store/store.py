@@ -351,10 +351,11 @@ class ChunkStore:
         with self._index.read() as db:
             return reasons.explain(db, keys)
 
-    def entries_of(self, chunk_id: str) -> list[EntryRow]:
-        """Return what the index knows about a chunk's own entries, oldest first. Opens no entry's file."""
+    def entries_of(self, namespace: str, chunk_id: str) -> list[EntryRow]:
+        """Return what the index knows about the own entries of a namespace's chunk, oldest first. Opens no entry's
+        file."""
         with self._index.read() as db:
-            return entries.of_chunk(db, chunk_id)
+            return entries.of_chunk(db, namespace, chunk_id)
 
     def check(self, share: float = 0.0, on_progress: Callable[[int, int], None] | None = None) -> Checked:
         """Look at everything that the store holds, and change nothing; see `check.check`."""

@@ -233,7 +233,7 @@ def _described(row: ChunkRow) -> dict[str, Any]:
 
 def _entries(store: ChunkStore, row: ChunkRow) -> list[dict[str, Any]]:
     """The chunk's stored entries, and a miss for each model of the store that has none."""
-    records = [(entry, json.loads(entry.record)) for entry in store.entries_of(row.id)]
+    records = [(entry, json.loads(entry.record)) for entry in store.entries_of(row.namespace, row.id)]
     models = dict.fromkeys((group.weights, group.dtype) for group in store.stats(row.namespace).groups)
     names = model_names(store, [weights for weights, _ in models])
     before = store.find_chunks(row.namespace, [each for _, record in records for each in record["after"] if each])

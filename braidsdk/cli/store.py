@@ -81,9 +81,11 @@ def repair_store(out: Output, read_data: ReadDataOption = "0%", store: StoreOpti
         )
     _show(out, "set aside: entry", done.damaged)
     _show(out, "written again: chunk", done.written)
+    if done.taken_in:
+        out.text(f"taken in again: {counted(len(done.taken_in), 'entry', 'entries')} that the index had lost")
     if done.removed:
         out.text(f"removed {counted(len(done.removed), 'file')} of killed processes")
-    if not (done.rebuilt or done.damaged or done.written or done.removed):
+    if not (done.rebuilt or done.damaged or done.written or done.taken_in or done.removed):
         out.text("nothing was damaged")
 
 

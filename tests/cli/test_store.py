@@ -67,6 +67,7 @@ def test_repair_says_what_it_mends(cli: Cli, store: Path) -> None:
         "rebuilt": None,
         "damaged": [],
         "written": [],
+        "taken_in": [],
         "removed": [],
         "old_index": None,
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from braidsdk.errors import StoreCorruptError, StoreError, StoreFullError, UnknownChunkError
-from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, catalogue, repair, sha256_of_tokens
+from braidsdk.store import ChunkStore, Entry, Hit, NewChunk, Repaired, catalogue, entries, repair, sha256_of_tokens
 from braidsdk.store.blobs import DamagedFile
 from braidsdk.store.catalogue import Catalogue
 
@@ -63,7 +63,7 @@ def test_a_lost_index_loses_nothing(told: ChunkStore, folder: Path) -> None:
 def test_a_repair_leaves_a_sound_store_as_it_is(told: ChunkStore, folder: Path) -> None:
     before = everything(told)
     done = repair(folder, 1.0)
-    assert (done.rebuilt, done.damaged, done.written, done.removed, done.old_index) == (None, (), (), (), None)
+    assert done == Repaired(None, (), (), (), ())
     assert everything(told) == before
 
 
@@ -310,3 +310,28 @@ def test_the_names_before_are_bounded_and_restored(store: ChunkStore, monkeypatc
     assert store.versions("other", "guide") == []
     store.delete_chunk("default", ids[4])
     assert ids[4] not in {each.chunk_id for each in store.versions("default", "guide")}
+
+
+def test_a_repair_takes_in_what_the_index_lost_and_not_what_was_deleted(
+    store: ChunkStore, folder: Path, make: Any
+) -> None:
+    kept, gone = make.key(add(store, "kept")), make.key(add(store, "gone"))
+    store.publish([(kept, make.tensors(1), {}), (gone, make.tensors(2), {})])
+    content = store._layout.entry(gone.digest).read_bytes()
+    chunk, text = store._layout.chunk(str(gone.chunk_id)), store._layout.chunk(str(gone.chunk_id)).read_bytes()
+    store.delete_chunk("default", str(gone.chunk_id))
+    with store._index.write() as db:
+        entries.delete(db, [kept.digest])
+    store.close()
+    store._layout.entry(gone.digest).write_bytes(content)
+    chunk.write_bytes(text)
+    done = repair(folder)
+    assert (done.taken_in, done.removed) == ((kept.digest,), (gone.digest,))
+    assert [each for each, _ in done.written] == [gone.chunk_id]
+    with ChunkStore(folder) as again:
+        (found,) = again.load([kept])
+        assert found is not None
+        assert make.content(found.tensors) == make.content(make.tensors(1))
+        assert [row.text for row in again.list_chunks("default")] == ["kept"]
+    assert not chunk.exists()
+    assert [path.name[:32] for path in (folder / "damaged").iterdir()] == [gone.chunk_id], "a text is not thrown away"

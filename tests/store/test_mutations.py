@@ -240,7 +240,7 @@ class Files:
                 named = content[blobs._DIGEST].decode(errors="replace")
                 self.store._load(key, dataclasses.replace(hit, payload_digest=named), None)
                 with suppress(DamagedFile):
-                    rebuild._row(hit.path, blobs.read_header(hit.path))
+                    rebuild.row_of(hit.path, blobs.read_header(hit.path), key.digest)
         except Exception as error:  # whatever it is, it is what this looks for
             return f"{type(error).__name__}: {error}"
         return None
