@@ -72,11 +72,8 @@ class Layout:
             ) from None
 
     def _create(self) -> None:
-        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode=0o700 if folder is self.root else 0o777, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # it can be written and not be read
-                sync_folder(folder.parent)
+        if not self.index.exists():
+            self._make_root()
         bits = self.root.stat().st_mode
         shared = (stat.S_IRWXG if bits & stat.S_IWGRP else 0) | (stat.S_IRWXO if bits & stat.S_IWOTH else 0)
         self.mode, self._folder_mode = 0o600 | (shared & 0o066), 0o700 | shared | (bits & stat.S_ISGID)
@@ -94,6 +91,16 @@ class Layout:
             with contextlib.suppress(FileExistsError):
                 os.close(self._open_new(path))
         sync_folder(self.root)
+
+    def _make_root(self) -> None:
+        """Create the store's folder and its parents, durably. The last one that is there already is synced too: whoever
+        made it may have been killed before."""
+        paths = (self.root, *self.root.parents)
+        there = next(number for number, path in enumerate(paths) if path.exists())
+        for path in reversed(paths[: there + 1]):
+            path.mkdir(mode=0o700 if path is self.root else 0o777, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # it can be written and not be read
+                sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):

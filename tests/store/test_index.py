@@ -61,6 +61,21 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
         ChunkStore("/proc/self/store")
 
 
+@pytest.mark.parametrize("made", ["", "store"])
+def test_a_folder_that_a_killed_process_made_is_synced_before_the_store_is_used(
+    tmp_path: Path, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before it synced the folder's parent, so a power cut would take the whole store away."""
+    (tmp_path / "a" / made).mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr("braidsdk.store.files.sync_folder", synced.append)
+    ChunkStore(tmp_path / "a" / "store").close()
+    assert (tmp_path / "a" / made).parent in synced
+    synced.clear()
+    ChunkStore(tmp_path / "a" / "store").close()
+    assert synced == [tmp_path / "a" / "store"], "once there is an index, its folders are durable"
+
+
 def test_a_folder_that_is_someone_elses_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.db").mkdir()
     with pytest.raises(StorePathError):
