@@ -185,19 +185,27 @@ class Layout:
             sync_folder(folder)
         self._synced |= folders
 
+    def remove_entries(self, digests: Iterable[str]) -> None:
+        """Remove entries' files durably, because a power cut must not bring deleted text back. Ignores those that are
+        gone already."""
+        _remove_durably(map(self.entry, digests))
+
     def set_aside(self, digest: str) -> str | None:
-        """Move an entry's damaged file to damaged/ and return its name there. Returns None if it is gone already."""
+        """Move an entry's damaged file to damaged/, durably, and return its name there. Returns None if it is gone
+        already."""
         name = f"{digest}.{secrets.token_hex(4)}.safetensors"
+        source = self.entry(digest)
         try:
-            self.entry(digest).replace(self.damaged / name)
+            source.replace(self.damaged / name)
         except FileNotFoundError:
             return None
+        sync_folder(self.damaged)
+        sync_folder(source.parent)
         return name
 
-    def remove_damaged(self, name: str) -> None:
-        """Remove a file that was set aside under this name. Ignores a name that `set_aside` never gives."""
-        if _DAMAGED.fullmatch(name):
-            remove(self.damaged / name)
+    def remove_damaged(self, names: Iterable[str]) -> None:
+        """Remove files that were set aside under these names, durably. Ignores names that `set_aside` never gives."""
+        _remove_durably(self.damaged / name for name in names if _DAMAGED.fullmatch(name))
 
     def digests(self) -> Iterator[str]:
         """The digest of every entry's file. This lists all files, which takes seconds for millions."""
@@ -259,6 +267,16 @@ def remove(path: Path) -> None:
     """Remove a file if it is there."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+
+
+def _remove_durably(paths: Iterable[Path]) -> None:
+    folders = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

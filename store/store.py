@@ -290,9 +290,7 @@ class ChunkStore:
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known = sum(owner == namespace for owner in owners.values())
-        for name in aside:
-            self._layout.remove_damaged(name)
-        self._remove_entries(list(gone))
+        self._remove_entries(list(gone), aside)
         return Deleted(known, tuple(gone), sum(gone.values()))
 
     # entries
@@ -556,15 +554,14 @@ class ChunkStore:
                 records[chunk] = {"id": row.id, "namespace": row.namespace, "level": row.level, "text": row.text}
         return records
 
-    def _remove_entries(self, digests: Sequence[str]) -> None:
-        """Delete the files of entries that have no row, under the lock that publishing takes."""
-        if not digests:
-            return
-        with self._index.write() as db:
-            kept = entries.known(db, digests)
-            for digest in digests:
-                if digest not in kept:
-                    remove(self._layout.entry(digest))
+    def _remove_entries(self, digests: Sequence[str], aside: Sequence[str] = ()) -> None:
+        """Delete the files of entries that have no row, and files that were set aside, under the lock that publishing
+        takes."""
+        if digests or aside:
+            with self._index.write() as db:
+                kept = entries.known(db, digests)
+                self._layout.remove_entries(digest for digest in digests if digest not in kept)
+                self._layout.remove_damaged(aside)
 
     def _sweep(self) -> None:
         """Remove what killed processes left, as far as the disk allows it."""

@@ -13,6 +13,7 @@ import pytest
 
 from braidsdk.errors import InputError, StoreCorruptError, StoreError, UnknownChunkError
 from braidsdk.store import Array, ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Tensors, blobs, sha256_of_tokens
+from braidsdk.store import files as files_module
 from braidsdk.types import LEVEL_OVERLAY
 
 SHA = sha256_of_tokens
@@ -440,6 +441,28 @@ def test_a_deleted_chunk_takes_every_chain_that_saw_it(store: ChunkStore, folder
     assert len(files(folder)) == 2
     assert store.find_chunk("default", "a") is None
     assert [row.name for row in store.list_chunks("default")] == ["b", "c"]
+
+
+def test_files_of_a_deleted_chunk_stay_away_after_a_power_cut(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold its text. Each folder that one was in is synced after the last change."""
+    one, other = make.key(chunk), make.key(chunk, tokens=(1, 2))
+    store.publish([(key, make.tensors(), {}) for key in (one, other)])
+    left: dict[Path, int] = {}
+    sync = files_module.sync_folder
+
+    def synced(path: Path) -> None:
+        left[path] = len(list(path.glob("*.safetensors")))
+        sync(path)
+
+    monkeypatch.setattr(files_module, "sync_folder", synced)
+    only(store.look_up([one]), Hit).path.write_bytes(b"damaged")
+    assert store.load([one]) == [None]
+    assert left == {folder / "damaged": 1, store._layout.entry(one.digest).parent: 0}
+    left.clear()
+    store.delete_chunk("default", chunk)
+    assert left == {folder / "damaged": 0, store._layout.entry(other.digest).parent: 0}
 
 
 def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:
