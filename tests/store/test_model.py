@@ -17,6 +17,6 @@ def test_a_store_answers_as_its_model_does(campaign: Callable[..., Any]) -> None
 def test_a_store_answers_as_its_model_does_10_000_times(
     campaign: Callable[..., Any], counted: Callable[..., None]
 ) -> None:
-    found = campaign("machine.py", "--examples", "220")["counts"]
+    found = campaign("machine.py", "--examples", "250")["counts"]
     counted("any call in any order, compared with a model", found["steps"])
     assert found["steps"] >= 10_000

@@ -38,7 +38,7 @@ def work(folder: Path, log: Path, number: int, seed: str) -> None:
     """Work until killed. The log gets what the namespace may hold, before each step and after it."""
     chance, space = random.Random(seed), f"worker {number}"
     said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    say = lambda line: os.write(said, f"{line}\n".encode())  # one call, so no kill leaves half of it  # noqa: E731
+    say = lambda line: os.write(said, f"\n{line}".encode())  # noqa: E731
     with ChunkStore(folder) as opened:
         allowed = states(log)
         found = model.observed(opened, EVERYTHING, space)
@@ -70,10 +70,19 @@ def share(opened: ChunkStore, chance: random.Random) -> None:
 
 
 def states(log: Path) -> list[str]:
-    """What a namespace may hold: the last state that was acknowledged, and that of the step under way."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    done = next((line[5:] for line in reversed(lines) if line.startswith("done ")), model.Model().state())
-    return [done, *(line[6:] for line in lines[-1:] if line.startswith("begin "))]
+    """What a namespace may hold: the last state that was acknowledged, and that of the step under way. A kill may cut
+    the last line of the log short."""
+    under_way: list[str] = []
+    for line in reversed(log.read_text().splitlines() if log.exists() else []):
+        what, _, state = line.partition(" ")
+        try:
+            json.loads(state)
+        except ValueError:
+            continue
+        if what == "done":
+            return [state, *under_way]
+        under_way = [state]
+    return [model.Model().state(), *under_way]
 
 
 def start(folder: Path, scratch: Path, number: int, seed: str) -> int:
