@@ -16,7 +16,7 @@ from sqlite_utils import Database
 from braidsdk.errors import StoreFullError
 from braidsdk.store import blobs, entries, limits, memory
 from braidsdk.store.claims import Evicting, Leases
-from braidsdk.store.files import Layout, remove
+from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
 from braidsdk.store.limits import WHOLE, Limit
 
@@ -128,15 +128,16 @@ class Collector:
         finally:
             self._layout.keep_reserve()
 
-    def remove_entries(self, digests: Collection[str]) -> None:
-        """Delete the files of entries that have no row, under the lock that publishing takes."""
-        if not digests:
+    def remove_entries(self, digests: Collection[str], aside: Collection[str] | None = None) -> None:
+        """Delete the files of entries that have no row, under the lock that publishing takes; with `aside`, also files
+        that were set aside under these names."""
+        if not digests and aside is None:
             return
         with self._index.write() as db:
             kept = entries.known(db, digests)
-            for digest in digests:
-                if digest not in kept:
-                    remove(self._layout.entry(digest))
+            self._layout.remove_entries(digest for digest in digests if digest not in kept)
+            if aside is not None:
+                self._layout.remove_damaged(aside)
 
     def sweep_entries(self) -> int:
         """Remove files that no row names, and return how many. A process was killed before it wrote the row, or after

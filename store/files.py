@@ -80,11 +80,8 @@ class Layout:
             ) from None
 
     def _create(self) -> None:
-        missing = [folder for folder in (self.root, *self.root.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(mode=0o700 if folder is self.root else 0o777, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # it can be written and not be read
-                sync_folder(folder.parent)
+        if not self.index.exists():
+            self._make_root()
         bits = self.root.stat().st_mode
         shared = (stat.S_IRWXG if bits & stat.S_IWGRP else 0) | (stat.S_IRWXO if bits & stat.S_IWOTH else 0)
         self.mode, self._folder_mode = 0o600 | (shared & 0o066), 0o700 | shared | (bits & stat.S_ISGID)
@@ -102,6 +99,16 @@ class Layout:
             with contextlib.suppress(FileExistsError):
                 os.close(self._open_new(path))
         sync_folder(self.root)
+
+    def _make_root(self) -> None:
+        """Create the store's folder and its parents, durably. The last one that is there already is synced too: whoever
+        made it may have been killed before."""
+        paths = (self.root, *self.root.parents)
+        there = next(number for number, path in enumerate(paths) if path.exists())
+        for path in reversed(paths[: there + 1]):
+            path.mkdir(mode=0o700 if path is self.root else 0o777, exist_ok=True)
+            with contextlib.suppress(PermissionError):  # it can be written and not be read
+                sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
@@ -217,14 +224,21 @@ class Layout:
         self._make_folder(self.chunks)
         sync_folder(self.root)
 
-    def set_aside(self, path: Path) -> str | None:
-        """Move the damaged file of an entry or a chunk to damaged/ and return its name there. Returns None if it is
+    def remove_entries(self, digests: Iterable[str]) -> None:
+        """Remove entries' files durably, because a power cut must not bring deleted text back. Ignores those that are
         gone already."""
+        _remove_durably(map(self.entry, digests))
+
+    def set_aside(self, path: Path) -> str | None:
+        """Move the damaged file of an entry or a chunk to damaged/, durably, and return its name there. Returns None if
+        it is gone already."""
         name = f"{path.stem}.{secrets.token_hex(4)}{path.suffix}"
         try:
             path.replace(self.damaged / name)
         except FileNotFoundError:
             return None
+        sync_folder(self.damaged)
+        sync_folder(path.parent)
         return name
 
     def set_index_aside(self) -> str | None:
@@ -241,16 +255,11 @@ class Layout:
         sync_folder(self.root)
         return moved
 
-    def remove_damaged(self, name: str) -> None:
-        """Remove a file that was set aside under this name. Ignores a name that `set_aside` never gives."""
-        if _DAMAGED.fullmatch(name):
-            remove(self.damaged / name)
-
-    def remove_old_indexes(self) -> None:
-        """Remove indexes that were set aside, because texts are in them that are deleted now."""
-        for path in self.damaged.iterdir():
-            if _OLD_INDEX.fullmatch(path.name) and not path.is_dir():
-                remove(path)
+    def remove_damaged(self, names: Iterable[str]) -> None:
+        """Remove files that were set aside under these names, durably, and indexes that were, because texts are in them
+        that are deleted now. Ignores names that `set_aside` never gives."""
+        old = [path for path in self.damaged.iterdir() if _OLD_INDEX.fullmatch(path.name) and not path.is_dir()]
+        _remove_durably([*old, *(self.damaged / name for name in names if _DAMAGED.fullmatch(name))])
 
     def digests(self) -> Iterator[str]:
         """The digest of every entry's file. This lists all files, which takes seconds for millions."""
@@ -364,6 +373,16 @@ def remove(path: Path) -> None:
     """Remove a file if it is there."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
+
+
+def _remove_durably(paths: Iterable[Path]) -> None:
+    folders = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            folders.add(path.parent)
+    for folder in folders:
+        sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

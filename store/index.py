@@ -22,6 +22,7 @@ from sqlite_utils import Database
 
 from braidsdk.errors import BraidError, ClosedError, StoreError, StoreReadOnlyError, StoreReplacedError
 from braidsdk.store import troubles
+from braidsdk.store.files import sync_folder
 from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, corrupt, is_busy, kind_of, migrated, primary, translate
 
 FAIR_S = 5.0
@@ -73,7 +74,13 @@ class Index:
         with self._lock:
             try:
                 with self._in_turn(), self._transaction(_begin_writing) as db:
+                    before = db.conn.total_changes
                     yield db
+                    changed = db.conn.total_changes != before
+                if not changed:
+                    # Another process may have written what this one found, and died before it synced the folder.
+                    with contextlib.suppress(OSError):
+                        sync_folder(self._path.parent)
                 self._check_place()  # what was written to a file without a name is lost
             finally:
                 self._writes += 1

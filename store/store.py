@@ -331,10 +331,7 @@ class ChunkStore:
             aside = entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known, nbytes = sum(owner == namespace for owner in owners.values()), sum(gone.values())
-        for name in aside:
-            self._layout.remove_damaged(name)
-        self._layout.remove_old_indexes()
-        self._collector.remove_entries(list(gone))
+        self._collector.remove_entries(list(gone), aside)
         return Deleted(known, tuple(gone), nbytes)
 
     # entries

@@ -4,6 +4,10 @@ pytest -m campaign tests/store --counts benchmarks/results/store_campaign.json
 """
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,11 +89,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture
-def counted(record_property: Callable[[str, object], None]) -> Callable[..., None]:
-    """Count cases of one kind, for the campaign's table: `counted("EIO at one step", 579, wrong=0)`."""
+def counted(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Count cases of one kind, for the campaign's table: `counted("EIO at one step", 579, wrong=0)`. The parts that run
+    always are not counted."""
 
     def count(what: str, cases: int, *, wrong: int = 0) -> None:
-        record_property("campaign", {"what": what, "cases": cases, "wrong": wrong})
+        if request.node.get_closest_marker("campaign"):
+            record_property("campaign", {"what": what, "cases": cases, "wrong": wrong})
 
     return count
 
@@ -105,6 +111,27 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(f"{row['cases']:>9,} {row['wrong']:>6,}  {row['what']}")
     if path := config.getoption("--counts", None):
         Path(path).write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+@pytest.fixture(scope="session")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """What a program of `campaign/` prints as JSON: `campaign("steps.py", "--every", "29", preload="faults.c")`."""
+    programs, built = Path(__file__).parent / "campaign", tmp_path_factory.mktemp("campaign")
+
+    def library(source: str) -> Path:
+        compiler, made = shutil.which("cc"), (built / source).with_suffix(".so")
+        if sys.platform != "linux" or compiler is None:
+            pytest.skip("needs Linux and a C compiler, to stand between a process and the system")
+        if not made.exists():
+            subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", made, programs / source, "-ldl"], check=True)
+        return made
+
+    def run(program: str, *arguments: str, preload: str | None = None) -> Any:
+        environment = {**os.environ, **({"LD_PRELOAD": str(library(preload))} if preload else {})}
+        command = [sys.executable, str(programs / program), *arguments]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout)
+
+    return run
 
 
 @pytest.fixture

@@ -12,7 +12,20 @@ from typing import Any
 import pytest
 
 from braidsdk.errors import InputError, StoreCorruptError, StoreError, UnknownChunkError
-from braidsdk.store import Array, ChunkStore, Entry, EntryKey, Hit, Miss, NewChunk, Tensors, blobs, sha256_of_tokens
+from braidsdk.store import (
+    Array,
+    ChunkStore,
+    Entry,
+    EntryKey,
+    Hit,
+    Miss,
+    NewChunk,
+    Tensors,
+    blobs,
+    entries,
+    sha256_of_tokens,
+)
+from braidsdk.store import files as files_module
 from braidsdk.types import LEVEL_OVERLAY
 
 SHA = sha256_of_tokens
@@ -180,7 +193,7 @@ def test_file_and_folder_are_synced_before_the_row(
     store: ChunkStore, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[str] = []
-    sync, replace = os.fsync, Path.replace
+    sync, replace, insert_rows = os.fsync, Path.replace, entries.insert
 
     def fsync(descriptor: int) -> None:
         steps.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
@@ -190,8 +203,9 @@ def test_file_and_folder_are_synced_before_the_row(
         steps.append("rename")
         return replace(self, target)
 
-    def insert(*_: Any) -> None:
+    def insert(*given: Any) -> None:
         steps.append("row")
+        insert_rows(*given)
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", rename)
@@ -476,6 +490,29 @@ def test_a_deleted_chunk_takes_every_chain_that_saw_it(store: ChunkStore, folder
     assert len(files(folder)) == 2
     assert store.find_chunk("default", "a") is None
     assert [row.name for row in store.list_chunks("default")] == ["b", "c"]
+
+
+def test_files_of_a_deleted_chunk_stay_away_after_a_power_cut(
+    store: ChunkStore, folder: Path, chunk: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold its text. Each folder that one was in is synced after the last change."""
+    one, other = make.key(chunk), make.key(chunk, tokens=(1, 2))
+    store.publish([(key, make.tensors(), {}) for key in (one, other)])
+    left: dict[Path, int] = {}
+    sync = files_module.sync_folder
+
+    def synced(path: Path) -> None:
+        left[path] = len(list(path.glob("*.safetensors")))
+        sync(path)
+
+    monkeypatch.setattr(files_module, "sync_folder", synced)
+    only(store.look_up([one]), Hit).path.write_bytes(b"damaged")
+    assert store.load([one]) == [None]
+    assert left == {folder / "damaged": 1, store._layout.entry(one.digest).parent: 0}
+    left.clear()
+    store.delete_chunk("default", chunk)
+    places = (store._layout.entry(other.digest), store._layout.chunk(chunk))
+    assert left == {folder / "damaged": 0, **{each.parent: 0 for each in places}}
 
 
 def test_deleting_what_is_not_there_deletes_nothing(store: ChunkStore, chunk: str, make: Any) -> None:

@@ -65,6 +65,21 @@ def test_a_folder_that_cannot_be_written_is_refused() -> None:
         ChunkStore("/proc/self/store")
 
 
+@pytest.mark.parametrize("made", ["", "store"])
+def test_a_folder_that_a_killed_process_made_is_synced_before_the_store_is_used(
+    tmp_path: Path, made: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed before it synced the folder's parent, so a power cut would take the whole store away."""
+    (tmp_path / "a" / made).mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr("braidsdk.store.files.sync_folder", synced.append)
+    ChunkStore(tmp_path / "a" / "store").close()
+    assert (tmp_path / "a" / made).parent in synced
+    synced.clear()
+    ChunkStore(tmp_path / "a" / "store").close()
+    assert synced == [tmp_path / "a" / "store"], "once there is an index, its folders are durable"
+
+
 def test_a_folder_that_is_someone_elses_index_is_refused(tmp_path: Path) -> None:
     (tmp_path / "index.db").mkdir()
     with pytest.raises(StorePathError):
@@ -78,6 +93,18 @@ def test_commits_are_durable_and_keys_are_enforced(store: ChunkStore) -> None:
         for name in ("foreign_keys", "secure_delete"):
             assert db.execute(f"PRAGMA {name}").fetchone()[0] == 1
         assert db.execute("PRAGMA trusted_schema").fetchone()[0] == 0
+
+
+def test_what_another_process_wrote_is_durable_before_it_is_acknowledged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one may have died right after its journal was removed, before it synced the folder."""
+    with ChunkStore(folder) as one, ChunkStore(folder) as other:
+        one.add_chunk(namespace="default", level=1, text="text")
+        synced: list[Path] = []
+        monkeypatch.setattr("braidsdk.store.index.sync_folder", synced.append)
+        other.add_chunk(namespace="default", level=1, text="text")
+        assert synced == [folder]
 
 
 def test_a_migration_is_applied_once(folder: Path) -> None:

@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,51 @@ def test_a_killed_writer_leaves_a_good_store(folder: Path, make: Any, seed: int)
         store.add_chunks([NewChunk("default", 1, "still works\n")])
         store.publish([(make.key(None), make.tensors(), {})])
         assert isinstance(store.load([make.key(None)])[0], Entry)
+
+
+def test_workers_that_are_killed_lose_nothing(campaign: Callable[..., Any]) -> None:
+    found = campaign("kills.py", "--kills", "30")
+    assert found["wrong"] == []
+    assert found["counts"]["acknowledged entries checked"] >= 10
+
+
+@pytest.mark.campaign
+def test_workers_that_are_killed_a_thousand_times_lose_nothing(
+    campaign: Callable[..., Any], counted: Callable[..., None]
+) -> None:
+    found = campaign("kills.py", "--kills", "1000")
+    counted(
+        "SIGKILL at random while 4 processes put, get, collect and delete",
+        found["counts"]["kills"],
+        wrong=len(found["wrong"]),
+    )
+    assert found["wrong"] == []
+    assert found["counts"]["kills"] >= 1000
+
+
+@pytest.mark.parametrize("size", [(6, 12), pytest.param((32, 50), marks=pytest.mark.campaign)])
+def test_processes_that_register_at_once_compute_each_entry_once(
+    campaign: Callable[..., Any], counted: Callable[..., None], size: tuple[int, int]
+) -> None:
+    processes, keys = size
+    found = campaign("together.py", "--processes", str(processes), "--keys", str(keys))
+    twice = found["counts"]["computed"] - keys
+    counted(
+        f"{processes} processes, {keys} keys at once: computed once",
+        processes * keys,
+        wrong=twice + len(found["wrong"]),
+    )
+    assert found["wrong"] == []
+    assert found["counts"] == {"computed": keys, "entries": keys, "errors": 0}
+
+
+@pytest.mark.parametrize("size", [(6, 12), pytest.param((32, 50), marks=pytest.mark.campaign)])
+def test_without_locks_entries_are_computed_twice_and_nothing_is_wrong(
+    campaign: Callable[..., Any], counted: Callable[..., None], size: tuple[int, int]
+) -> None:
+    processes, keys = size
+    found = campaign("together.py", "--processes", str(processes), "--keys", str(keys), "--without-locks")
+    counted(f"{processes} processes, {keys} keys at once, without locks", processes * keys, wrong=len(found["wrong"]))
+    assert found["wrong"] == []
+    assert found["counts"]["entries"] == keys
+    assert found["counts"]["computed"] >= keys + processes - 1, "all must have computed the first one"

@@ -1,24 +1,10 @@
 // Counts the calls of this process that touch files below one folder, and lets one of them fail or kill the process.
-// Loaded with LD_PRELOAD, so it sees what Python does and what SQLite does. Build: cc -shared -fPIC -o faults.so faults.c -ldl
+// Build: cc -shared -fPIC -o faults.so faults.c -ldl
 
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <limits.h>
-#include <signal.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/file.h>
-#include <sys/stat.h>
-#include <sys/types.h>
-#include <sys/uio.h>
-#include <unistd.h>
+#include "calls.h"
 
 enum { WRITES = 1, LOCKS = 2, ANY = 4 };  // kinds of calls
 
-static char folder[PATH_MAX];
 static volatile long count, at;
 static volatile int error, kinds;
 static char last[64];
@@ -31,26 +17,17 @@ void faults_arm(const char *below, long n, int with, int of) {
 long faults_count(void) { return count; }
 const char *faults_last(void) { return last; }
 
-static int hit(const char *name, int kind, const char *path) {
-    if (!folder[0] || strncmp(path, folder, strlen(folder)) || !(kinds & (kind | ANY))) return 0;
-    if (__sync_add_and_fetch(&count, 1) != at) return 0;
+static int hit_one(const char *name, int kind) {
+    if (!(kinds & (kind | ANY)) || __sync_add_and_fetch(&count, 1) != at) return 0;
     strncpy(last, name, sizeof last - 1);
     if (error < 0) kill(getpid(), SIGKILL);
     errno = error;
     return 1;
 }
 
-static int hit_file(const char *name, int kind, int descriptor) {
-    char link[64], path[PATH_MAX];
-    if (!folder[0]) return 0;
-    snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path - 1);
-    if (length < 0) return 0;
-    path[length] = 0;
-    return hit(name, kind, path);
-}
+static int hit(const char *name, int kind, const char *path) { return is_below(path) && hit_one(name, kind); }
+static int hit_file(const char *name, int kind, int descriptor) { return is_file_below(descriptor) && hit_one(name, kind); }
 
-#define REAL(name) static __typeof__(&name) real; if (!real) real = (__typeof__(&name))dlsym(RTLD_NEXT, #name)
 #define OF_FILE(type, name, kind, arguments, given) \
     type name arguments { REAL(name); if (hit_file(#name, kind, descriptor)) return -1; return real given; }
 #define OF_PATH(type, name, kind, arguments, given) \

@@ -14,24 +14,21 @@ import ctypes
 import errno
 import gc
 import json
-import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from conftest import content, make_key, make_tensors
-from sqlite_utils import Database
+from planted import PLANTED
+from processes import containing, forked, left_over
 
 from braidsdk.errors import BraidError, StoreError
 from braidsdk.store import ChunkStore, Entry, EntryKey, collect
-from braidsdk.store.files import Layout
-from braidsdk.store.index import Index
 
 ANY, WRITES, LOCKS = 4, 1, 2
 KINDS = {
@@ -120,23 +117,6 @@ def work(folder: Path, say: Callable[[str], object]) -> None:
     opened.close()
 
 
-def forked(run: Callable[[Callable[[str], object]], object]) -> tuple[list[str], int]:
-    """What a forked process says, and how it ended: 0, its signal, or 1 after an error that is not ours."""
-    reading, writing = os.pipe()
-    if pid := os.fork():
-        os.close(writing)
-        with os.fdopen(reading) as file:
-            lines = file.read().splitlines()
-        return lines, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 0
-    try:
-        run(lambda line: os.write(writing, f"{' '.join(line.split())}\n".encode()))
-    except BaseException as error:
-        os.write(writing, f"raw {type(error).__name__}: {error}\n".encode())
-        code = 1
-    os._exit(code)
-
-
 def check(folder: Path, said: list[str]) -> list[str]:
     """What is wrong with what is left, with the index and without it."""
     done = {line[5:] for line in said if line.startswith("done ")}
@@ -167,34 +147,10 @@ def check_opened(folder: Path, done: set[str]) -> list[str]:
             wrong.append(f"check: {found}")
         if opened.damaged_count:
             wrong.append("set something aside")
-    for path in folder.rglob("*"):
-        if path.name.endswith((".part", "-journal")):
-            wrong.append(f"left {path.relative_to(folder)}")
-        if "delete" in done and path.is_file() and b"marmalade" in path.read_bytes():
-            wrong.append(f"deleted text in {path.name}")
+    wrong += left_over(folder)
+    if "delete" in done:
+        wrong += [f"deleted text in {path.name}" for path in containing(folder, b"marmalade")]
     return wrong
-
-
-def plant_row_first() -> None:
-    """A bug that the campaign must see: entries get their places after the commit that names them."""
-    place, write = Layout.place, Index.write
-    late: list[tuple[Layout, list[tuple[Path, Path]]]] = []
-
-    @contextmanager
-    def writing(self: Index) -> Iterator[Database]:
-        with write(self) as db:
-            yield db
-        while late:
-            place(*late.pop())
-
-    def later(self: Layout, moves: Iterable[tuple[Path, Path]], removed: Iterable[Path] = ()) -> None:
-        late.append((self, list(moves)))
-
-    Layout.place = later  # type: ignore[method-assign]
-    Index.write = writing  # type: ignore[method-assign, assignment]
-
-
-PLANTED = {"row-first": plant_row_first}
 
 
 def main() -> None:
