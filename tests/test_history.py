@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from braidsdk import Answer, Braid, Context
-from braidsdk.cache.pool import Pool, Resident
+from braidsdk.cache.pool import Pool
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import EmptyTextError, InputError, UnsupportedModelError, WindowExceededError
 from braidsdk.prompt.history import Spoken, SpokenTurns, Turn, conversation

@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from braidsdk import Braid
-from braidsdk.cache.pool import State
+from braidsdk.cache.resident import State
 from braidsdk.engine.engine import Engine
 from braidsdk.models.base import Batch
 

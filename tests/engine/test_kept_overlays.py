@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from braidsdk import Answer, Braid, Chunk, Context
-from braidsdk.cache.pool import Resident
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.repairs import overlay_key
 from braidsdk.errors import UnknownChunkError
 from braidsdk.kernels.attention import eager
