@@ -228,6 +228,19 @@ def test_whatever_happens_all_that_there_is_room_for_gets_it(page_size: int) -> 
     assert seen["place"] - seen["refused"] > 50
 
 
+def test_small_entries_fill_fresh_pages_in_whatever_order_they_come() -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")  # noqa: T201 (pytest shows it when the test fails)
+    rng = random.Random(seed)
+    for _ in range(300):
+        sizes = [rng.choice([20, 50, 128]) for _ in range(rng.randint(1, 40))]
+        pool = make_pool(4, 256)
+        pages = pool.needed(sizes)
+        if pages <= pool.capacity_pages:
+            pool.place([key(at, tokens) for at, tokens in enumerate(sizes)], pool.room - pages)
+            assert pool.room == pool.capacity_pages - pages
+
+
 def test_blocks_that_are_full_are_not_looked_at() -> None:
     """Finding free blocks takes as long on many pages as on few."""
     shared = SharedPages(PAGE)

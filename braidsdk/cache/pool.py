@@ -166,7 +166,8 @@ class Pool:
         if not wanted:
             return _NONE
         self._check_room(tokens, wanted)
-        self._evict_until(wanted)
+        while len(self._free) < wanted:
+            self._evict_one(whole_pages=True)
         return torch.tensor(self._free.take(wanted), dtype=torch.int64)
 
     def place(self, keys: Sequence[EntryKey], beside: int = 0) -> dict[EntryKey, Resident]:
@@ -183,19 +184,20 @@ class Pool:
         Raises:
             PoolFullError: they do not fit beside the pinned entries.
         """
-        sizes = {key: self._shared.blocks_for(len(key.token_ids)) for key in keys}
         counts = [len(key.token_ids) for key in keys]
-        self._check_room(sum(counts), self.needed(counts) + beside)
-        left = sum(sizes.values())
-        others = beside + sum(self.pages_for(len(key.token_ids)) for key in keys if not sizes[key])
-        for key in sorted(keys, key=sizes.__getitem__, reverse=True):
-            if size := sizes[key]:
-                left -= size
-                scarce = self.room <= others - (-left // self._shared.blocks)
+        sizes = list(map(self._shared.blocks_for, counts))
+        needed, blocks = self.needed(counts) + beside, sum(sizes)
+        self._check_room(sum(counts), needed)
+        pages = needed + -blocks // self._shared.blocks  # whole ones; with blocks, of what comes after the next entry
+        for key, count, size in zip(keys, counts, sizes, strict=True):
+            if size:
+                blocks -= size
+                scarce = self.room <= pages - (-blocks // self._shared.blocks)
                 page, first = self._take_blocks(size, scarce=scarce)
                 entry = Resident(key, torch.tensor([page]), range(first, first + size))
             else:
-                entry = Resident(key, self.take(len(key.token_ids)))
+                entry = Resident(key, self.take(count))
+                pages -= len(entry.pages)
             self.pin(self.add(entry))
         return {key: self._entries[key] for key in keys}
 
@@ -209,7 +211,7 @@ class Pool:
                 self._evictable += 1
                 found = page, 0
                 break
-            self._evict(chain(self._overlays.values(), self._entries.values()), whole_pages=scarce)
+            self._evict_one(whole_pages=scarce)
         page, first = found
         self._shared.take(page, range(first, first + size))
         return page, first
@@ -349,20 +351,21 @@ class Pool:
         if freed:
             self.give_back(entry.pages)
 
-    def _evict_until(self, pages: int) -> None:
-        """Evict until so many pages are free. There is room for them."""
-        while len(self._free) < pages:
-            self._evict(chain(self._overlays.values(), self._entries.values()), whole_pages=True)
+    def _evict_one(self, *, whole_pages: bool) -> None:
+        """Evict for room that there is."""
+        if not self._evict(chain(self._overlays.values(), self._entries.values()), whole_pages=whole_pages):
+            raise RuntimeError("pool: there should be room, and nothing can be evicted")
 
-    def _evict(self, entries: Iterable[Resident], *, whole_pages: bool = False) -> None:
+    def _evict(self, entries: Iterable[Resident], *, whole_pages: bool = False) -> bool:
         """Drop the first of these entries that has no pin, and, for `whole_pages`, that no pinned entry shares a page
-        with, if there is one."""
+        with; whether there is one."""
         for entry in entries:
             alone = not whole_pages or entry.blocks is None or self._shared.evictable(entry.page)
             if entry not in self._pins and alone:
                 _log.debug("evicted an entry of %d tokens", entry.tokens)
                 self.drop(entry)
-                return
+                return True
+        return False
 
 
 def default_capacity_bytes(device: torch.device) -> int:

@@ -1,8 +1,7 @@
 """Pages that small entries share.
 
 A page is cut into blocks. An entry takes 1, 2, 4 ... of them, side by side, the first a multiple of how many they are,
-as in buddy allocation. So of n blocks that entries take of fresh pages, the largest first, only the last page is not
-full.
+as in buddy allocation. So in whatever order entries come, they open no more fresh pages than their blocks fill.
 """
 
 from collections.abc import Mapping
