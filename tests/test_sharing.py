@@ -255,14 +255,13 @@ def test_blocks_that_are_full_are_not_looked_at() -> None:
 
 
 def test_a_thousand_lines_take_less_than_twice_their_tokens(pool_of: Callable[[Braid], Pool]) -> None:
-    with FakeBraid() as braid:
+    read = list[str]()
+    with FakeBraid(lambda _, texts: str(read.extend(texts) or "yes")) as braid:
         anchor = braid.register_system("You answer.")
         before = braid.stats().pool_used_bytes
         lines = braid.register_many([f"{n:03d}: a line of twenty" for n in range(1000)], anchor=anchor, progress=False)
         pool = pool_of(braid)
         tokens = sum(len(line.token_ids) for line in lines)
         assert braid.stats().pool_used_bytes - before <= 1.5 * tokens * pool.page_bytes / pool.page_size
-        read = []
-        braid._engine.model._answers = lambda _, texts: str(read.extend(texts) or "yes")  # type: ignore[attr-defined]
         assert braid.ask("All of them?", chunks=lines).text == "yes"
         assert read[-1000:] == [f"{n:03d}: a line of twenty" for n in range(1000)]
