@@ -11,7 +11,7 @@ from torch import Tensor
 from braidsdk import answer
 from braidsdk.answer import AsyncStream, Stream
 from braidsdk.cache.export import to_dynamic_cache
-from braidsdk.cache.pool import Resident
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.compose.repairs import Linked, check_layers, first_tokens, overlay_key
 from braidsdk.engine.engine import Engine

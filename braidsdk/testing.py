@@ -109,7 +109,7 @@ class FakeModel:
         seen = torch.zeros(len(batch.token_ids), most)
         for request in batch.requests:
             for place, segment in enumerate(request.segments):
-                last = batch.positions[request.rows] - segment.origin + 1
+                last = batch.positions[request.rows] - segment.origin + segment.offset + 1
                 seen[request.rows, place] = (last.clamp(max=segment.stop) - segment.start).clamp(min=0).float()
         return seen / seen.sum(-1, keepdim=True)
 

@@ -9,19 +9,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+BLOCK = 32
+"""Entries that share a page begin at multiples of so many slots. Attention on a CPU reads that many keys at once."""
+
 
 @dataclass(frozen=True)
 class PagedSegment:
     """A token slice of one KV entry in paged memory, placed at an absolute position.
 
+    A page may hold several small entries. So places are counted from the first slot of the entry's first page, and
+    token j is in place `offset + j`. An entry that has its pages to itself has offset 0: there places are tokens.
+
     Attributes:
         pages: page ids of the entry, int64 [pages], on the CPU.
-        start: first token of the slice, counted in the entry.
-        stop: one past its last token.
+        start: place of the slice's first token.
+        stop: one past the place of its last token.
         origin: absolute position of the entry's token 0; key j sits at `origin + j`. May be negative for a slice.
-        hidden: keys of the entry that no row sees, bool [stop] or longer, on the CPU; None hides none.
+        hidden: by place, keys of the entry that no row sees, bool [stop] or longer, on the CPU; None hides none.
         shift: a slot of the same memory. Its key, in the frame of the entry, is added to each of these keys, and its
             value to each of the values. None adds nothing.
+        offset: place of the entry's token 0.
     """
 
     pages: Tensor
@@ -30,6 +37,12 @@ class PagedSegment:
     origin: int
     hidden: Tensor | None = None
     shift: int | None = None
+    offset: int = 0
+
+    @property
+    def first(self) -> int:
+        """Absolute position of the slice's first token."""
+        return self.origin - self.offset + self.start
 
     @property
     def changed(self) -> bool:
@@ -65,9 +78,9 @@ def append(kv: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     kv[1, pages, :, offsets] = values
 
 
-def slots_of(pages: Tensor, tokens: Tensor, page_size: int) -> Tensor:
-    """Slots of an entry that lies on `pages`, by the index of each of its tokens, int64 [tokens]: int64 [tokens]."""
-    return pages[tokens // page_size] * page_size + tokens % page_size
+def slots_of(pages: Tensor, places: Tensor, page_size: int) -> Tensor:
+    """Slots on `pages` by places, as `PagedSegment` counts them, int64 [tokens]: int64 [tokens]."""
+    return pages[places // page_size] * page_size + places % page_size
 
 
 @dataclass(frozen=True)

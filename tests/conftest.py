@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from braidsdk import Braid
 from braidsdk.cache import pool
 from braidsdk.cache.pool import PAGE_SIZE, Pool
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import Priority
@@ -143,6 +145,18 @@ def pool_of() -> Callable[[Braid], Pool]:
         return engine.pool
 
     return settled
+
+
+@pytest.fixture(scope="session")
+def evict() -> Callable[[Braid, Iterable[Resident]], None]:
+    """Evicts entries of a Braid, in the engine's thread: it alone changes a pool, and checks it meanwhile."""
+
+    def dropped(braid: Braid, entries: Iterable[Resident]) -> None:
+        engine = braid._engine
+        for entry in entries:
+            engine.call(partial(engine.pool.drop, entry))
+
+    return dropped
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,8 @@ def test_a_context_that_can_never_fit_computes_nothing(
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
             braid.register("word " * 200)
         assert braid.chunks.list() == [], "nothing is registered that could never be used"
-        documents = braid.register_many([f"{name} " * 20 for name in ("one", "two", "three")])
+        documents = braid.register_many([f"{name} two " * 40 for name in ("one", "a", "b")])
+        assert all(64 < len(each.token_ids) <= 256 for each in documents), "none shares a page"
         monkeypatch.setattr("braidsdk.engine.runner.forward", lambda *_: pytest.fail("something was computed"))
         with pytest.raises(PoolFullError, match="larger pool_bytes"):
             braid.ask("Well?", chunks=documents, max_new_tokens=5)

@@ -1,6 +1,6 @@
 """Conversations: the ids of past turns, and what of them is computed again."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,8 @@ import torch
 from transformers import AutoTokenizer
 
 from braidsdk import Answer, Braid, Context
-from braidsdk.cache.pool import Pool, Resident
+from braidsdk.cache.pool import Pool
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.errors import EmptyTextError, InputError, UnsupportedModelError, WindowExceededError
 from braidsdk.prompt.history import Spoken, SpokenTurns, Turn, conversation
@@ -134,15 +135,15 @@ def test_logits_over_a_resident_history_equal_those_computed_from_scratch(
     assert answers[2].prompt_ids[: len(answers[1].prompt_ids)] == answers[1].prompt_ids
 
 
-def test_an_evicted_history_is_computed_again(random_braid: Braid, pool_of: PoolOf) -> None:
+def test_an_evicted_history_is_computed_again(
+    random_braid: Braid, pool_of: PoolOf, evict: Callable[[Braid, Sequence[Resident]], None]
+) -> None:
     context = compose(random_braid)
     history, _ = talk(context, 2, max_new_tokens=30)
     want = context.ask(QUESTIONS[2], history=history, max_new_tokens=9)
-    pool = pool_of(random_braid)
-    turns = turns_in(pool)
+    turns = turns_in(pool_of(random_braid))
     assert len(turns) == 3
-    for turn in turns:
-        pool.drop(turn)
+    evict(random_braid, turns)
     again = context.ask(QUESTIONS[2], history=history, max_new_tokens=9)
     assert again.token_ids == want.token_ids
     assert again.prompt_ids == want.prompt_ids

@@ -12,7 +12,8 @@ import torch
 
 from braidsdk import Braid
 from braidsdk.cache.free import FreePages, runs_of
-from braidsdk.cache.pool import Pool, Resident, State
+from braidsdk.cache.pool import Pool
+from braidsdk.cache.resident import Resident, State
 from braidsdk.errors import PoolFullError
 from braidsdk.kernels.attention import cascade_attention, plan_attention
 from braidsdk.kernels.paging import PagedSegment, Request, append, slots_of

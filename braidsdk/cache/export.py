@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from braidsdk.cache.pool import Pool, Resident
+from braidsdk.cache.pool import Pool
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Segment
 from braidsdk.kernels.rope import rotate
 from braidsdk.models.base import Model
@@ -51,7 +52,7 @@ def to_dynamic_cache(
 
 def _tokens(memory: Tensor, entry: Resident) -> Tensor:
     """An entry's keys and values in one layer: [2, tokens, kv_heads, head_dim]."""
-    return memory[:, entry.pages].transpose(2, 3).flatten(1, 2)[:, : entry.tokens]
+    return memory[:, entry.pages, :, entry.places].transpose(2, 3).flatten(1, 2)[:, : entry.tokens]
 
 
 def _turn(model: Model, origin: int) -> tuple[Tensor, Tensor]:

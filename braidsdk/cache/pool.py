@@ -2,7 +2,8 @@
 
 Memory is one tensor [layers, 2, pages, kv_heads, page_size, head_dim]. It takes its capacity at once. On a GPU, growing
 would copy it, and move what CUDA graphs read. On a CPU the system gives memory only to pages that are written to. When
-no page is free, the least recently used entry without a pin is evicted, overlays before all others.
+no page is free, the least recently used entry without a pin is evicted, overlays before all others. Entries that are
+smaller than half a page share pages: such a page is free once nothing is left on it.
 
 Padding is zero if attention needs that. Only the engine's thread changes a pool.
 
@@ -11,9 +12,7 @@ Knows nothing about text, files or composition modes.
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Set
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Iterable, Sequence, Set
 from itertools import chain
 from typing import Self
 
@@ -22,8 +21,9 @@ import torch
 from torch import Tensor
 
 from braidsdk.cache.free import FreePages, runs_of
+from braidsdk.cache.resident import Resident, State
+from braidsdk.cache.shared import SharedPages, bits_of
 from braidsdk.errors import PoolFullError
-from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
 from braidsdk.store.keys import EntryKey
 from braidsdk.types import LEVEL_OVERLAY, LEVEL_QUERY
@@ -41,41 +41,6 @@ TOUCHED_BYTES = 256 * 2**20
 
 
 _NONE = torch.empty(0, dtype=torch.int64)
-
-
-class State(StrEnum):
-    """The state of an entry. It goes LOADING -> READY -> DROPPED, or LOADING -> DROPPED."""
-
-    LOADING = "loading"
-    """Its pages are taken, but not all of its keys and values are there yet."""
-    READY = "ready"
-    DROPPED = "dropped"
-    """It can't be found any more. Its pages are freed with the last pin."""
-
-
-@dataclass(eq=False)
-class Resident:
-    """A KV entry in the pool.
-
-    Attributes:
-        key: names the entry.
-        pages: its page ids, int64 [pages], on the CPU.
-        stored: whether the store holds it too, or it is being written.
-        state: see `State`.
-    """
-
-    key: EntryKey
-    pages: Tensor
-    stored: bool = False
-    state: State = State.LOADING
-
-    @property
-    def tokens(self) -> int:
-        return len(self.key.token_ids)
-
-    def at(self, origin: int) -> PagedSegment:
-        """The whole entry, with its token 0 at absolute position `origin`."""
-        return PagedSegment(self.pages, 0, self.tokens, origin)
 
 
 class Pool:
@@ -122,11 +87,12 @@ class Pool:
         self.kv[:, :, :touched] = 0
         self.zero_padding = zero_padding
         self._free = FreePages(self.capacity_pages)
+        self._shared = SharedPages(page_size)
         self._entries: OrderedDict[EntryKey, Resident] = OrderedDict()
         self._turns: OrderedDict[EntryKey, Resident] = OrderedDict()
         self._overlays: OrderedDict[EntryKey, Resident] = OrderedDict()
         self._pins: Counter[Resident] = Counter()
-        self._evictable = 0  # pages of entries without a pin
+        self._evictable = 0  # pages on which nothing is pinned
 
     @classmethod
     def for_model(cls, model: Model, capacity_bytes: int) -> Self:
@@ -148,16 +114,24 @@ class Pool:
 
     @property
     def room(self) -> int:
-        """Pages that can be taken now: free ones, and those of entries without a pin."""
+        """Pages that can be taken now: free ones, and those on which nothing is pinned."""
         return len(self._free) + self._evictable
 
     def pages_for(self, tokens: int) -> int:
         """Pages that `tokens` tokens fill."""
         return -(-tokens // self.page_size)
 
+    def needed(self, entries: Iterable[int], own: Iterable[int] = ()) -> int:
+        """Pages that entries take with so many tokens each, and a request beside them for its own tokens."""
+        counts = list(entries)
+        blocks = list(map(self._shared.blocks_for, counts))
+        pages = sum(self.pages_for(count) for count, some in zip(counts, blocks, strict=True) if not some)
+        return pages - (-sum(blocks) // self._shared.blocks) + sum(map(self.pages_for, own))
+
     def bytes_for(self, tokens: int) -> int:
-        """Bytes that `tokens` tokens take, including the padding to whole pages."""
-        return self.pages_for(tokens) * self.page_bytes
+        """Bytes that an entry of `tokens` tokens takes, including the padding to whole pages or blocks."""
+        blocks = self._shared.blocks_for(tokens) or self.pages_for(tokens) * self._shared.blocks
+        return blocks * self.page_bytes // self._shared.blocks
 
     def find(self, key: EntryKey) -> Resident | None:
         """The entry of this key, loading or ready. Finding it does not count as a use. Any thread may ask.
@@ -165,13 +139,13 @@ class Pool:
         Whole keys are compared: xxh3 does not resist collisions, so two keys may have one digest."""
         return self._entries.get(key)
 
-    def check_fits(self, token_counts: Iterable[int]) -> None:
-        """Check, before anything is loaded or computed, that entries with these numbers of tokens fit together.
+    def check_fits(self, entries: Iterable[int], own: Iterable[int] = ()) -> None:
+        """Check, before anything is loaded or computed, that what `needed` counts fits together.
 
         Raises:
             PoolFullError: they need more pages than the pool has, so they never fit.
         """
-        needed = sum(map(self.pages_for, token_counts))
+        needed = self.needed(entries, own)
         if needed > self.capacity_pages:
             raise PoolFullError(
                 f"The context and its answer must fit into {self.capacity_pages * self.page_bytes / 1e6:,.1f} MB of KV "
@@ -180,7 +154,7 @@ class Pool:
             )
 
     def take(self, tokens: int) -> Tensor:
-        """Take pages for `tokens` tokens. Old data may lie on them; see `clear`.
+        """Take whole pages for `tokens` tokens. Old data may lie on them; see `clear`.
 
         Returns:
             Page ids, int64 [pages], on the CPU.
@@ -191,6 +165,58 @@ class Pool:
         wanted = self.pages_for(tokens)
         if not wanted:
             return _NONE
+        self._check_room(tokens, wanted)
+        while len(self._free) < wanted:
+            self._evict_one(whole_pages=True)
+        return torch.tensor(self._free.take(wanted), dtype=torch.int64)
+
+    def place(self, keys: Sequence[EntryKey], beside: int = 0) -> dict[EntryKey, Resident]:
+        """Take room for entries and make them resident, loading and pinned. Old data may lie there; see `clear_entry`.
+
+        Small ones go where something is pinned already, so that few pages become pinned; then onto any shared page, as
+        long as enough others stay for what comes after; then onto a page of which all is evicted. So whatever is
+        pinned elsewhere, and however free blocks lie, no more pages are used up than `needed` says.
+
+        Args:
+            keys: none of them is resident.
+            beside: how many pages will be taken after this.
+
+        Raises:
+            PoolFullError: they do not fit beside the pinned entries.
+        """
+        counts = [len(key.token_ids) for key in keys]
+        sizes = list(map(self._shared.blocks_for, counts))
+        needed, blocks = self.needed(counts) + beside, sum(sizes)
+        self._check_room(sum(counts), needed)
+        pages = needed + -blocks // self._shared.blocks  # whole ones; with blocks, of what comes after the next entry
+        for key, count, size in zip(keys, counts, sizes, strict=True):
+            if size:
+                blocks -= size
+                scarce = self.room <= pages - (-blocks // self._shared.blocks)
+                page, first = self._take_blocks(size, scarce=scarce)
+                entry = Resident(key, torch.tensor([page]), range(first, first + size))
+            else:
+                entry = Resident(key, self.take(count))
+                pages -= len(entry.pages)
+            self.pin(self.add(entry))
+        return {key: self._entries[key] for key in keys}
+
+    def _take_blocks(self, size: int, *, scarce: bool) -> tuple[int, int]:
+        """Take free blocks, so many, of a shared page: the page, and the first. If pages are scarce, of one where
+        something is pinned, or of one where nothing else is left."""
+        while (found := self._shared.find(size, pinned=scarce)) is None:
+            if len(self._free):
+                (page,) = self._free.take(1)
+                self._shared.open(page)
+                self._evictable += 1
+                found = page, 0
+                break
+            self._evict_one(whole_pages=scarce)
+        page, first = found
+        self._shared.take(page, range(first, first + size))
+        return page, first
+
+    def _check_room(self, tokens: int, wanted: int) -> None:
         if wanted > self.room:
             raise PoolFullError(
                 f"{tokens:,} tokens must fit into the {self.room * self.page_bytes / 1e6:,.1f} MB that running calls "
@@ -198,14 +224,18 @@ class Pool:
                 f"{wanted * self.page_bytes / 1e6:,.1f} MB. Try again when those calls have ended, or open the Braid "
                 "with a larger pool_bytes."
             )
-        while len(self._free) < wanted:
-            self._evict(chain(self._overlays.values(), self._entries.values()))
-        return torch.tensor(self._free.take(wanted), dtype=torch.int64)
 
     def clear(self, pages: Tensor) -> None:
         """Set pages to zero that will not be filled to the last slot, if attention needs that."""
         if self.zero_padding:
             self.blank(pages)
+
+    def clear_entry(self, entry: Resident) -> None:
+        """Set what an entry has of its pages to zero, before it is computed, if attention needs that."""
+        if entry.blocks is None:
+            self.clear(entry.pages)
+        elif self.zero_padding:
+            self.kv[:, :, entry.pages[0], :, entry.places] = 0
 
     def blank(self, pages: Tensor) -> None:
         """Set pages to zero."""
@@ -217,19 +247,21 @@ class Pool:
         if len(pages):
             self._free.give(pages.tolist())
 
-    def clear_padding(self, pages: Tensor, tokens: int) -> None:
-        """Set what stands behind the last token to zero, if attention needs that."""
+    def clear_padding(self, entry: Resident) -> None:
+        """Set what stands behind an entry's last token to zero, if attention needs that."""
         if self.zero_padding:
-            self.kv[:, :, pages[-1], :, tokens - (len(pages) - 1) * self.page_size :] = 0
+            filled = entry.offset + entry.tokens - (len(entry.pages) - 1) * self.page_size
+            self.kv[:, :, entry.pages[-1], :, filled : entry.places.stop] = 0
 
     def add(self, entry: Resident) -> Resident:
         """Make an entry resident, loading or ready. Only the latest `KEPT_TURNS` past turns stay."""
         self._entries[entry.key] = entry
-        self._evictable += len(entry.pages)
+        if entry.blocks is None:
+            self._evictable += len(entry.pages)
         if entry.key.level == LEVEL_QUERY:
             self._turns[entry.key] = entry
             if len(self._turns) > KEPT_TURNS:
-                self._evict(self._turns.values())
+                self._evict(turn for turn in self._turns.values() if turn is not entry)
         elif entry.key.level == LEVEL_OVERLAY:
             self._overlays[entry.key] = entry
         return entry
@@ -240,7 +272,10 @@ class Pool:
             if entry.key in entries:
                 entries.move_to_end(entry.key)
         if entry not in self._pins and entry.state is not State.DROPPED:
-            self._evictable -= len(entry.pages)
+            if entry.blocks is None:
+                self._evictable -= len(entry.pages)
+            else:
+                self._evictable -= self._shared.pin(entry.page)
         self._pins[entry] += 1
 
     def unpin(self, entry: Resident) -> None:
@@ -248,10 +283,12 @@ class Pool:
         self._pins[entry] -= 1
         if not self._pins[entry]:
             del self._pins[entry]
-            if entry.state is State.DROPPED:
-                self.give_back(entry.pages)
-            else:
+            if entry.blocks is None:
                 self._evictable += len(entry.pages)
+            else:
+                self._evictable += self._shared.unpin(entry.page)
+            if entry.state is State.DROPPED:
+                self._free_entry(entry)
 
     def drop(self, entry: Resident) -> None:
         """Forget an entry and free its pages, or, if it is pinned, free them with the last pin. Safe to call twice."""
@@ -262,8 +299,7 @@ class Pool:
         self._turns.pop(entry.key, None)
         self._overlays.pop(entry.key, None)
         if entry not in self._pins:
-            self._evictable -= len(entry.pages)
-            self.give_back(entry.pages)
+            self._free_entry(entry)
 
     def drop_chunks(self, chunk_ids: Set[str]) -> list[Resident]:
         """Drop every entry of these chunks, and every entry that was computed after one of them. Returns them."""
@@ -272,8 +308,13 @@ class Pool:
             self.drop(entry)
         return gone
 
+    def pins(self, entry: Resident) -> int:
+        """How often an entry is pinned."""
+        return self._pins[entry]
+
     def integrity(self, held: Iterable[Tensor] = ()) -> None:
-        """Check that each page is free, or belongs to one entry or one request, and that pins and counts agree.
+        """Check that each page is free, or belongs to one entry or one request, that each block of a shared page does
+        too, and that pins and counts agree.
 
         Args:
             held: pages that requests hold beside entries.
@@ -282,24 +323,49 @@ class Pool:
             RuntimeError: a check failed; the message says which.
         """
         dropped = [entry for entry in self._pins if entry.state is State.DROPPED]
-        owned = [*(entry.pages for entry in (*self._entries.values(), *dropped)), *held]
-        if sorted([*self._free, *(page for pages in owned for page in pages.tolist())]) != list(
-            range(self.capacity_pages)
-        ):
+        entries = [*self._entries.values(), *dropped]
+        sharing = [(each.page, each) for each in entries if each.blocks]
+        owned = [*(entry.pages for entry in entries if not entry.blocks), *held]
+        if sorted(
+            [*self._free, *{page for page, _ in sharing}, *(page for pages in owned for page in pages.tolist())]
+        ) != list(range(self.capacity_pages)):
             raise RuntimeError("pool: a page is lost, or has two owners")
+        blocks, pinned = Counter[int](), Counter[int]()
+        for page, entry in sharing:
+            blocks[page] += bits_of(entry.blocks or range(0))
+            pinned[page] += entry in self._pins
+        if self._shared.state() != {page: (bits, pinned[page]) for page, bits in blocks.items()}:
+            raise RuntimeError("pool: a block of a page is lost, or has two owners, or pins on a page are miscounted")
         if any(count < 1 for count in self._pins.values()):
             raise RuntimeError("pool: an entry is unpinned more often than it was pinned")
-        if self._evictable != sum(len(e.pages) for e in self._entries.values() if e not in self._pins):
+        unpinned = [each for each in self._entries.values() if each not in self._pins and not each.blocks]
+        if self._evictable != sum(len(e.pages) for e in unpinned) + sum(not pinned[page] for page in blocks):
             raise RuntimeError("pool: the count of pages that can be evicted is wrong")
         if any(entry.state is State.LOADING and entry not in self._pins for entry in self._entries.values()):
             raise RuntimeError("pool: an entry is loading and has no pin")
 
-    def _evict(self, entries: Iterable[Resident]) -> None:
-        """Drop the first of these entries that has no pin, if there is one."""
-        entry = next((each for each in entries if each not in self._pins), None)
-        if entry:
-            _log.debug("evicted an entry of %d tokens", entry.tokens)
-            self.drop(entry)
+    def _free_entry(self, entry: Resident) -> None:
+        """Free what an entry has of its pages. It has no pin."""
+        freed = self._shared.give(entry.page, entry.blocks) if entry.blocks else len(entry.pages)
+        self._evictable -= freed
+        if freed:
+            self.give_back(entry.pages)
+
+    def _evict_one(self, *, whole_pages: bool) -> None:
+        """Evict for room that there is."""
+        if not self._evict(chain(self._overlays.values(), self._entries.values()), whole_pages=whole_pages):
+            raise RuntimeError("pool: there should be room, and nothing can be evicted")
+
+    def _evict(self, entries: Iterable[Resident], *, whole_pages: bool = False) -> bool:
+        """Drop the first of these entries that has no pin, and, for `whole_pages`, that no pinned entry shares a page
+        with; whether there is one."""
+        for entry in entries:
+            alone = not whole_pages or entry.blocks is None or self._shared.evictable(entry.page)
+            if entry not in self._pins and alone:
+                _log.debug("evicted an entry of %d tokens", entry.tokens)
+                self.drop(entry)
+                return True
+        return False
 
 
 def default_capacity_bytes(device: torch.device) -> int:

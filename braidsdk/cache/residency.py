@@ -8,7 +8,7 @@ engine's thread, which alone changes the pool.
 
 import logging
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from braidsdk.cache.codecs import plain
-from braidsdk.cache.pool import Pool, Resident, State
+from braidsdk.cache.pool import Pool
 from braidsdk.cache.rates import Rates
+from braidsdk.cache.resident import Resident, State
 from braidsdk.errors import ClosedError, StoreError, UnknownChunkError
 from braidsdk.models.base import Model
 from braidsdk.store import ChunkStore, Entry, EntryKey, ModelIdentity, Tensors
@@ -204,34 +205,43 @@ class Residency(Generic[N]):
     # the scheduler's Memory
 
     def admit(self, request: N) -> bool:
-        """Pin the entries that a request needs, and take pages for the missing ones and for its tail. Returns whether
-        there was room; if not, nothing is pinned or taken."""
+        """Pin the entries that a request needs, and take room for the missing ones and pages for its tail. Returns
+        whether there was room; if not, nothing is pinned or taken.
+
+        Small entries may lie on more pages than they fill. Where these are too many, those that only this request has
+        pinned are evicted, and count as missing: they come back side by side.
+        """
         pool, unique = self.pool, dict.fromkeys(request.keys)
         found = {key: entry for key in unique if (entry := pool.find(key))}
         for entry in found.values():
             pool.pin(entry)
-        absent = [key for key in unique if key not in found]
         own = (request.reserved, request.scratch, request.overlay)
-        wanted = sum(map(pool.pages_for, (*(len(key.token_ids) for key in absent), *own)))
-        if wanted > pool.room:
-            for entry in found.values():
+        if self._lacks_room(unique, found, own):
+            scattered = [entry for entry in found.values() if entry.blocks and pool.pins(entry) == 1]
+            for entry in scattered:
+                del found[entry.key]
                 pool.unpin(entry)
-            return False
-        new = []
-        for key in absent:
-            entry = pool.add(Resident(key, pool.take(len(key.token_ids))))
-            pool.pin(entry)
-            found[key] = entry
-            self._making[entry] = _Making([], reading=False)
-            new.append(entry)
+            if self._lacks_room(unique, found, own):
+                for entry in found.values():
+                    pool.unpin(entry)
+                return False
+            for entry in scattered:
+                pool.drop(entry)
+        new = pool.place([key for key in unique if key not in found], pool.needed((), own))
+        found.update(new)
+        self._making.update({entry: _Making([], reading=False) for entry in new.values()})
         for entry in found.values():
             if entry in self._making:
                 self._making[entry].holders.append(request)
         pages, scratch, overlay = map(pool.take, own)
         pool.clear(pages)
         entries = tuple(found[key] for key in request.keys)
-        self._held[request] = Held(entries, pages, scratch, overlay, tuple(new))
+        self._held[request] = Held(entries, pages, scratch, overlay, tuple(new.values()))
         return True
+
+    def _lacks_room(self, keys: Iterable[EntryKey], found: Container[EntryKey], own: Sequence[int]) -> bool:
+        """Whether there is no room for those of these entries that were not found, and for a request's own tokens."""
+        return self.pool.needed((len(key.token_ids) for key in keys if key not in found), own) > self.pool.room
 
     def release(self, request: N) -> None:
         """Give back everything that a request holds. If it had to compute an entry, the next request that needs the
@@ -343,8 +353,8 @@ class Residency(Generic[N]):
         if self.pool.find(key) or any(entry.state is State.DROPPED for entry in held.entries):
             return  # the same turn is resident already; or a chunk was deleted, and nothing computed after it may stay
         pages = self.pool.pages_for(len(key.token_ids))
-        self.pool.clear_padding(held.pages[:pages], len(key.token_ids))  # also where tokens were cut off
-        self.pool.add(Resident(key, held.pages[:pages], state=State.READY))
+        turn = self.pool.add(Resident(key, held.pages[:pages], state=State.READY))
+        self.pool.clear_padding(turn)  # also where tokens were cut off
         held.pages = held.pages[pages:]
 
     def leave_scratch(self, request: N) -> None:
@@ -425,9 +435,9 @@ class Residency(Generic[N]):
         def place(key: EntryKey) -> Tensors:
             entry = by_key[key]
             if self._model.device.type == "cpu":
-                return self._tensors(entry, self.pool.kv, entry.pages)
+                return self._in_pool(entry)
             tiles = staged[key] = self._tiles(entry)
-            return self._tensors(entry, tiles, torch.arange(len(entry.pages)))
+            return self._in_tiles(entry, tiles)
 
         try:
             for found in self._store.stream([entry.key for entry in entries], place):
@@ -448,8 +458,8 @@ class Residency(Generic[N]):
         """An entry was read into the pool's memory, or into memory of the host that goes there now."""
         if tiles is not None:
             for memory, layer in zip(self.pool.kv, tiles, strict=True):
-                memory[:, entry.pages] = layer.to(memory.device)
-        self.pool.clear_padding(entry.pages, entry.tokens)
+                memory[:, entry.pages, :, entry.places] = layer.to(memory.device)
+        self.pool.clear_padding(entry)
         entry.stored = True
         self._making[entry].reading = False
         self.computed(entry)
@@ -466,14 +476,21 @@ class Residency(Generic[N]):
             self._check_ready(heir)
         self.pool.unpin(entry)
 
-    def _tensors(self, entry: Resident, memory: Tensor, pages: Tensor) -> Tensors:
-        """An entry's tensors in paged memory of the host."""
-        return plain.tensors(memory.view(torch.uint8).numpy(), pages.tolist(), entry.tokens, self._identity.dtype)
+    def _in_pool(self, entry: Resident) -> Tensors:
+        """An entry's tensors in the pool, on a CPU."""
+        memory, dtype = self.pool.kv.view(torch.uint8).numpy(), self._identity.dtype
+        return plain.tensors(memory, entry.pages.tolist(), entry.tokens, dtype, entry.offset)
+
+    def _in_tiles(self, entry: Resident, tiles: Tensor) -> Tensors:
+        """An entry's tensors in tiles."""
+        pages = range(len(entry.pages))
+        return plain.tensors(tiles.view(torch.uint8).numpy(), pages, entry.tokens, self._identity.dtype)
 
     def _tiles(self, entry: Resident) -> Tensor:
-        """Memory of the host for one entry, as the pool's."""
-        kv = self.pool.kv
-        return torch.empty(len(kv), 2, len(entry.pages), *kv.shape[3:], dtype=kv.dtype)
+        """Memory of the host for what one entry has of its pages, as the pool's."""
+        layers, _, _, heads, size, head_dim = self.pool.kv.shape
+        own = len(range(size)[entry.places])
+        return torch.empty(layers, 2, len(entry.pages), heads, own, head_dim, dtype=self.pool.kv.dtype)
 
     def _publish(self, write: _Write[N], copies: Sequence[tuple[EntryKey, Callable[[], Tensors]]]) -> None:
         """Write entries durably. Runs in an I/O thread."""
@@ -518,7 +535,7 @@ class Residency(Generic[N]):
             where they are, in the pool.
         """
         if self._copies is None:
-            return partial(self._tensors, entry, self.pool.kv, entry.pages)
+            return partial(self._in_pool, entry)
         computed = torch.cuda.Event()
         computed.record()
         return partial(self._copied_from_gpu, entry, computed)
@@ -538,12 +555,12 @@ class Residency(Generic[N]):
             for first in range(0, len(kv), layers):
                 some = tiles[first : first + layers]
                 staged = self._staging[: some.numel()].view(some.shape)
-                staged.copy_(kv[first : first + layers, :, pages], non_blocking=True)
+                staged.copy_(kv[first : first + layers, :, pages, :, entry.places], non_blocking=True)
                 there = torch.cuda.Event(blocking=True)
                 there.record()
                 there.synchronize()
                 some.copy_(staged)
-        return self._tensors(entry, tiles, torch.arange(len(entry.pages)))
+        return self._in_tiles(entry, tiles)
 
     def _provenance(self) -> dict[str, str]:
         """What may change an entry's rounding. It is recorded and never compared."""

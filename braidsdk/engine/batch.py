@@ -29,6 +29,7 @@ class Run:
             others of the entry are hidden. None: they follow one another from `start`.
         hidden: with `places`, what is hidden of the entry, bool [tokens of the entry], on the CPU.
         shifts: what comes of these tokens; then all of them are computed in one pass.
+        offset: where on its first page the entry's token 0 is.
     """
 
     token_ids: tuple[int, ...]
@@ -39,6 +40,7 @@ class Run:
     places: Tensor | None = None
     hidden: Tensor | None = None
     shifts: tuple[Shift, ...] = ()
+    offset: int = 0
 
     def cut(self, tokens: int) -> "tuple[Run, Run | None]":
         """Split it into the first `tokens` tokens, or all of them if they must be in one pass, and the rest. The rest
@@ -56,6 +58,11 @@ class Run:
     def last(self) -> int:
         """The index of its last token in its entry."""
         return self.start + len(self.token_ids) - 1 if self.places is None else int(self.places[-1])
+
+    def entry(self, stop: int) -> PagedSegment:
+        """The first `stop` tokens of its entry."""
+        offset = self.offset
+        return PagedSegment(self.pages, offset, offset + stop, self.origin, self.hidden, offset=offset)
 
     @cached_property
     def frame(self) -> Tensor:
@@ -92,12 +99,11 @@ def make_batch(runs: Sequence[Run], pool: Pool) -> Batch:
     row = lowest = highest = 0
     for run in runs:
         stop = run.last + 1
-        own = PagedSegment(run.pages, 0, stop, run.origin, run.hidden)
-        requests.append(Request(slice(row, row + len(run.token_ids)), (*run.context, own)))
+        requests.append(Request(slice(row, row + len(run.token_ids)), (*run.context, run.entry(stop))))
         row += len(run.token_ids)
         highest = max(highest, run.origin + stop)
         lowest = min(lowest, *(segment.origin for segment in requests[-1].segments))
-    slots = [slots_of(run.pages, frame, pool.page_size) for run, frame in zip(runs, frames, strict=True)]
+    slots = [slots_of(run.pages, frame + run.offset, pool.page_size) for run, frame in zip(runs, frames, strict=True)]
     columns = (
         torch.tensor([i for run in runs for i in run.token_ids]),
         torch.cat([frame + run.origin for frame, run in zip(frames, runs, strict=True)]),

@@ -14,8 +14,9 @@ from typing import Any, Generic, TypeVar
 
 from braidsdk.cache.certificates import Certificates
 from braidsdk.cache.codecs import plain
-from braidsdk.cache.pool import Pool, Resident
+from braidsdk.cache.pool import Pool
 from braidsdk.cache.rates import Rates
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.loop import Loop, closed, deleted
@@ -170,12 +171,7 @@ class Engine:
         """
         self.check_open()
         self.pool.check_fits(
-            [
-                *(len(key.token_ids) for key in set(request.keys)),
-                request.reserved,
-                request.scratch,
-                request.overlay,
-            ]
+            (len(key.token_ids) for key in set(request.keys)), (request.reserved, request.scratch, request.overlay)
         )
         self._loop.send(partial(self._loop.submit, request), partial(self._loop.refuse, request))
         return request

@@ -154,7 +154,7 @@ class GraphRunner:
             state[0, rows] = frames + run.origin
             state[1, rows] = frames
             state[2, rows] = run.token_ids
-            state[3, rows] = self._slots(run.pages, frames)
+            state[3, rows] = self._slots(run.pages, frames + run.offset)
             state[4, at] = rows.stop - 1
         captured.state.copy_(torch.from_numpy(state).pin_memory(), non_blocking=True)
         captured.graph.replay()
@@ -202,10 +202,10 @@ class GraphRunner:
                 del self._apart[row]
         return attention
 
-    def _slots(self, pages: Tensor, tokens: "np.ndarray[Any, np.dtype[np.int64]]") -> Any:
+    def _slots(self, pages: Tensor, places: "np.ndarray[Any, np.dtype[np.int64]]") -> Any:
         """Slots of an entry's tokens, int64 [tokens]. For few tokens this is faster than `paging.slots_of`."""
         size = self._pool.page_size
-        return np.frombuffer(page_ids(pages), np.int32)[tokens // size] * size + tokens % size
+        return np.frombuffer(page_ids(pages), np.int32)[places // size] * size + places % size
 
     def _leave(self, rows: Sequence[Row]) -> None:
         """Take rows out of their slots. What lies there stays: a row that does not grow writes nowhere. Only how it was
@@ -255,5 +255,5 @@ def _request(run: Run, rows: slice, reserved: int | None = None) -> Request:
     """What rows see; of the tail as much as is reserved: the kernel looks at positions."""
     last, context = run.last, run.context
     if run.places is not None:  # chosen tokens may end before the last segment
-        context = tuple(each for each in context if each.origin + each.start <= run.origin + last)
-    return Request(rows, (*context, PagedSegment(run.pages, 0, reserved or last + 1, run.origin, run.hidden)))
+        context = tuple(each for each in context if each.first <= run.origin + last)
+    return Request(rows, (*context, run.entry(reserved or last + 1)))

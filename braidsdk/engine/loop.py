@@ -26,9 +26,10 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from braidsdk.cache.pool import Pool, Resident
+from braidsdk.cache.pool import Pool
 from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.repairs import overlay_key
 from braidsdk.engine.attribution import Attribution
 from braidsdk.engine.batch import Run
@@ -569,8 +570,9 @@ class Loop:
             for index in segment.after:
                 context.append(held.entries[index].at(origin))
                 origin += held.entries[index].tokens
-            self.pool.clear(entry.pages)
-            runs.append((Run(entry.key.token_ids, tuple(context), entry.pages, 0, origin), entry))
+            self.pool.clear_entry(entry)
+            run = Run(entry.key.token_ids, tuple(context), entry.pages, 0, origin, offset=entry.offset)
+            runs.append((run, entry))
         request.computed_tokens = sum(len(run.token_ids) for run, _ in runs)
         request.clock.ready = perf_counter()
         task = self._tasks[request] = _Task(runs, chooses=bool(request.overlay))

@@ -17,6 +17,7 @@ from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from braidsdk.cache.pool import Pool
 from braidsdk.compose.composition import Composition
@@ -131,7 +132,8 @@ def repaired(
     changed = [at for at in range(len(context)) if bounds[at + 1] > bounds[at]]
     hiding = list(context)
     for at in changed:
-        hiding[at] = replace(context[at], hidden=hidden[ends[at] : ends[at + 1]])
+        chosen_there = pad(hidden[ends[at] : ends[at + 1]], (context[at].offset, 0))  # by place
+        hiding[at] = replace(context[at], hidden=chosen_there)
     shifts: tuple[Shift, ...] = ()
     if composition.repair and composition.repair.shift:
         counts = [bounds[at + 1] - bounds[at] for at in changed]
@@ -195,7 +197,8 @@ def _shifts(
     size = pool.page_size
     pages = torch.cat([segment.pages for segment in segments])
     before = accumulate((len(segment.pages) * size for segment in segments[:-1]), initial=0)
-    places = torch.tensor([at - segment.origin for at, segment in zip(before, segments, strict=True)])  # on `pages`
+    firsts = zip(before, segments, strict=True)
+    places = torch.tensor([at + segment.offset - segment.origin for at, segment in firsts])  # on `pages`
     stored = slots_of(pages, positions + places.repeat_interleave(torch.tensor(counts)), size).split(list(counts))
     fresh = slots_of(scratch, positions, size).split(list(counts))
     behind = torch.arange(len(positions), len(positions) + len(segments))
@@ -307,7 +310,8 @@ def _moved(
     size, columns = pool.page_size, []
     for place in repairable(composition):
         segment, tokens = context[place], torch.arange(len(composition.segments[place].token_ids))
-        fresh, stored = slots_of(scratch, tokens + segment.origin, size), slots_of(segment.pages, tokens, size)
+        fresh = slots_of(scratch, tokens + segment.origin, size)
+        stored = slots_of(segment.pages, tokens + segment.offset, size)
         columns.append(torch.stack((fresh, stored, torch.full_like(tokens, segment.origin))))
     found = []
     for part in torch.cat(columns, 1).to(pool.kv.device).split(_MOVED_AT_ONCE, 1):

@@ -20,7 +20,7 @@ from braidsdk.types import Certificate, Timings, Usage
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from braidsdk.cache.pool import Resident
+    from braidsdk.cache.resident import Resident
     from braidsdk.engine.sampling import SamplingParams
 
 Then = Callable[[Sequence["Resident"], "Tensor | None"], object]

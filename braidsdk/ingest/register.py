@@ -155,16 +155,16 @@ def _groups(
     lacking: Sequence[tuple[Chunk, EntryKey]], pool: Pool, most_tokens: int
 ) -> Iterator[list[tuple[Chunk, EntryKey]]]:
     """Cut the list into groups of at most `most_tokens`, or of one entry, that fit into a quarter of the pool."""
-    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(most_tokens))
+    room = min(pool.capacity_pages // 4, 2 * pool.pages_for(most_tokens)) * pool.page_bytes
     group: list[tuple[Chunk, EntryKey]] = []
-    tokens = pages = 0
+    tokens = taken = 0
     for chunk, key in lacking:
         more = len(key.token_ids)
-        if group and (tokens + more > most_tokens or pages + pool.pages_for(more) > room):
+        if group and (tokens + more > most_tokens or taken + pool.bytes_for(more) > room):
             yield group
-            group, tokens, pages = [], 0, 0
+            group, tokens, taken = [], 0, 0
         group.append((chunk, key))
         tokens += more
-        pages += pool.pages_for(more)
+        taken += pool.bytes_for(more)
     if group:
         yield group

@@ -81,6 +81,7 @@ def _attention(queries: Tensor, plans: Sequence[RequestPlan], kv: Tensor, scale:
         tiles = kv.index_select(1, plan.pages).to(wide)
         keys, values = tiles.transpose(1, 2).flatten(2, 3)
         keys, values = plan.shifted(keys, values, kv)
+        values = values.masked_fill(plan.outside[:, None], 0.0)
         per_row = queries.shape[1] * (keys.shape[1] + len(plan.spans) * keys.shape[2])
         step = max(1, BLOCK_ELEMENTS // per_row)
         for start in range(0, len(plan.hidden), step):

@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from braidsdk.kernels.attention.plan import RequestPlan
+from braidsdk.kernels.paging import BLOCK
 
 _FEW_ROWS = 256
 _ROW_BLOCK = 512
 
 _ROW_STEP = 32
 """Rows that flash attention takes at once; by measurement a block that is not full costs more than a full one."""
-
-_KEY_STEP = 64
-"""Keys that it takes at once, likewise."""
 
 _TURNED_AT_ONCE = 1 << 17
 """Elements of queries that are rotated together, in float32: they stay in a core's cache."""
@@ -38,7 +36,7 @@ class _Run:
     Attributes:
         first: page id of the first.
         pages: how many.
-        keys: of each page, from its first token on.
+        keys: which of each page.
         queries: which segments' frames the queries are in: one for all pages, or one per page.
         mask: added to the scores, [1, 1, padded rows, keys]; None where every row sees every key.
         blind: rows that see no key, [padded rows]; None with `mask`, or where there are none.
@@ -46,7 +44,7 @@ class _Run:
 
     first: int
     pages: int
-    keys: int
+    keys: slice
     queries: slice
     mask: Tensor | None = None
     blind: Tensor | None = None
@@ -59,14 +57,14 @@ class _Tile:
     Attributes:
         rows: among the request's rows.
         segment: index of the segment.
-        keys: those of the segment that some row sees, from its first page's first token on.
+        keys: those of the segment from the first to the last that some row sees, by their places on its pages.
         mask: added to the scores, [rows, keys]; None where every row sees every key.
         blind: rows that see no key, [rows]; None with `mask`, or where there are none.
     """
 
     rows: slice
     segment: int
-    keys: int
+    keys: slice
     mask: Tensor | None
     blind: Tensor | None
 
@@ -106,7 +104,8 @@ def plan_flash(
         cos, sin = _doubled(base.cos.transpose(0, 1), base.sin.transpose(0, 1))
         return FlashPlan(base, False, cos, sin, len(base.hidden), tiles=_tiles(base, dtype))
     firsts = accumulate((span // page_size for span in base.spans[:-1]), initial=0)
-    order = base.pages[list(firsts)].argsort()  # pages of neighbouring segments then are one run where they can be
+    # Pages of neighbouring segments then are one run where they can be.
+    order = base.pages[list(firsts)].argsort(stable=True)
     cos, sin = _doubled(base.cos.transpose(0, 1)[order], base.sin.transpose(0, 1)[order])
     rows = group * len(base.hidden)
     padded = rows if rows <= _ROW_STEP else -(-rows // _ROW_STEP) * _ROW_STEP
@@ -151,25 +150,28 @@ def _pages(
 ) -> Iterator[_Run]:
     """Each page that some row sees, by itself."""
     hidden = base.hidden.view(len(base.hidden), -1, page_size)
-    last = torch.where(hidden.all(0), 0, torch.arange(1, page_size + 1)).amax(-1)
-    seen_by_all = (~hidden).all(0).sum(-1)
-    stops = (-(-last // _KEY_STEP) * _KEY_STEP).clamp(max=page_size)
-    ids, keys, plain = base.pages.tolist(), stops.tolist(), (seen_by_all == stops).tolist()
+    unseen, places = hidden.all(0), torch.arange(page_size)
+    first = torch.where(unseen, page_size, places).amin(-1)
+    last = torch.where(unseen, 0, places + 1).amax(-1)
+    starts = first // BLOCK * BLOCK  # whole blocks: none of another entry's keys are read
+    stops = (-(-last // BLOCK) * BLOCK).clamp(max=page_size)
+    plain = ((~hidden).all(0).sum(-1) == stops - starts).tolist()
+    ids, keys = base.pages.tolist(), [slice(*ends) for ends in zip(starts.tolist(), stops.tolist(), strict=True)]
     ends = list(accumulate(span // page_size for span in base.spans))
     for place, segment in enumerate(order):
         for at in range(ends[segment] - base.spans[segment] // page_size, ends[segment]):
-            if not keys[at]:
+            if not keys[at].stop:
                 continue
             page = _Run(ids[at], 1, keys[at], slice(place, place + 1))
             if not plain[at]:
-                mask, blind = _mask(_for_group(hidden[:, at, : keys[at]], group, padded), dtype)
+                mask, blind = _mask(_for_group(hidden[:, at, keys[at]], group, padded), dtype)
                 page = replace(page, mask=None if mask is None else mask[None, None], blind=blind)
             yield page
 
 
 def _joined(run: _Run, page: _Run, page_size: int) -> _Run | None:
     """A run and the page after it as one, where they can be."""
-    alike = run.keys == page.keys == page_size and run.mask is None and page.mask is None
+    alike = run.keys == page.keys == slice(0, page_size) and run.mask is None and page.mask is None
     if not alike or page.first != run.first + run.pages:
         return None
     if page.queries == run.queries:
@@ -188,8 +190,8 @@ def _tiles(base: RequestPlan, dtype: torch.dtype) -> tuple[_Tile, ...]:
         for index, hidden in enumerate(by_segment):
             seen = (~hidden[rows]).any(0).nonzero()
             if len(seen):
-                keys = int(seen[-1]) + 1
-                tiles.append(_Tile(rows, index, keys, *_mask(hidden[rows, :keys], dtype)))
+                keys = slice(int(seen[0]), int(seen[-1]) + 1)
+                tiles.append(_Tile(rows, index, keys, *_mask(hidden[rows, keys], dtype)))
     return tuple(tiles)
 
 
@@ -246,7 +248,7 @@ def _over_pages(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float) -> T
     _turn(queries, plan, turned[:, :, : group * rows].unflatten(2, (group, rows)))
     outs, lses = [], []
     for run in plan.runs:
-        keys, values = kv[:, run.first : run.first + run.pages, :, : run.keys]
+        keys, values = kv[:, run.first : run.first + run.pages, :, run.keys]
         query = turned[run.queries].expand(run.pages, -1, -1, -1)
         out, lse = _flash(query, keys, values, 0.0, False, attn_mask=run.mask, scale=scale)
         outs += out.unbind()
@@ -274,7 +276,7 @@ def _over_tiles(queries: Tensor, plan: FlashPlan, kv: Tensor, scale: float, kept
     merged = torch.zeros(q_heads, count, head_dim, dtype=torch.float32)
     total = torch.full((q_heads, count, 1), float("-inf"))
     for tile in plan.tiles:
-        keys, values = by_segment[tile.segment][:, None, :, : tile.keys]
+        keys, values = by_segment[tile.segment][:, None, :, tile.keys]
         query = turned[tile.segment, None, :, tile.rows]
         mask = None if tile.mask is None else tile.mask[None, None]
         out, lse = _flash(query, keys, values, 0.0, False, attn_mask=mask, scale=scale)

@@ -69,7 +69,8 @@ def _unit(
     if (HIDES or SHIFTS) and not SHARED:
         some_changed = tl.load(items + item * 6 + 5) > 0
     for span in range(first_span, last_span):
-        first_page = tl.load(spans + span * 4)
+        listed_page = tl.load(spans + span * 4)
+        offset = listed_page % PAGE
         span_start = tl.load(spans + span * 4 + 1)
         span_stop = tl.load(spans + span * 4 + 2)
         frame_at = tl.load(spans + span * 4 + 3)
@@ -80,7 +81,7 @@ def _unit(
             high = tl.load(frame + 2)
             change = tl.load(frame + 3)
             changed = change >= 0
-            seen = tl.where(live, tl.minimum(high, position - origin + 1), low)
+            seen = tl.where(live, tl.minimum(high, position - origin + offset + 1), low)
             start = tl.maximum(low, span_start)
         else:
             frame = frames + tl.where(frame_at < 0, -1 - frame_at, frame_at + member) * 4
@@ -90,14 +91,14 @@ def _unit(
             change = tl.load(frame + 3, mask=live, other=-1)
             if HIDES or SHIFTS:
                 changed = some_changed
-            seen = tl.where(live, tl.minimum(high, position - origin + 1), 0)
+            seen = tl.where(live, tl.minimum(high, position - origin + offset + 1), 0)
             start = tl.maximum(tl.min(low, 0), span_start)
         stop = tl.minimum(tl.max(seen, 0), span_stop)
         turn = tl.maximum(position - origin, 0).to(tl.int64)[:, None] * HALF + half[None, :]
         cosine = tl.load(cosines + turn, mask=half_live, other=0.0) * (scale * LOG2_E)
         sine = tl.load(sines + turn, mask=half_live, other=0.0) * (scale * LOG2_E)
         # Page ids in registers: loaded one by one they would be a step of the loop's pipeline.
-        listed = pages + first_page - span_start // PAGE
+        listed = pages + listed_page // PAGE - span_start // PAGE
         first = start // PAGE
         ids = tl.load(listed + first + k, mask=(first + k) * PAGE < stop, other=0)
         if HIDES and SHARED:

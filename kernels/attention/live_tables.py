@@ -42,9 +42,9 @@ class LiveRoom:
 _LEAST_CHANGES = 64
 """Words of the smallest block of a request's changes; others are a power of two, so that the next one fits."""
 
-_Name = tuple[int, int, int, int, int]
-"""Pages that belong together: the first one's id, how many the entry has, which of them are seen, from and to, and how
-often the same request has used them before."""
+_Name = tuple[int, int, int, int, int, int]
+"""Pages that belong together: the first one's id, how many the entry has and its offset there, which of them are seen,
+from and to, and how often the same request has used them before."""
 
 
 class _Tile:
@@ -185,9 +185,9 @@ class LiveTables:
                 continue
             pages = page_ids(segment.pages)
             first, last = segment.start // self._page_size, -(-segment.stop // self._page_size)
-            name = (pages[0], len(pages), first, last, 0)  # a page belongs to one entry
+            name = (pages[0], len(pages), segment.offset, first, last, 0)  # a place belongs to one entry
             while name in named:
-                name = (*name[:4], name[4] + 1)
+                name = (*name[:5], name[5] + 1)
             named[name] = segment
             if segment.changed:
                 changes[name] = changes_of(segment, last * self._page_size)
@@ -264,18 +264,21 @@ class LiveTables:
         rows = {False: range(1, self._few + 1), True: range(self._few + 1, self._most + 1)}
         for item in chain(range(start, large), range(small, stop)):
             first_row, count, span, last_span, step, some = _ITEM.unpack_from(self.host, 4 * (self.items_at + 6 * item))
-            first_page, token, end, frame = self._read(_SPAN, 4 * span)
+            listed, token, end, frame = self._read(_SPAN, 4 * span)
             if count not in rows[item < large] or last_span != span + 1:
                 raise RuntimeError(f"item {item}: of {count} rows and {last_span - span} spans.")
             size = self._page_size
-            pages = self.host[self.words_at + first_page :][: (end - token) // size]
+            pages = self.host[self.words_at + listed // size :][: (end - token) // size]
             for member in range(count):
                 slot, place = self._read(_MEMBER, 2 * (first_row + member))
                 *seen, change = self._read(_FRAME, 4 * (frame + member))
                 some -= change >= 0
                 changes = self.host[self.words_at + change - 1 :] if change >= 0 else None
                 tokens = range(token, end, size)
-                keys = [(*seen, at, page, _changes(changes, at, size)) for at, page in zip(tokens, pages, strict=True)]
+                keys = [
+                    (*seen, listed % size, at, page, _changes(changes, at, size))
+                    for at, page in zip(tokens, pages, strict=True)
+                ]
                 found[slot].append((place + step, keys))
             if some:
                 raise RuntimeError(f"item {item}: {some} rows more than have hidden keys or a shift.")
@@ -309,14 +312,15 @@ class LiveTables:
             tile.few_at = self._heap.take(self._few_size)
         self._settle(tile, large=not self._few)
         tiles.append(tile)
-        pages, first, shown = page_ids(segment.pages), name[2], name[3] - name[2]
+        pages, first, shown = page_ids(segment.pages), name[3], name[4] - name[3]
         count = -(-shown // self._item_pages)
         tile.items = [0] * count
         tile.spans = [self._heap.take(self._span_size) for _ in range(count)]
         start, size = first, self._page_size
         for step, span in enumerate(tile.spans):
             stop, at = first + (step + 1) * shown // count, self.words_at + span
-            _SPAN.pack_into(self.host, 4 * at, span + 4, start * size, stop * size, tile.frames // 4)
+            listed = (span + 4) * size + segment.offset
+            _SPAN.pack_into(self.host, 4 * at, listed, start * size, stop * size, tile.frames // 4)
             self.host[at + 4 : at + 4 + stop - start] = pages[start:stop]
             start = stop
         self._place(tile)
@@ -424,12 +428,12 @@ class LiveTables:
 
 
 def _keys(segments: Sequence[PagedSegment], size: int) -> Iterator[tuple[object, ...]]:
-    """Origin and bounds, token, id and changes of each page, of what a request sees."""
+    """Origin, bounds and offset, first place, id and changes of each page, of what a request sees."""
     for segment in segments:
         pages, last = segment.pages.tolist(), -(-segment.stop // size)
         changes = changes_of(segment, last * size) if segment.changed else None
         for page in range(segment.start // size, last):
-            seen = segment.origin, segment.start, segment.stop
+            seen = segment.origin, segment.start, segment.stop, segment.offset
             yield *seen, page * size, pages[page], _changes(changes, page * size, size)
 
 

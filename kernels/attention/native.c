@@ -21,11 +21,12 @@ typedef struct {
 } Request;
 
 typedef struct {
-    int64_t origin;      /* absolute position of the entry's token 0 */
-    int64_t start, stop; /* tokens of the slice, at least one */
+    int64_t origin;      /* absolute position of place 0, the first of its first page */
+    int64_t start, stop; /* places of the slice's tokens, at least one */
     const int64_t *pages;
-    const uint8_t *hidden; /* which of its tokens no row sees, or NULL */
+    const uint8_t *hidden; /* by place, which of its tokens no row sees, or NULL */
     int64_t angles;        /* where its angles are */
+    int64_t offset;        /* place of the entry's token 0 */
     int64_t shift;         /* slot whose key and value are added to each of its own, or -1 */
 } Segment;
 
@@ -188,7 +189,7 @@ int64_t attention_plan(const Plan *plan, const float *cosines, const float *sine
             highest = shift > highest ? shift : highest;
             for (int64_t row = 0; row < request->rows; row++) {
                 /* A row before a segment's frame sees none of its keys, so any rotation will do. */
-                int64_t position = plan->positions[request->first_row + row] - segment->origin;
+                int64_t position = plan->positions[request->first_row + row] - segment->origin - segment->offset;
                 position = position < 0 ? 0 : position;
                 if (position >= table_rows) return -1;
                 float *angles = plan->angles + segment->angles + row;

@@ -21,6 +21,9 @@ from braidsdk.kernels.rope import RotaryTable
 _COLUMNS = _STEP = 128
 """Query rows of a task, and keys of a step, as native.c has them."""
 
+_SEGMENT = 8
+"""Numbers of a `Segment` of native.c."""
+
 _READ_PAST = 16
 """Numbers behind the last angles that native.c may read, and multiplies by zero."""
 
@@ -138,7 +141,7 @@ def plan_for_native(
             raise ValueError(f"attention: expected rows among {len(positions)} tokens, got {request.rows}.")
         planned += count
         tasks += kv_heads * -(-count * group // _COLUMNS)
-        first = len(segments) // 7
+        first = len(segments) // _SEGMENT
         for segment in request.segments:
             if segment.stop <= segment.start:
                 continue
@@ -153,9 +156,11 @@ def plan_for_native(
             pages += needed - segment.start // page_size
             address = 0 if hidden is None else hidden.data_ptr()
             shift = -1 if segment.shift is None else segment.shift
-            segments.extend((segment.origin, segment.start, segment.stop, table.data_ptr(), address, angles, shift))
+            origin = segment.origin - segment.offset  # where place 0 would be
+            turn = (angles, segment.offset)
+            segments.extend((origin, segment.start, segment.stop, table.data_ptr(), address, *turn, shift))
             angles += head_dim * count
-        rows.extend((request.rows.start, count, first, len(segments) // 7 - first))
+        rows.extend((request.rows.start, count, first, len(segments) // _SEGMENT - first))
     angles_of_all, tasks_of_all = (
         torch.zeros(angles + _READ_PAST, dtype=torch.float32, device="cpu"),
         torch.empty(3 * tasks, dtype=torch.int64, device="cpu"),

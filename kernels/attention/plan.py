@@ -61,6 +61,7 @@ class RequestPlan:
         cos, sin: rotation of each row's query in each segment's frame, [rows, segments, head_dim / 2].
         hidden: what a row must not see: keys after it, keys outside their segment's slice, padding;
             bool [rows, pages * page_size].
+        outside: keys outside their segment's slice, which may hold anything, NaN too; bool [pages * page_size].
         shifts: slot of each segment's shift, None where it has none.
     """
 
@@ -72,6 +73,7 @@ class RequestPlan:
     cos: Tensor
     sin: Tensor
     hidden: Tensor
+    outside: Tensor
     shifts: tuple[int | None, ...]
 
     def shifted(self, keys: Tensor, values: Tensor, kv: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,18 +106,19 @@ def plan_request(
     if not segments or request.rows.stop <= request.rows.start:
         return None
     rows = positions[request.rows]
-    pages, keys_at, spans = [], [], []
+    pages, keys_at, spans, outside = [], [], [], []
     never = torch.iinfo(torch.int64).max  # the position of what no row sees
     for segment in segments:
         first, last = segment.start // page_size, -(-segment.stop // page_size)
         pages.append(segment.pages[first:last])
         spans.append((last - first) * page_size)
-        token = torch.arange(first * page_size, last * page_size, device=rows.device)
-        inside = (token >= segment.start) & (token < segment.stop)
+        place = torch.arange(first * page_size, last * page_size, device=rows.device)
+        inside = (place >= segment.start) & (place < segment.stop)
+        outside.append(~inside)
         if segment.hidden is not None:
             stop = min(len(segment.hidden), segment.stop)
             inside[: max(stop - first * page_size, 0)] &= ~segment.hidden[first * page_size : stop].to(rows.device)
-        keys_at.append(torch.where(inside, token + segment.origin, never))
+        keys_at.append(torch.where(inside, place + (segment.origin - segment.offset), never))
     origins = torch.tensor([segment.origin for segment in segments], device=rows.device)
     # A row before a segment's frame sees none of its keys, so any rotation will do.
     cos, sin = rotary.at((rows[:, None] - origins).clamp(min=0), limit)
@@ -129,5 +132,6 @@ def plan_request(
         cos,
         sin,
         hidden,
+        torch.cat(outside),
         tuple(segment.shift for segment in segments),
     )

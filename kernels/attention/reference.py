@@ -21,7 +21,7 @@ def cascade_attention_reference(queries: Tensor, plans: Sequence[RequestPlan], k
         queries: normed, unrotated, [tokens, q_heads, head_dim].
         plans: which rows see which segments, from `plan_request`.
         kv: the layer's paged memory, [2, pages, kv_heads, page_size, head_dim], the new tokens already appended.
-            What a page holds beside its tokens must be finite.
+            What a page holds beside a segment's slice may be anything; hidden keys must be finite.
         scale: factor on the scores.
 
     Returns:
@@ -53,6 +53,7 @@ def cascade_attention_lse_reference(
             each[plan.pages].to(wide).transpose(0, 1).flatten(1, 2).repeat_interleave(group, 0) for each in kv
         )
         keys, values = plan.shifted(keys, values, kv)
+        values = values.masked_fill(plan.outside[:, None], 0.0)
         parts = []
         for at, segment in enumerate(torch.split(keys, list(plan.spans), 1)):
             turned = rotate(queries[plan.rows], plan.cos[:, at], plan.sin[:, at]).to(wide)

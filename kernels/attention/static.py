@@ -168,7 +168,8 @@ class StaticPlan:
                 for page, last in runs:
                     while page < last:
                         taken = min(last - page, end - at)
-                        spans.extend((listed_at + page, page * size, (page + taken) * size, frame))
+                        listed_page = (listed_at + page) * size + segment.offset
+                        spans.extend((listed_page, page * size, (page + taken) * size, frame))
                         page, at, span = page + taken, at + taken, span + 1
                         if at == end:
                             ends.append(span)

@@ -31,11 +31,12 @@ class Tables:
         items: [items, 6]: its first row in `rows` (direct: among the batch's rows), how many, first span, one past
             its last span, what is added to the places of its partial results, whether some of its frames have an
             offset in `changes` (read unless `shared`).
-        spans: [spans, 4]: its first page in `pages`, the entry's token at which that page starts, one past the last
-            token, f >= 0 if the frames of the item's rows are those from f on, or -1 - f if all share frame f.
+        spans: [spans, 4]: where its first page is in `pages`, times the page size, plus the entry's offset (a page
+            that entries share is the only one of each); the place at which that page starts; one past the last place;
+            f >= 0 if the frames of the item's rows are those from f on, or -1 - f if all share frame f.
         rows: [members, 2]: row of the batch, place of its partial result in an item that adds 0. Empty if direct.
-        frames: [frames, 4]: origin, first and one past the last token that may be seen, offset in `changes` of the
-            entry's first word or -1.
+        frames: [frames, 4]: origin, first and one past the last place that may be seen, where in `changes` the
+            entry's first word is or -1. Origin, offset and places are those of a `PagedSegment`.
         pages: [pages].
         changes: [words]: of each segment with hidden keys or a shift, what `changes_of` gives. The first word is the
             one behind the shift.
@@ -88,12 +89,14 @@ class _Entry:
 
     Attributes:
         pages: their ids.
+        offset: where on the first one they belong together, as `PagedSegment.offset`.
         users: indexes of the requests, in order.
         segments: what each of them sees of it.
         places: which of the request's segments that is.
     """
 
     pages: list[int]
+    offset: int
     users: list[int] = field(default_factory=list)
     segments: list[PagedSegment] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
@@ -106,23 +109,23 @@ class _Entry:
 
 def _entries(requests: Sequence[Request]) -> list[_Entry]:
     """What the requests that have rows see."""
-    found: dict[tuple[int, int, int], _Entry] = {}
+    found: dict[tuple[int, int, int, int], _Entry] = {}
     listed: dict[int, list[int]] = {}  # most requests share the tensors of their pages
     for index, request in enumerate(requests):
         if request.rows.stop <= request.rows.start:
             continue
-        times: dict[tuple[int, int], int] = {}
+        times: dict[tuple[int, int, int], int] = {}
         for place, segment in enumerate(request.segments):
             if segment.stop <= segment.start:
                 continue
             pages = listed.get(id(segment.pages))
             if pages is None:
                 pages = listed[id(segment.pages)] = segment.pages.tolist()
-            name = (pages[0], len(pages))  # a page belongs to one entry
+            name = (pages[0], len(pages), segment.offset)  # a place belongs to one entry
             times[name] = again = times.get(name, -1) + 1
             entry = found.get((*name, again))
             if entry is None:
-                entry = found[(*name, again)] = _Entry(pages)
+                entry = found[(*name, again)] = _Entry(pages, segment.offset)
             entry.users.append(index)
             entry.segments.append(segment)
             entry.places.append(place)
@@ -366,7 +369,7 @@ class _Builder:
         return at
 
     def span(self, entry: _Entry, start: int, stop: int, frames: int, *, shared: bool) -> None:
-        """The pages that hold the tokens [start, stop) of an entry; a frame for each of an item's rows, or one that
+        """The pages that hold the places [start, stop) of an entry; a frame for each of an item's rows, or one that
         they share."""
         first = start // self.page_size
         name = (entry.pages[0], len(entry.pages))
@@ -374,7 +377,8 @@ class _Builder:
         if pages_at is None:
             pages_at = self._pages_at[name] = len(self._pages)
             self._pages.extend(entry.pages)
-        self._spans.extend((pages_at + first, first * self.page_size, stop, -1 - frames if shared else frames))
+        listed = (pages_at + first) * self.page_size + entry.offset
+        self._spans.extend((listed, first * self.page_size, stop, -1 - frames if shared else frames))
         self.shared &= shared
 
     def finish(self, rows: Tensor, merges: Tensor, *, large: int, complete: bool) -> Tables:

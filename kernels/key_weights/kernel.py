@@ -23,7 +23,7 @@ def key_weights_kernel(
     BLOCK_ROWS: tl.constexpr = BLOCK_M // GROUP
     q_heads: tl.constexpr = KV_HEADS * GROUP
     block, head = tl.program_id(0), tl.program_id(1)
-    entry = pages + block // (PAGE // BLOCK_N) * 6
+    entry = pages + block // (PAGE // BLOCK_N) * 7
     page = tl.load(entry).to(tl.int64)
     inner = block % (PAGE // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     token = tl.load(entry + 1) + inner
@@ -31,6 +31,7 @@ def key_weights_kernel(
     low = tl.load(entry + 3)
     high = tl.load(entry + 4)
     change = tl.load(entry + 5)
+    offset = tl.load(entry + 6)
     slot = tl.load(changes + change - 1, change >= 0, other=-1)
     inside = (token >= low) & (token < high)
     word = tl.load(changes + change + token // 32, inside & (change >= 0), other=0)
@@ -77,6 +78,6 @@ def key_weights_kernel(
         turned = tl.reshape(tl.permute(halves, (0, 2, 1)), (BLOCK_M, BLOCK_D)).to(kv.dtype.element_ty)
         score = tl.dot(turned, tl.trans(key), input_precision="ieee")
         score += (tl.sum(turned.to(tl.float32) * mu[None, :], 1) - lse_of_row)[:, None]
-        visible = inside[None, :] & (token[None, :] <= (position - origin)[:, None]) & live[:, None]
+        visible = inside[None, :] & (token[None, :] <= (position - origin + offset)[:, None]) & live[:, None]
         largest = tl.maximum(largest, tl.max(tl.where(visible, tl.exp2(score), 0.0), 0))
     tl.store(weights + head * keys + block * BLOCK_N + tl.arange(0, BLOCK_N), largest)

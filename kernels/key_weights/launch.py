@@ -23,9 +23,9 @@ class TritonKeyWeights:
 
     Attributes:
         attention: its plan, which leaves partial results.
-        pages: of all segments in order, int32 [pages, 6]: page, the entry's token at which it starts, then of its
-            segment the origin, the first and one past the last token, and the offset in `changes` or -1, as in
-            `attention.tables.Tables.frames`.
+        pages: of all segments in order, int32 [pages, 7]: page, the place at which it starts, then of its segment the
+            origin, the first and one past the last place, and where its first word is in `changes` or -1, as in
+            `attention.tables.Tables.frames`; and the offset.
         changes: as there.
     """
 
@@ -103,9 +103,10 @@ def key_weights_for_triton(
             change = len(changes) + 1
             changes.extend(changes_of(segment, last * page_size))
         for page in range(segment.start // page_size, last):
-            pages.extend((ids[page], page * page_size, segment.origin, segment.start, segment.stop, change))
+            bounds = (segment.origin, segment.start, segment.stop)
+            pages.extend((ids[page], page * page_size, *bounds, change, segment.offset))
     device, count = attention.cos.device, len(pages)
     pages.extend(changes or (0,))
     table = torch.frombuffer(pages, dtype=torch.int32)
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)  # in one copy
-    return TritonKeyWeights(attention, table[:count].view(-1, 6), table[count:])
+    return TritonKeyWeights(attention, table[:count].view(-1, 7), table[count:])

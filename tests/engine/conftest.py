@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from braidsdk import Braid
-from braidsdk.cache.pool import State
+from braidsdk.cache.resident import State
 from braidsdk.engine.engine import Engine
 from braidsdk.models.base import Batch
 
@@ -145,8 +145,8 @@ def check_settled(braid: Braid) -> None:
         if residency._making or residency._writing or pool._pins:
             return False  # an I/O thread is still at it
         assert all(entry.state is State.READY for entry in pool._entries.values())
-        of_entries = sum(len(entry.pages) for entry in pool._entries.values())
-        assert pool.used_bytes == of_entries * pool.page_bytes
+        of_entries = {page for entry in pool._entries.values() for page in entry.pages.tolist()}
+        assert pool.used_bytes == len(of_entries) * pool.page_bytes
         return True
 
     wait_until(lambda: engine.call(all_is_there))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from braidsdk import Answer, Braid, Chunk, Context
-from braidsdk.cache.pool import Resident
+from braidsdk.cache.resident import Resident
 from braidsdk.compose.repairs import overlay_key
 from braidsdk.errors import UnknownChunkError
 from braidsdk.kernels.attention import eager
@@ -462,8 +462,9 @@ def test_a_full_disk_leaves_it_out_and_nothing_else(
 
 
 def test_it_gives_way_before_any_other_entry(make_braid: Callable[..., Braid], page_bytes: int) -> None:
-    """The pool holds eight pages: three entries, two overlays, and what a call takes. Four more are then needed."""
-    with make_braid(pool_bytes=8 * page_bytes) as braid:
+    """The pool holds six pages: one of three entries, two of overlays, and what a call takes. Four more are then
+    needed."""
+    with make_braid(pool_bytes=6 * page_bytes) as braid:
         rules = braid.register_system(RULES)
         chunks = [rules, *braid.register_many(TEXTS[:2], anchor=rules)]
         first, second = (braid.compose(chunks, mode=mode, keep=True) for mode in ("linked(5)", "linked(6)"))

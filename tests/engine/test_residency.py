@@ -16,17 +16,17 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from braidsdk.cache.pool import Pool, Resident
-from braidsdk.cache.pool import State as EntryState
+from braidsdk.cache.pool import Pool
 from braidsdk.cache.rates import Rates
 from braidsdk.cache.residency import Residency
+from braidsdk.cache.resident import Resident
+from braidsdk.cache.resident import State as EntryState
 from braidsdk.errors import StoreError
 from braidsdk.store import Entry, EntryKey, ModelIdentity, Tensors, sha256_of_tokens
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_OVERLAY, LEVEL_QUERY
 
 MODEL = ModelIdentity("w", "t", "float32", "none", 2, 1, 2, "{}")
-PAGE = 4
-PAGE_BYTES = 2 * 2 * PAGE * 2 * 4
+PAGE, SHARED_PAGE = 4, 128
 
 
 def key(chunk: str | None, tokens: int, after: tuple[str, ...] = (), level: int = LEVEL_CONTEXT) -> EntryKey:
@@ -36,10 +36,13 @@ def key(chunk: str | None, tokens: int, after: tuple[str, ...] = (), level: int 
 KEYS = (key("a", 3), key("b", 8), key("c", 5), key("d", 1), key("e", 9, after=("a",)), key("f", 4, after=("b",)))
 """One to three pages each; two were computed with sight of another chunk."""
 
+SMALL = (key("a", 22), key("b", 64), key("c", 40), key("d", 1), key("e", 200, after=("a",)), key("f", 31, after=("b",)))
+"""The same chunks, most of which share pages of 128 tokens."""
+
 OVERLAYS = tuple(key(None, tokens, after, LEVEL_OVERLAY) for tokens in (2, 6) for after in (("a",), ("b", "c")))
 """One or two pages each."""
 
-MARKS = {each: float(place + 1) for place, each in enumerate((*KEYS, *OVERLAYS))}
+MARKS = {each: float(place + 1) for place, each in enumerate((*KEYS, *SMALL, *OVERLAYS))}
 """What lies on the pages of each."""
 
 
@@ -117,14 +120,15 @@ class FakeStore:
 class Bench:
     """A residency with its owner, its store and its threads, all run by hand."""
 
-    def __init__(self, pages: int = 12) -> None:
+    def __init__(self, pages: int = 12, page: int = PAGE, keys: Sequence[EntryKey] = KEYS, device: str = "cpu") -> None:
         cpu = torch.device("cpu")
+        self.keys = keys
         self.pool = Pool(
             layers=2, kv_heads=1, head_dim=2, dtype=torch.float32, device=cpu,
-            capacity_bytes=pages * PAGE_BYTES, page_size=PAGE,
+            capacity_bytes=pages * 2 * 2 * page * 2 * 4, page_size=page,
         )  # fmt: skip
         self.store = FakeStore()
-        model = SimpleNamespace(device=cpu, dtype=torch.float32)
+        model = SimpleNamespace(device=SimpleNamespace(type=device), dtype=torch.float32)
         self.residency: Residency[Asked] = Residency(
             model, self.pool, self.store, MODEL, Rates("test", {}), owner=self  # type: ignore[arg-type]
         )  # fmt: skip
@@ -172,7 +176,7 @@ class Bench:
         overlay: int = 0,
     ) -> Asked:
         """Ask for the entries of these chunks; `fresh`: those that the store lacks are known to be lacking."""
-        keys = tuple(each for name in chunks for each in KEYS if each.chunk_id == name)
+        keys = tuple(each for name in chunks for each in self.keys if each.chunk_id == name)
         lacking = frozenset(each for each in keys if each not in self.store.kept) if fresh else frozenset()
         request = Asked(keys, (keep,) * len(keys), reserved, lacking, scratch, overlay)
         room, used = self.pool.room, self.pool.used_bytes
@@ -195,7 +199,7 @@ class Bench:
         assert request.state == "ready"
         for entry in self.residency.to_compute(request)[:entries]:
             assert entry not in self.whole, "computed twice"
-            self.pool.kv[:, :, entry.pages] = MARKS[entry.key]
+            self.pool.kv[:, :, entry.pages, :, entry.places] = MARKS[entry.key]
             self.computed.append(entry.key)
             self.whole.add(entry)
             self.residency.computed(entry)
@@ -252,7 +256,7 @@ class Bench:
         there = {*self.pool._entries.values(), *(entry for each in self.live for entry in self.residency[each].pinned)}
         for entry in there & self.whole:
             if entry.key.level != LEVEL_QUERY:
-                first = self.pool.kv[:, :, entry.pages, :, 0]
+                first = self.pool.kv[:, :, entry.pages, :, entry.offset]
                 assert (first == MARKS[entry.key]).all(), "something else lies on its pages"
 
     def check_all_is_given_back(self) -> None:
@@ -547,6 +551,37 @@ def test_overlays_are_evicted_before_entries_that_were_used_earlier(bench: Bench
     assert bench.pool.find(OVERLAYS[0]) is None
 
 
+def test_entries_scattered_over_too_many_pages_come_back_side_by_side() -> None:
+    """What is needed fills one page, and lies on three of four. So there would never be three for the answer."""
+    bench = Bench(4, SHARED_PAGE, SMALL)
+    bench.store.kept = set(SMALL)
+    for chunk, *beside in ((SMALL[0], 64, 20), (SMALL[2], 64), (SMALL[5],)):
+        made = bench.pool.place([chunk, *(key(f"{chunk.chunk_id}{tokens}", tokens) for tokens in beside)])
+        bench.pool.kv[:, :, made[chunk].pages, :, made[chunk].places] = MARKS[chunk]
+        bench.whole.add(made[chunk])
+        for entry in made.values():
+            entry.state, entry.stored = EntryState.READY, True
+            bench.pool.unpin(entry)
+    for entry in [entry for entry in bench.pool._entries.values() if entry not in bench.whole]:
+        bench.pool.drop(entry)
+    assert len({entry.page for entry in bench.whole}) == 3
+
+    other = bench.submit("c", reserved=0)
+    assert bench.submit("a", "c", "f", reserved=3 * SHARED_PAGE).state == "new", "c is where another request needs it"
+    assert len(bench.pool._entries) == 3, "nothing is evicted in vain"
+    request = bench.submit("a", "c", "f", reserved=2 * SHARED_PAGE)
+    assert request.state == "loading"
+    assert bench.residency[request].entries[1] is bench.residency[other].entries[0]
+    bench.read()
+    bench.compute(other)
+    bench.compute(request)
+    assert bench.store.read == [SMALL[0], SMALL[5]]
+
+    assert bench.submit("a", "c", "f", reserved=3 * SHARED_PAGE).state == "ready", "they have come to where c is"
+    bench.end(bench.live[0])
+    bench.check_all_is_given_back()
+
+
 # all of it at random
 
 
@@ -555,8 +590,11 @@ class Random(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(pages=11)
+        self.bench = self.make()
         self.turns = 0
+
+    def make(self) -> Bench:
+        return Bench(pages=11)
 
     def in_state(self, state: str) -> list[Asked]:
         return [request for request in self.bench.live if request.state == state]
@@ -569,7 +607,8 @@ class Random(RuleBasedStateMachine):
         repairs=st.booleans(),
     )
     def submit(self, chunks: list[str], keep: bool, reserved: int, fresh: bool, repairs: bool) -> None:
-        repaired = 6 if repairs else 0
+        page = self.bench.pool.page_size
+        repaired, reserved = 6 * page // PAGE if repairs else 0, reserved * page // PAGE
         self.bench.submit(*chunks, keep=keep, reserved=reserved, fresh=fresh, scratch=repaired, overlay=repaired)
 
     def choosers(self) -> list[Asked]:
@@ -613,7 +652,7 @@ class Random(RuleBasedStateMachine):
     @rule(data=st.data())
     def keep_turn(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.in_state("writing") + self.in_state("ready")))
-        left = len(self.bench.residency[request].pages) * PAGE
+        left = len(self.bench.residency[request].pages) * self.bench.pool.page_size
         if left:
             self.turns += 1
             tokens = data.draw(st.integers(1, left))
@@ -645,5 +684,24 @@ class Random(RuleBasedStateMachine):
         bench.check_all_is_given_back()
 
 
+class RandomSmall(Random):
+    """Entries that share pages."""
+
+    def make(self) -> Bench:
+        return Bench(4, SHARED_PAGE, SMALL)
+
+
+class RandomElsewhere(Random):
+    """The same, read into memory of the host that then goes to the pool, as for a GPU."""
+
+    def make(self) -> Bench:
+        bench = Bench(4, SHARED_PAGE, SMALL, "elsewhere")
+        bench.store.kept = set(SMALL)
+        return bench
+
+
+TestRandomSmall, TestRandomElsewhere = RandomSmall.TestCase, RandomElsewhere.TestCase
+TestRandomElsewhere.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestRandomSmall.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 TestRandom = Random.TestCase
 TestRandom.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
