@@ -41,7 +41,7 @@ from braidsdk.models.tiny.outside import warn_once
 from braidsdk.progress import ProgressBar, steps_bar
 from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.text import check_window, is_unicode, normalise
-from braidsdk.settings import store_folder
+from braidsdk.settings import index_folder, store_folder
 from braidsdk.store import WHOLE, ChunkStore, Limit, counters
 from braidsdk.store.threads import Threads
 from braidsdk.types import (
@@ -78,6 +78,7 @@ class Braid:
         model: str | Path,
         *,
         store: str | Path | None = None,
+        index: str | Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
         weights: str = "auto",
@@ -95,6 +96,8 @@ class Braid:
                 or Mistral, a GGUF file of these, or the id of a checkpoint on the Hugging Face hub, such as
                 "Qwen/Qwen3-0.6B", which is downloaded into the hub's cache.
             store: the store's folder, made if it is not there. None is `BRAID_STORE`, or the user's data folder.
+            index: a local folder for the store's index, if the store is on a network file system. None is
+                `BRAID_INDEX`, or the store's folder.
             device: "auto", "cpu", "cuda" or "cuda:N".
             dtype: "float32", "bfloat16", "float64", or "auto": what the checkpoint's config names, or else what its
                 weights are stored in; float32 for a float16 checkpoint. Entries of one dtype are misses in another.
@@ -130,7 +133,7 @@ class Braid:
         folder = find_checkpoint(model, revision)
         verbose.begin()
         started = perf_counter()
-        opened = ChunkStore(store_folder(store))
+        opened = ChunkStore(store_folder(store), index=index or index_folder())
         try:
 
             def load() -> tuple[Model, Pool]:

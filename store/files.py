@@ -1,6 +1,7 @@
 """Knows where a store's files lie, and moves them durably.
 
-    index.db                             the index; it is rebuilt from the files if it is missing
+    index.db                             the index; it is rebuilt from the files if it is missing. It, the reserve and
+                                         the locks may be in a folder elsewhere (see places.py)
     chunks/<2 hex>/<id>.json             one chunk each: text, names, metadata (see catalogue.py)
     entries/<2 hex>/<digest>.safetensors one KV entry each, immutable
     tmp/<owner>.lock                     locked for as long as a process has the store open
@@ -21,11 +22,13 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from braidsdk.errors import StoreCorruptError, StorePathError, shown
+from braidsdk.store.places import home_of, mark
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _DAMAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{8}\.(safetensors|json)")
@@ -46,18 +49,21 @@ class Layout:
 
     Attributes:
         root: the store's folder.
+        home: the folder of its index and its locks: the same, or one elsewhere.
         read_only: whether nothing can be written there.
         mode: permission bits of a new file: the owner's, and those of others that may write to the store's folder.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, index: str | Path | None = None) -> None:
         """Create the store's folders and an empty index if they are missing. A store that can't be written is opened
         to be read.
 
         Raises:
-            StorePathError: a file is in the way, or a folder can't be written and is no store.
+            StorePathError: a file is in the way, or a folder can't be written and is no store; or see
+                `places.home_of`, which takes `index`.
         """
         self.root = root
+        self.home = home_of(root, index)
         self.read_only = False
         self._process = os.getpid()
         self._owner = ""
@@ -81,34 +87,28 @@ class Layout:
 
     def _create(self) -> None:
         if not self.index.exists():
-            self._make_root()
+            _make_durably(self.root)
+            if self.home != self.root:
+                _make_durably(self.home)
+                mark(self.root, self.home)
         bits = self.root.stat().st_mode
         shared = (stat.S_IRWXG if bits & stat.S_IWGRP else 0) | (stat.S_IRWXO if bits & stat.S_IWOTH else 0)
         self.mode, self._folder_mode = 0o600 | (shared & 0o066), 0o700 | shared | (bits & stat.S_ISGID)
-        for folder in (self.entries, self.tmp, self.damaged):
+        for folder in (self.entries, self.tmp, self.damaged, self.owners):
             self._make_folder(folder)
         self._lock = self._live()
         if not self.index.exists():
             # Made under another name, because closing it would end the locks that this process has on it.
-            new = self.temporary("0" * 32)
+            new = self.owners / self.temporary("0" * 32).name
             os.close(self._open_new(new))
             with contextlib.suppress(FileExistsError):
                 os.link(new, self.index)
             new.unlink()
+            sync_folder(self.home)
         for path in (self.queue, self.claims, self.leases):
             with contextlib.suppress(FileExistsError):
                 os.close(self._open_new(path))
         sync_folder(self.root)
-
-    def _make_root(self) -> None:
-        """Create the store's folder and its parents, durably. The last one that is there already is synced too: whoever
-        made it may have been killed before."""
-        paths = (self.root, *self.root.parents)
-        there = next(number for number, path in enumerate(paths) if path.exists())
-        for path in reversed(paths[: there + 1]):
-            path.mkdir(mode=0o700 if path is self.root else 0o777, exist_ok=True)
-            with contextlib.suppress(PermissionError):  # it can be written and not be read
-                sync_folder(path.parent)
 
     def _make_folder(self, folder: Path) -> None:
         with contextlib.suppress(FileExistsError):
@@ -121,7 +121,7 @@ class Layout:
         """Lock a file of this process's own for as long as the store is open."""
         while True:
             self._owner = secrets.token_hex(8)
-            path = self.tmp / f"{self._owner}.lock"
+            path = self.owners / f"{self._owner}.lock"
             descriptor = self._open_new(path)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             if stamp(path) is not None:
@@ -138,13 +138,13 @@ class Layout:
         descriptor, self._lock = self._lock, None
         if descriptor is not None and self._process == os.getpid():
             with contextlib.suppress(OSError):  # a later open sweeps what is left
-                remove(self.tmp / f"{self._owner}.lock")
+                remove(self.owners / f"{self._owner}.lock")
             os.close(descriptor)
 
     @property
     def index(self) -> Path:
         """The index's database file."""
-        return self.root / "index.db"
+        return self.home / "index.db"
 
     @property
     def entries(self) -> Path:
@@ -155,6 +155,11 @@ class Layout:
     def tmp(self) -> Path:
         """The folder of files that are being written."""
         return self.root / "tmp"
+
+    @property
+    def owners(self) -> Path:
+        """The folder of the locks of processes that have the store open."""
+        return self.home / "tmp"
 
     @property
     def damaged(self) -> Path:
@@ -181,17 +186,17 @@ class Layout:
     @property
     def queue(self) -> Path:
         """The file whose lock writers of the index queue for."""
-        return self.root / "queue.lock"
+        return self.home / "queue.lock"
 
     @property
     def claims(self) -> Path:
         """The file of claims."""
-        return self.root / "claims.lock"
+        return self.home / "claims.lock"
 
     @property
     def leases(self) -> Path:
         """The file of leases."""
-        return self.root / "leases.lock"
+        return self.home / "leases.lock"
 
     @property
     def limits(self) -> Path:
@@ -247,12 +252,12 @@ class Layout:
         name = f"index.{secrets.token_hex(4)}.db"
         moved = None
         # The journal goes first: without it the index is damaged at worst, and it must not meet a new index.
-        for path in reversed(index_files(self.root)):
+        for path in reversed(index_files(self.home)):
             aside = self.damaged / f"{name}{path.name.removeprefix('index.db')}"
             with contextlib.suppress(FileNotFoundError):
-                path.replace(aside)
+                shutil.move(path, aside)  # damaged/ may be on another disk
                 moved = aside.name
-        sync_folder(self.root)
+        sync_folder(self.home)
         return moved
 
     def remove_damaged(self, names: Iterable[str]) -> None:
@@ -285,7 +290,7 @@ class Layout:
 
     def keep_reserve(self) -> None:
         """Keep some space for the time when the disk is full, as far as there is any."""
-        path = self.root / "reserve"
+        path = self.home / "reserve"
         with contextlib.suppress(OSError):
             if path.exists() and path.stat().st_size >= RESERVE_BYTES:
                 return
@@ -301,19 +306,20 @@ class Layout:
     def use_reserve(self) -> bool:
         """Free the reserved space. Returns whether there was any."""
         try:
-            (self.root / "reserve").unlink()
+            (self.home / "reserve").unlink()
         except OSError:
             return False
         return True
 
     def sweep_temporaries(self) -> None:
         """Remove what processes left in tmp/ that do not live any more. Files that aren't ours are not touched."""
-        for owner in {found[1] for path in self.tmp.iterdir() if (found := _OWNED.fullmatch(path.name))}:
+        names = {path.name for folder in (self.tmp, self.owners) for path in folder.iterdir()}
+        for owner in {found[1] for name in names if (found := _OWNED.fullmatch(name))}:
             if owner != self._owner:
                 self._sweep_owner(owner)
 
     def _sweep_owner(self, owner: str) -> None:
-        lock = self.tmp / f"{owner}.lock"
+        lock = self.owners / f"{owner}.lock"
         try:
             descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -329,6 +335,17 @@ class Layout:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def _make_durably(folder: Path) -> None:
+    """Create a folder and its parents, durably. The last one that is there already is synced too: whoever made it may
+    have been killed before."""
+    paths = (folder, *folder.parents)
+    there = next(number for number, path in enumerate(paths) if path.exists())
+    for path in reversed(paths[: there + 1]):
+        path.mkdir(mode=0o700 if path is folder else 0o777, exist_ok=True)
+        with contextlib.suppress(PermissionError):  # it can be written and not be read
+            sync_folder(path.parent)
 
 
 def index_files(root: Path) -> list[Path]:

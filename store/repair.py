@@ -48,22 +48,31 @@ class Repaired:
     old_index: str | None = None
 
 
-def repair(path: str | Path, share: float = 0.0, on_progress: Callable[[int, int], None] | None = None) -> Repaired:
+def repair(
+    path: str | Path,
+    share: float = 0.0,
+    on_progress: Callable[[int, int], None] | None = None,
+    *,
+    index: str | Path | None = None,
+) -> Repaired:
     """Mend the store in a folder. If its index is damaged, it is moved to damaged/, and rebuilt from the files. Takes
-    the other arguments of `ChunkStore.check`.
+    the other arguments of `ChunkStore` and `ChunkStore.check`.
 
     Raises:
         StorePathError, StoreVersionError, StoreReadOnlyError: as when the store is opened.
     """
     try:
-        with ChunkStore(path) as opened:
+        with ChunkStore(path, index=index) as opened:
             if not index_troubles(opened._index):
                 return _mended(opened, share, on_progress)
             opened._index.check_writable()
     except StoreError as error:
-        if not _is_damage(error, Path(path).absolute()):
+        layout = Layout(Path(path).absolute(), index)
+        if not _is_damage(error, layout.home):
+            layout.close()
             raise
-    layout = Layout(Path(path).absolute())
+    else:
+        layout = Layout(Path(path).absolute(), index)
     try:
         if layout.read_only:
             raise StoreReadOnlyError(
@@ -73,18 +82,18 @@ def repair(path: str | Path, share: float = 0.0, on_progress: Callable[[int, int
         old = layout.set_index_aside()
     finally:
         layout.close()
-    with ChunkStore(path) as opened:
+    with ChunkStore(path, index=index) as opened:
         return replace(_mended(opened, share, on_progress), old_index=old)
 
 
-def _is_damage(error: StoreError, root: Path) -> bool:
+def _is_damage(error: StoreError, home: Path) -> bool:
     """Whether an error of opening or reading an index is a reason to rebuild it. The old one is kept, so that of a
     disk that failed for a moment is one too; that of a busy one, or of one that this process may not use, is not."""
     if isinstance(error, StoreVersionError | StoreReadOnlyError | StoreFullError | StoreReplacedError):
         return False
     if isinstance(error.__cause__, sqlite3.Error) and is_busy(error.__cause__):
         return False
-    is_odd = any(os.path.lexists(path) and not _is_file(path) for path in index_files(root))
+    is_odd = any(os.path.lexists(path) and not _is_file(path) for path in index_files(home))
     return is_odd or not isinstance(error, StorePathError)
 
 

@@ -93,15 +93,21 @@ class ChunkStore:
     Several threads may share one. Each process opens its own. A missing index is rebuilt from the files.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, index: str | Path | None = None) -> None:
         """Open the store in a folder, and create what is missing.
 
+        Args:
+            path: the store's folder.
+            index: a local folder for the index and the locks, for a store on a network file system. One machine may
+                have such a store open at a time. None is the store's folder.
+
         Raises:
-            StorePathError: the path is a file, or can't be written.
+            StorePathError: the path is a file, or can't be written; or the index is elsewhere, or would be on a network
+                file system.
             StoreVersionError: a newer version wrote it.
             StoreCorruptError: its index is damaged.
         """
-        self._layout = Layout(Path(path).absolute())
+        self._layout = Layout(Path(path).absolute(), index)
         self.rebuilt: Rebuilt | None = None
         try:
             self._index = Index(

@@ -32,6 +32,7 @@ from braidsdk.cache import pool
 from braidsdk.cache.pool import PAGE_SIZE, Pool
 from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
+from braidsdk.engine.engine import Engine
 from braidsdk.engine.request import Request
 from braidsdk.engine.scheduler import Priority
 from braidsdk.models.tiny.tokenizer import save_tokenizer
@@ -145,6 +146,12 @@ def pool_of() -> Callable[[Braid], Pool]:
         return engine.pool
 
     return settled
+
+
+@pytest.fixture(scope="session")
+def engine_of() -> Callable[[Braid], Engine]:
+    """A Braid's engine, for what holds its layout of prompts, its keys and its store against an attacker."""
+    return lambda braid: braid._engine
 
 
 @pytest.fixture(scope="session")

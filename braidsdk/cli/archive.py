@@ -14,7 +14,7 @@ from braidsdk.cli.options import NamespaceOption, StoreOption
 from braidsdk.cli.output import Output, counted
 from braidsdk.cli.select import StoredChunks, select
 from braidsdk.progress import steps_bar
-from braidsdk.settings import store_folder
+from braidsdk.settings import index_folder, store_folder
 from braidsdk.store import ChunkStore
 from braidsdk.store.archive import Moved, export_chunks, import_chunks
 from braidsdk.types import size
@@ -57,7 +57,7 @@ def import_archive(
     """
     if not file.exists():
         raise NotFoundError(f"No archive at {str(file)!r}. `braid store export FILE` makes one.")
-    with ChunkStore(store_folder(store)) as opened:
+    with ChunkStore(store_folder(store), index=index_folder()) as opened:
         done = import_chunks(opened, file, replace=replace, any_model=any_model, key=os.environ.get(KEY))
     _report(out, done, f"{_held(done)}; new: {counted(done.new_chunks, 'chunk')}, {done.new_entries:,} of the entries")
 

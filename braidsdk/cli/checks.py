@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from braidsdk.errors import BraidError
+from braidsdk.settings import index_folder
 from braidsdk.store import REPAIR, ChunkStore
 from braidsdk.types import MARGIN_BYTES, size
 
@@ -144,7 +145,7 @@ def check_store(subject: Subject) -> Finding:
             remedy = f"Make {nearest} writable, or choose another folder with --store."
             return Finding("fail", f"{folder} does not exist and can't be created", remedy)
         return Finding("ok", f"{folder} does not exist yet; the first `braid add` creates it")
-    with ChunkStore(folder) as store:
+    with ChunkStore(folder, index=index_folder()) as store:
         held = [store.stats(namespace) for namespace in store.namespaces()]
         read_only = store.read_only
     mode = stat.filemode(folder.stat().st_mode)
@@ -161,7 +162,7 @@ def check_integrity(subject: Subject) -> Finding:
     byte."""
     if not subject.store.exists():
         return Finding("skip", "there is no store yet")
-    with ChunkStore(subject.store) as store:
+    with ChunkStore(subject.store, index=index_folder()) as store:
         aside = store.damaged_count
         held = sum(store.stats(namespace).entries for namespace in store.namespaces())
         found = store.check(min(1.0, VERIFIED_ENTRIES / max(1, held)))

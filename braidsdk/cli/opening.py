@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from braidsdk.cli.exits import NotFoundError
 from braidsdk.cli.output import Output
-from braidsdk.settings import store_folder
+from braidsdk.settings import index_folder, store_folder
 from braidsdk.store import ChunkStore
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def existing_store(store: Path | None) -> Path:
 @contextmanager
 def open_store(store: Path | None) -> Iterator[ChunkStore]:
     """Open a store that exists, without a model. Raises the same errors as `existing_store`."""
-    with ChunkStore(existing_store(store)) as opened:
+    with ChunkStore(existing_store(store), index=index_folder()) as opened:
         yield opened
 
 

@@ -14,6 +14,7 @@ from braidsdk.cli.options import StoreOption
 from braidsdk.cli.output import Output, counted
 from braidsdk.errors import InputError
 from braidsdk.progress import steps_bar
+from braidsdk.settings import index_folder
 from braidsdk.store import DAMAGED_S, WHOLE, Limit, repair
 from braidsdk.types import size
 
@@ -65,7 +66,7 @@ def repair_store(out: Output, read_data: ReadDataOption = "0%", store: StoreOpti
     """
     share, folder = _share(read_data), existing_store(store)
     with steps_bar("repairing") if out.shows_progress else nullcontext() as bar:
-        done = repair(folder, share, bar)
+        done = repair(folder, share, bar, index=index_folder())
     if out.json:
         out.document(asdict(done))
         return

@@ -111,3 +111,15 @@ def test_gc_says_what_it_removed(cli: Cli, store: Path) -> None:
     entry.with_name(entry.name[:2] + "0" * 30 + ".safetensors").write_bytes(entry.read_bytes())
     assert "removed 1 stray file and 0 damaged files" in cli("gc").stdout
     assert cli("gc", "--json").json["strays"] == 0
+
+
+def test_an_index_elsewhere_is_named_by_the_environment(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAID_INDEX", str(tmp_path / "indexes"))
+    cli("add", "rules.txt", "--system", "--store", "other")
+    for command in (("ls",), ("store", "check"), ("store", "repair"), ("doctor",), ("gc",)):
+        cli(*command, "--store", "other")
+    assert not Path("other", "index.db").exists()
+    monkeypatch.delenv("BRAID_INDEX")
+    assert "must be opened where it is" in cli("ls", "--store", "other", code=1).stderr

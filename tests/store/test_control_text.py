@@ -14,6 +14,8 @@ from transformers import AutoTokenizer
 
 from braidsdk import Braid
 from braidsdk.compose.modes import compose
+from braidsdk.engine.engine import Engine
+from braidsdk.prompt.layout import PromptLayout
 from braidsdk.prompt.text import normalise
 
 SPECIAL = [f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad", "vision") for end in ("start", "end")]
@@ -99,9 +101,9 @@ def texts(control: dict[str, int], count: int) -> list[str]:
     return [*made][:count]
 
 
-def trials(braid: Braid, control: dict[str, int], count: int) -> tuple[int, list[str]]:
+def trials(braid: Braid, layout: PromptLayout, control: dict[str, int], count: int) -> tuple[int, list[str]]:
     """Register texts and ask them as questions. Returns how many there were, and which of them became control."""
-    layout, ids = braid._engine.layout, set(control.values())
+    ids = set(control.values())
 
     def of(found: Any) -> int:
         return sum(each in ids for each in found)
@@ -122,17 +124,19 @@ def trials(braid: Braid, control: dict[str, int], count: int) -> tuple[int, list
     return len(given), wrong
 
 
-def test_no_content_becomes_control(braid: Braid, control: dict[str, int]) -> None:
-    count, wrong = trials(braid, control, 600)
+def test_no_content_becomes_control(
+    braid: Braid, engine_of: Callable[[Braid], Engine], control: dict[str, int]
+) -> None:
+    count, wrong = trials(braid, engine_of(braid).layout, control, 600)
     assert wrong == []
     assert count == 600
 
 
 @pytest.mark.campaign
 def test_no_content_of_very_many_becomes_control(
-    braid: Braid, control: dict[str, int], counted: Callable[..., None]
+    braid: Braid, engine_of: Callable[[Braid], Engine], control: dict[str, int], counted: Callable[..., None]
 ) -> None:
-    count, wrong = trials(braid, control, 20_000)
+    count, wrong = trials(braid, engine_of(braid).layout, control, 20_000)
     counted(
         f"texts that try to be one of {len(control)} control tokens, as document, system prompt and question",
         count,

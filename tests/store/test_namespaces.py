@@ -12,6 +12,7 @@ import pytest
 
 from braidsdk import Braid, Chunk
 from braidsdk.compose.modes import compose
+from braidsdk.engine.engine import Engine
 from braidsdk.errors import BraidError
 from braidsdk.store import ChunkStore, NewChunk, chunk_id
 
@@ -26,7 +27,7 @@ AT_MOST = 0.55
 class Attacker:
     """A Braid in namespace B, on a store in which A has half of the guesses with their entries."""
 
-    def __init__(self, opened: Callable[..., Braid], count: int) -> None:
+    def __init__(self, opened: Callable[..., Braid], engine_of: Callable[[Braid], Engine], count: int) -> None:
         with opened(namespace="A") as braid:
             rules = braid.register_system(RULES)
             self.guesses = list(self._guesses(braid, 2 * count))
@@ -36,7 +37,8 @@ class Attacker:
         self.braid = opened(namespace="B")
         self.rules = self.braid.register_system(RULES)
         self.own = self.braid.register_many(["Some text of my own.", "Another one."], anchor=self.rules, progress=False)
-        self.store: ChunkStore = self.braid._engine.store
+        self.engine = engine_of(self.braid)
+        self.store: ChunkStore = self.engine.store
         Random(2).shuffle(self.guesses)
 
     @staticmethod
@@ -51,9 +53,9 @@ class Attacker:
 
     def key(self, guess: str) -> Any:
         """The key of the entry that B would compute."""
-        engine = self.braid._engine
-        chunk = Chunk(chunk_id("B", 1, guess), "B", 1, guess, _encode=engine.layout.chunk_ids)
-        return engine.keys(compose([self.rules, chunk], layout=engine.layout))[-1]
+        layout = self.engine.layout
+        chunk = Chunk(chunk_id("B", 1, guess), "B", 1, guess, _encode=layout.chunk_ids)
+        return self.engine.keys(compose([self.rules, chunk], layout=layout))[-1]
 
     def calls(self, guess: str) -> dict[str, Callable[[], Any]]:
         """What B can ask: about its own entry of the text, and about the id that the text has in A."""
@@ -108,8 +110,10 @@ def told(attacker: Attacker) -> list[str]:
 
 
 @pytest.fixture
-def attacker(other: Callable[..., Braid], request: pytest.FixtureRequest) -> Iterator[Attacker]:
-    made = Attacker(other, request.param)
+def attacker(
+    other: Callable[..., Braid], engine_of: Callable[[Braid], Engine], request: pytest.FixtureRequest
+) -> Iterator[Attacker]:
+    made = Attacker(other, engine_of, request.param)
     with made.braid:
         yield made
 
