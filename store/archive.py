@@ -20,15 +20,15 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from braidsdk.errors import ArchiveError, BraidError, StoreError
+from braidsdk.errors import ArchiveError, BraidError, StoreError, StoreFullError
 from braidsdk.store import blobs, catalogue, chunks, entries
 from braidsdk.store.blobs import DamagedFile
 from braidsdk.store.catalogue import Record
 from braidsdk.store.chunks import NewChunk
 from braidsdk.store.entries import EntryRow
-from braidsdk.store.files import remove
+from braidsdk.store.files import remove, sync_folder
 from braidsdk.store.keys import FORMAT_VERSION
 from braidsdk.store.rebuild import row_of
 from braidsdk.store.schema import kind_of
@@ -102,13 +102,14 @@ def export_chunks(
         if target.exists():
             raise ArchiveError(f"{target} must not be there yet; it is. Choose another name, or delete it.")
         with ExitStack() as stack:
-            stack.callback(remove, partial)
             raw = stack.enter_context(partial.open("xb"))
+            stack.callback(remove, partial)
             os.fchmod(raw.fileno(), 0o600)
             moved = _written(store, raw, namespace, ids, key, on_progress)
             raw.flush()
             os.fsync(raw.fileno())
-            partial.rename(target)
+            os.link(partial, target)  # fails if somebody has made it meanwhile
+            sync_folder(target.parent)
     except FileExistsError:
         raise ArchiveError(
             f"{partial} must not be there; another export writes it, or was killed. Delete it."
@@ -134,10 +135,7 @@ def _written(
     digests: dict[str, str] = {}
     models: dict[str, int] = {}
     size = 0
-    with (
-        tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar,
-        store._leases.hold(row.digest for row in rows),
-    ):
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for each, record in records.items():
             content = catalogue.content(record)
             size += len(content)
@@ -149,7 +147,7 @@ def _written(
             try:
                 if blobs.read_header(path).digest != row.payload_digest:
                     raise DamagedFile("it is not the file that the index names")
-                with path.open("rb") as source:
+                with store._leases.hold([row.digest]), path.open("rb") as source:
                     name = str(path.relative_to(store.path))
                     length = os.fstat(source.fileno()).st_size
                     digests[name] = _add(tar, name, source, length)
@@ -238,16 +236,20 @@ def import_chunks(
     staged: dict[str, Path] = {}
     try:
         with Path(file).open("rb") as raw:
+            if (size := os.fstat(raw.fileno()).st_size) > (free := store.free_bytes):
+                raise StoreFullError(
+                    f"The disk of {store.path} must have room for {size:,} bytes; {free:,} are free. Free some space."
+                )
             digests, manifest, signature = _staged(store, raw, staged, on_progress)
-        found = _manifest(manifest, signature, key, digests, Path(file))
-        _check_models(store, found["models"], any_model)
+        _check_manifest(manifest, signature, key, digests, Path(file))
         records = [_record(name, path) for name, path in staged.items() if name.startswith("chunks/")]
         rows = {name: _row(name, path) for name, path in staged.items() if name.startswith("entries/")}
-        known = {record.chunk["id"] for record in records}
+        if not any_model:
+            _check_models(store, rows.values())
         new_chunks = _register(store, records, replace=replace)
-        new_entries = _place(store, rows, staged, known)
+        new_entries = _place(store, rows, staged)
         size = sum(row.size for row in rows.values())
-    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, BraidError):
             raise
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -310,10 +312,10 @@ def _copy(reading: _Hashing, path: Path, mode: int) -> None:
         ) from error
 
 
-def _manifest(
+def _check_manifest(
     content: bytes | None, signature: bytes | None, key: str | None, digests: dict[str, str], file: Path
-) -> dict[str, Any]:
-    """The manifest, once it is known to be that of these files and of whoever has the key."""
+) -> None:
+    """Check that the manifest is that of these files, and of whoever has the key."""
     if content is None:
         raise ArchiveError(f"{file} must end with a manifest; it has none. Copy it again: it may have been cut off.")
     if key is not None and not hmac.compare_digest(signature or b"", _signature(key, content)):
@@ -322,9 +324,9 @@ def _manifest(
     try:
         found = json.loads(content)
         versions = found["version"], found["format"]
-        models, named = found["models"], found["sha256"]
-        if not all(isinstance(each, dict) for each in (models, named)):
-            raise TypeError("members")
+        named = found["sha256"]
+        if not isinstance(named, dict):
+            raise TypeError("sha256")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise ArchiveError(f"The manifest of {file} must be one of an export; it can't be read.") from None
     if versions != (ARCHIVE_VERSION, FORMAT_VERSION):
@@ -335,18 +337,17 @@ def _manifest(
     if named != digests:
         wrong = next((each for each in {**named, **digests} if named.get(each) != digests.get(each)), "")
         raise ArchiveError(f"{file} must hold what its manifest says; {wrong[:80]} differs. Copy it again.")
-    return {"models": models}
 
 
-def _check_models(store: ChunkStore, models: dict[str, int], any_model: bool) -> None:
+def _check_models(store: ChunkStore, rows: Iterable[EntryRow]) -> None:
     with store._index.read() as db:
         here = {row[0] for row in db.execute("select distinct weights from entries")}
-    if models and here and not here.intersection(models) and not any_model:
-        theirs, ours = (", ".join(each[:12] for each in some) for some in (models, here))
+    others = {json.loads(row.record)["model"]["weights"] for row in rows} - here
+    if here and others:
+        theirs, ours = (", ".join(each[:12] for each in some) for some in (others, here))
         raise ArchiveError(
-            f"The archive's entries must be of a model that this store has entries of; they are of {theirs}, and the "
-            f"store's are of {ours}. "
-            "Import it into a store of that model, or allow any model (--any-model)."
+            f"The archive's entries must be of models that this store has entries of; some are of {theirs}, and the "
+            f"store's are of {ours}. Import it into a store of that model, or allow any model (--any-model)."
         )
 
 
@@ -383,15 +384,20 @@ def _register(store: ChunkStore, records: Iterable[Record], *, replace: bool) ->
     return new
 
 
-def _place(store: ChunkStore, rows: dict[str, EntryRow], staged: dict[str, Path], known: set[str]) -> int:
-    """Move entries to their places, and add them to the index. Those of chunks that are not there stay out."""
-    new = 0
-    names = [name for name, row in rows.items() if known.issuperset(row.chunks)]
+def _place(store: ChunkStore, rows: dict[str, EntryRow], staged: dict[str, Path]) -> int:
+    """Move entries to their places, and add them to the index. Those of chunks that are not registered, or not any
+    more, stay out."""
+    new, names = 0, list(rows)
     for start in range(0, len(names), _BATCH):
         some = {rows[name].digest: name for name in names[start : start + _BATCH]}
         with store._index.write() as db:
             there = entries.known(db, some)
-            missing = [digest for digest in some if digest not in there]
+            owners = chunks.owners(db, {each for name in some.values() for each in rows[name].chunks})
+            missing = [
+                digest
+                for digest, name in some.items()
+                if digest not in there and all(owners[each] for each in rows[name].chunks)
+            ]
             store._layout.place((staged[some[digest]], store._layout.entry(digest)) for digest in missing)
             entries.insert(db, [rows[some[digest]] for digest in missing])
         new += len(missing)

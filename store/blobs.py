@@ -287,6 +287,8 @@ def is_of_another_format(path: Path) -> bool:
         named = parsed["__metadata__"]["format"]
     except (DamagedFile, FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
+    except OSError:
+        return True  # it can't be read, so it stays where it is
     return isinstance(named, str) and named != str(FORMAT_VERSION)
 
 

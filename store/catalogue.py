@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from braidsdk.store.keys import canonical_json, chunk_id
 
 LIMIT_BYTES = 2**30
 """A larger file is damaged. Texts are far smaller."""
+
+SETTLE = 64
+"""So many marks are removed at once. Fewer wait for the next change."""
 
 BATCH = 256
 """Chunks whose files are moved in one look at the index. Writers wait meanwhile."""
@@ -66,9 +70,8 @@ class Catalogue:
             OSError: the disk is full or fails.
         """
         self._unmark(db)
-        wanted = stale(db)
-        for each, record in records_of(db, list(wanted)).items():
-            self._write(each, wanted[each], record)
+        for wanted in _stale_by_batches(db):
+            self._prepare(db, wanted)
 
     def discard(self) -> None:
         """Remove what was prepared and not moved."""
@@ -86,22 +89,32 @@ class Catalogue:
         Raises:
             StoreError: that failed. The next opening of the store does it.
         """
+        after = ""
         while True:
             with self._index.read() as db:
-                wanted = {each: change for each, change in stale(db).items() if self._moved.get(each) != change}
-                some = dict(list(wanted.items())[:BATCH])
-                self._move(db, some)
-            if len(some) == len(wanted):
+                some = stale(db, after=after, limit=BATCH)
+                self._move(db, {each: change for each, change in some.items() if self._moved.get(each) != change})
+            if len(some) < BATCH:
                 return
+            after = max(some)
+
+    def _prepare(self, db: Database, wanted: Mapping[str, int]) -> None:
+        """Write files, except those that are right already: another process has marked them, and moved its files."""
+        for each, record in records_of(db, list(wanted)).items():
+            if difference(self._layout.chunk(each), record):
+                self._write(each, wanted[each], record)
 
     def _move(self, db: Database, wanted: Mapping[str, int]) -> None:
         # Not prepared: another process has marked them, and may not live any more.
-        late = [each for each, change in wanted.items() if self._prepared.get(each, (None,))[0] != change]
-        for each, record in records_of(db, late).items():
-            self._write(each, wanted[each], record)
+        late = {each: change for each, change in wanted.items() if self._prepared.get(each, (None,))[0] != change}
+        self._prepare(db, late)
         there = chunks.owners(db, wanted)
         self._layout.place(
-            [(self._prepared[each][1], self._layout.chunk(each)) for each in wanted if there[each]],
+            [
+                (self._prepared[each][1], self._layout.chunk(each))
+                for each, change in wanted.items()
+                if there[each] and self._prepared.get(each, (None,))[0] == change
+            ],
             [self._layout.chunk(each) for each in wanted if not there[each]],
         )
         for each in wanted:
@@ -118,7 +131,7 @@ class Catalogue:
     def catch_up(self) -> None:
         """Bring the files to the state of the index, after a process that could not."""
         with self._index.read() as db:
-            if not stale(db):
+            if not stale(db, limit=1):
                 return
         try:
             self.publish()
@@ -126,9 +139,9 @@ class Catalogue:
             self.discard()
         self.settle()
 
-    def settle(self) -> None:
-        """Remove the marks of files that are in their places, if there are any."""
-        if self._moved:
+    def settle(self, least: int = 1) -> None:
+        """Remove the marks of files that are in their places, if there are at least so many."""
+        if len(self._moved) >= least:
             with self._index.write() as db:
                 self._unmark(db)
 
@@ -247,12 +260,28 @@ def _parsed(content: dict[str, Any]) -> Record:
         for row in rows:
             if {name: type(value) for name, value in row.items()} != types:
                 raise TypeError("members")
-            if not all(abs(value) < 2**63 for value in row.values() if isinstance(value, int)):
+            if not 0 <= row["number"] < 2**62:
                 raise ValueError("number")
+            for value in row.values():
+                if isinstance(value, str):
+                    value.encode()  # half a surrogate pair can't be kept
+            for when in ("created", "since", "until"):
+                datetime.fromisoformat(row.get(when, "2000-01-01"))
+            chunks.check_name(row.get("name"))
+    if not 0 <= record.chunk["level"] <= 2:
+        raise ValueError("level")
     chunks.check_stored_metadata(record.chunk["id"], record.chunk["metadata"])
     return record
 
 
-def stale(db: Database) -> dict[str, int]:
-    """The chunks whose files may not be those of the index, with the change that marked each."""
-    return dict(db.execute("select chunk_id, change from stale").fetchall())
+def stale(db: Database, *, after: str = "", limit: int = -1) -> dict[str, int]:
+    """The chunks whose files may not be those of the index, with the change that marked each, in the order of ids."""
+    query = "select chunk_id, change from stale where chunk_id > ? order by chunk_id limit ?"
+    return dict(db.execute(query, [after, limit]).fetchall())
+
+
+def _stale_by_batches(db: Database) -> Iterator[dict[str, int]]:
+    after = ""
+    while some := stale(db, after=after, limit=BATCH):
+        yield some
+        after = max(some)

@@ -64,8 +64,9 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
         why = _entry(layout, digest, payload, whole=whole)
         if why:
             with index.read() as db:  # again, because it may have been deleted or computed again meanwhile
-                if digest not in entries.known(db, [digest]):
-                    why = None
+                now = db.execute("select payload_digest from entries where digest = ?", [digest]).fetchone()
+            if now != (payload,):
+                why = None
         if why:
             damaged.append((digest, why))
         read += whole
@@ -96,7 +97,7 @@ def behind_index(index: Index, layout: Layout) -> Iterator[tuple[str, str]]:
     ids = list(found)
     for start in range(0, len(ids), PAGE):
         some = ids[start : start + PAGE]
-        with index.read() as db:  # a writer moves files only while no one reads
+        with index.read() as db:  # nobody commits meanwhile, and what is committed is marked until its file is moved
             stale = catalogue.stale(db)
             records = catalogue.records_of(db, some)
             for each in some:

@@ -203,7 +203,7 @@ def update(
     pinned: bool | None = None,
 ) -> ChunkRow:
     """Give a chunk metadata in place of what it has, one more name, or a pin. See `ChunkStore.update_chunk`."""
-    _check_name(name)
+    check_name(name)
     if metadata is not None:
         _set(db, row.id, "metadata", _metadata_json(metadata))
     if pinned is not None:
@@ -254,7 +254,9 @@ def versions(db: Database, namespace: str, name: str) -> list[NameVersion]:
 
 def restore(db: Database, namespace: str, name: str, wanted: str | None) -> ChunkRow:
     """Let a name stand again for a chunk that it stood for; see `ChunkStore.restore_name`."""
-    before = [each.chunk_id for each in versions(db, namespace, name) if each.until is not None]
+    known_versions = versions(db, namespace, name)
+    present = {each.chunk_id for each in known_versions if each.until is None}
+    before = [each.chunk_id for each in known_versions if each.chunk_id not in present]
     found = next((each for each in before if wanted in (None, each)), None)
     if found is None:
         known = f"it stood for {', '.join(dict.fromkeys(before[:5]))}" if before else "no other is known"
@@ -300,10 +302,15 @@ def _check(chunk: NewChunk) -> None:
         raise InputError('namespace must not be empty; got "". Leave it out for the namespace "default".')
     if not isinstance(chunk.level, int) or not 0 <= chunk.level <= 2:
         raise InputError(f"level must be 0 (system), 1 (context) or 2 (query); got {chunk.level!r}.")
-    _check_name(chunk.name)
+    check_name(chunk.name)
 
 
-def _check_name(name: str | None) -> None:
+def check_name(name: str | None) -> None:
+    """Refuse what can't be a chunk's name. None is no name.
+
+    Raises:
+        InputError: it is not text, blank, too long, or looks like an id.
+    """
     if name is None:
         return
     if not isinstance(name, str):

@@ -132,24 +132,29 @@ class Leases:
     def hold(self, digests: Iterable[str]) -> Iterator[None]:
         """Keep entries from being evicted by any process. An eviction that has begun is waited for: then its entry is a
         miss."""
-        some = set(digests)
         deadline = time.monotonic() + EVICTION_S
-        with self._lock:
-            for digest in some:
-                while not self._held[digest] and not self._bytes.set(digest, fcntl.F_RDLCK):
-                    if time.monotonic() > deadline:
-                        break  # whoever evicts it was stopped; it is a miss, now or soon
-                    time.sleep(PAUSE_S)
-                self._held[digest] += 1
+        taken: list[str] = []
         try:
+            for digest in set(digests):
+                while not self._take(digest, taken) and time.monotonic() < deadline:
+                    time.sleep(PAUSE_S)  # past the deadline whoever evicts it was stopped; it is a miss, now or soon
             yield
         finally:
             with self._lock:
-                self._held.subtract(some)
-                for digest in some:
+                self._held.subtract(taken)
+                for digest in taken:
                     if not self._held[digest]:
                         self._bytes.set(digest, fcntl.F_UNLCK)
                         del self._held[digest]
+
+    def _take(self, digest: str, taken: list[str]) -> bool:
+        with self._lock:
+            if not self._held[digest] and not self._bytes.set(digest, fcntl.F_RDLCK):
+                del self._held[digest]
+                return False
+            taken.append(digest)
+            self._held[digest] += 1
+            return True
 
     @contextmanager
     def evicting(self) -> Iterator["Evicting"]:

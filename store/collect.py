@@ -4,6 +4,7 @@ Only KV entries are evicted, never texts: an evicted entry is computed again whe
 chunks stay, and so do those that a process reads at the moment.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -13,12 +14,14 @@ from typing import TypeVar
 
 from sqlite_utils import Database
 
-from braidsdk.errors import StoreFullError
+from braidsdk.errors import StoreError, StoreFullError
 from braidsdk.store import blobs, entries, limits, memory
 from braidsdk.store.claims import Evicting, Leases
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
 from braidsdk.store.limits import WHOLE, Limit
+
+_log = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 24 * 3600.0
 """The shortest time between two sweeps of a store's entries, whichever processes open it."""
@@ -64,7 +67,7 @@ class Collector:
     def collect(self, *, damaged_s: float = DAMAGED_S) -> Collected:
         """Evict what is over the limits or too old, and remove strays, temporaries, and what was set aside longer than
         `damaged_s` seconds ago."""
-        evicted = self.evict()
+        evicted = self.evict(by_age=True)
         self._layout.sweep_temporaries()
         strays = self.sweep_entries()
         damaged = self._layout.sweep_damaged(time.time() - damaged_s)
@@ -76,19 +79,26 @@ class Collector:
         """Remove what killed processes left and what is too old, once a day, whichever processes open the store."""
         self._layout.sweep_temporaries()
         if self._claim_sweep():
-            self.collect()
+            try:
+                limits.read(self._layout)
+            except StoreError as error:
+                _log.warning("nothing is evicted: %s", error)
+                self.sweep_entries()
+            else:
+                self.collect()
 
-    def evict(self, spared: Collection[str] = ()) -> Collected:
-        """Evict entries until all limits are kept, the least worth first, and those that are too old.
+    def evict(self, spared: Collection[str] = (), *, by_age: bool = False) -> Collected:
+        """Evict entries until all limits are kept, the least worth first.
 
         Args:
             spared: digests of entries that were stored just now. They go last, and one of them stays.
+            by_age: evicts those that are too old as well.
         """
         found = limits.read(self._layout)
         count = size = over = 0
         while found:
             with self._leases.evicting() as taken:
-                gone, over = self.freeing(partial(self._delete_some, found, taken, spared))
+                gone, over = self.freeing(partial(self._delete_some, found, taken, spared, by_age))
                 self.remove_entries(list(gone))
             count, size = count + len(gone), size + sum(gone.values())
             if len(gone) < BATCH:
@@ -96,7 +106,7 @@ class Collector:
         return Collected(count, size, over_bytes=over)
 
     def _delete_some(
-        self, found: Mapping[str, Limit], taken: Evicting, spared: Collection[str]
+        self, found: Mapping[str, Limit], taken: Evicting, spared: Collection[str], by_age: bool
     ) -> tuple[dict[str, int], int]:
         """Delete the rows of at most `BATCH` entries. Returns their digests with the sizes of their files, and by how
         many bytes a limit is exceeded still."""
@@ -106,7 +116,7 @@ class Collector:
             totals = entries.totals(db)
             for name in sorted(found, key=lambda name: name == WHOLE):  # the whole store comes last
                 limit, namespace = found[name], None if name == WHOLE else name
-                if limit.max_age_s is not None:
+                if by_age and limit.max_age_s is not None:
                     before = int(time.time() - limit.max_age_s)
                     _take(entries.evictable(db, namespace, unused_since=before), taken, gone)
                 if limit.max_bytes is not None:

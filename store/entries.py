@@ -223,8 +223,9 @@ def _add_to_total(db: Database, namespace: str, count: int, size: int) -> None:
 
 
 def _uses(db: Database) -> int:
-    """How many uses of entries there were."""
-    return int(memory.recall(db, [USES]).get(USES, 0))
+    """How many uses of entries there were. Somebody else may have written nonsense."""
+    found = memory.recall(db, [USES]).get(USES, "0")
+    return int(found) if found.isdecimal() and len(found) < 19 else 0
 
 
 def _sum_log2(one: float, other: float) -> float:
@@ -249,10 +250,12 @@ def count_damaged(db: Database, namespace: str) -> int:
 
 
 def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
-    """Forget which entries of these chunks were set aside, but not how many. Returns the files' names in damaged/."""
+    """Forget which entries of these chunks were set aside, but not how many. Returns the files' names in damaged/, with
+    those of which nobody knows whose text they hold."""
     wanted, files = set(chunk_ids), []
-    for row in list(db.table("damage").rows_where("chunks <> '[]'", select="number, chunks, file")):
-        if wanted.intersection(json.loads(row["chunks"])):
+    for row in list(db.table("damage").rows_where("chunks <> '[]' or file is not null", select="number, chunks, file")):
+        about = json.loads(row["chunks"])
+        if not about or wanted.intersection(about):
             db.table("damage").update(row["number"], {"digest": "", "chunks": "[]", "file": None})
             files += [row["file"]] if row["file"] is not None else []
     return files

@@ -91,6 +91,7 @@ class Layout:
             if self.home != self.root:
                 _make_durably(self.home)
                 mark(self.root, self.home)
+                sync_folder(self.root)
         bits = self.root.stat().st_mode
         shared = (stat.S_IRWXG if bits & stat.S_IWGRP else 0) | (stat.S_IRWXO if bits & stat.S_IWOTH else 0)
         self.mode, self._folder_mode = 0o600 | (shared & 0o066), 0o700 | shared | (bits & stat.S_ISGID)
@@ -234,10 +235,14 @@ class Layout:
         gone already."""
         _remove_durably(map(self.entry, digests))
 
-    def set_aside(self, path: Path) -> str | None:
+    def aside_name(self, path: Path) -> str:
+        """A new name in damaged/ for the file of an entry or a chunk."""
+        return f"{path.stem}.{secrets.token_hex(4)}{path.suffix}"
+
+    def set_aside(self, path: Path, name: str | None = None) -> str | None:
         """Move the damaged file of an entry or a chunk to damaged/, durably, and return its name there. Returns None if
         it is gone already."""
-        name = f"{path.stem}.{secrets.token_hex(4)}{path.suffix}"
+        name = name or self.aside_name(path)
         try:
             path.replace(self.damaged / name)
         except FileNotFoundError:
@@ -277,16 +282,14 @@ class Layout:
     def sweep_damaged(self, before: float) -> int:
         """Remove what was set aside before a time, in seconds since 1970, and return how many files. A file from the
         future, after the clock was wrong, stays."""
-        old = [
-            path
-            for path in self.damaged.iterdir()
-            if (_DAMAGED.fullmatch(path.name) or _OLD_INDEX.fullmatch(path.name))
-            and not path.is_dir()
-            and path.lstat().st_ctime < before
-        ]
-        for path in old:
-            remove(path)
-        return len(old)
+        count = 0
+        for path in self.damaged.iterdir():
+            if _DAMAGED.fullmatch(path.name) or _OLD_INDEX.fullmatch(path.name):
+                with contextlib.suppress(FileNotFoundError):  # another process collects too
+                    if path.lstat().st_ctime < before and not path.is_dir():
+                        path.unlink()
+                        count += 1
+        return count
 
     def keep_reserve(self) -> None:
         """Keep some space for the time when the disk is full, as far as there is any."""

@@ -188,7 +188,7 @@ class Index:
             raise
         except sqlite3.Error as error:
             raise self._translated(error) from error
-        except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
             self._disconnect()
             found = self._trouble()
             if found is None:

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from braidsdk.errors import InputError, StoreCorruptError, shown
+from braidsdk.errors import InputError, StoreError, shown
 from braidsdk.store.files import Layout, sync_folder
 
 WHOLE = ""
@@ -37,15 +37,15 @@ def read(layout: Layout) -> dict[str, Limit]:
     """The limits by namespace; `WHOLE` is the whole store's.
 
     Raises:
-        StoreCorruptError: the file says something else.
+        StoreError: the file can't be read, or says something else.
     """
     try:
         found = json.loads(layout.limits.read_text())
         return {name: Limit(**limit) for name, limit in found.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, AttributeError, RecursionError, InputError) as error:
-        raise StoreCorruptError(
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(
             f"{layout.limits} must map namespaces to max_bytes and max_age_s; it can't be read ({error}). Correct it, "
             "or delete it: then the store has no limits."
         ) from None

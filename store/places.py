@@ -67,14 +67,18 @@ def mark(root: Path, home: Path) -> None:
     if home == root or path.exists():
         return
     new = root / f"{MARKER}.{os.getpid()}"
-    new.write_text(json.dumps(_mark(home), indent=1) + "\n")
+    descriptor = os.open(new, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(json.dumps(_mark(home), indent=1) + "\n")
+        file.flush()
+        os.fsync(descriptor)
     new.replace(path)
 
 
 def network_file_system(path: Path) -> str | None:
     """The type of the network file system that a path is on, whether it exists or not; None if it is on none."""
     try:
-        lines = MOUNTS.read_text().splitlines()
+        lines = MOUNTS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None  # no Linux
     there = os.path.realpath(_nearest(path))
@@ -101,9 +105,11 @@ def _mark(home: Path) -> dict[str, str]:
 
 def _kept(root: Path) -> dict[str, str] | None:
     try:
-        found = json.loads((root / MARKER).read_text())
+        text = (root / MARKER).read_text(errors="replace")
+    except (OSError, ValueError):
+        return None  # there is none, or nothing can be read here: whoever opens the store says so
+    try:
+        found = json.loads(text)
         return found if isinstance(found, dict) else {}
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return {}

@@ -28,13 +28,16 @@ class Rebuilt:
     Attributes:
         chunks: chunks that it has now.
         entries: entries that it has now.
-        damaged: the path of each file that was set aside, with the reason.
+        damaged: the path of each damaged file, with the reason. They are moved to damaged/ after the commit, because
+            the index has nothing of them until then.
+        aside: the names that they get there.
         without_names: ids of chunks whose names and metadata are lost. Their text comes from an entry.
     """
 
     chunks: int
     entries: int
     damaged: tuple[tuple[Path, str], ...]
+    aside: tuple[str, ...]
     without_names: tuple[str, ...]
 
 
@@ -65,14 +68,15 @@ def rebuild(db: Database, layout: Layout) -> Rebuilt:
     ]
     if kept:
         entries.insert(db, [row for _, row in sorted(kept, key=lambda item: item[0])])
-    for path, why in damaged.items():
-        moved = layout.set_aside(path)
+    aside = tuple(map(layout.aside_name, damaged))
+    for (path, why), name in zip(damaged.items(), aside, strict=True):
         about = [path.stem] if path.suffix == ".json" else []
-        entries.record_damage(db, path.stem, namespace="", chunks=about, file=moved, why=str(why))
+        entries.record_damage(db, path.stem, namespace="", chunks=about, file=name, why=str(why))
     return Rebuilt(
         chunks=len(records) + len(recovered),
         entries=len(kept),
         damaged=tuple((path, str(why)) for path, why in damaged.items()),
+        aside=aside,
         without_names=tuple(recovered),
     )
 
@@ -137,7 +141,8 @@ def row_of(path: Path, header: blobs.Header, digest: str) -> EntryRow:
         raise DamagedFile("its chunk is missing")
     if chunk is not None:
         named = chunk_id(chunk["namespace"], chunk["level"], chunk["text"])
-        if not own == chunk["id"] == named:
+        agrees = all(header.key[name] == chunk[name] for name in ("namespace", "level"))
+        if not own == chunk["id"] == named or not agrees:
             raise DamagedFile("its chunk's text is not the one that its key names")
     return EntryRow(
         digest=digest,

@@ -6,6 +6,7 @@ A sound index is the truth. A damaged one is moved to damaged/ and rebuilt from 
 import os
 import sqlite3
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,22 +106,34 @@ def _mended(opened: ChunkStore, share: float, on_progress: Callable[[int, int], 
     """Set damaged entries aside, write chunks' files again, take strays in or remove them. The index is sound."""
     opened._index.check_writable()
     layout, found = opened._layout, opened.check(share, on_progress)
-    for digest, why in found.damaged:
-        with opened._index.write() as db:
-            if entries.known(db, [digest]):
-                entries.delete_damaged(db, digest, file=layout.set_aside(layout.entry(digest)), why=why)
+    damaged = [each for each in found.damaged if _set_aside(opened, *each)]
     behind = [each for each, _ in found.behind]
     with opened._changing() as db:
         owners = chunks.owners(db, behind)
         for each in behind:
             if owners[each]:
                 chunks.touch(db, [each])
-            else:
-                layout.set_aside(layout.chunk(each))  # a text is never removed but by its deletion
+            elif name := layout.set_aside(layout.chunk(each)):  # kept for some time, because it may be all that is left
+                entries.record_damage(
+                    db, each, namespace="", chunks=[each], file=name, why="no row of the index names it"
+                )
     taken = [digest for digest in found.stray if _took_in(opened, digest)]
     removed = tuple(digest for digest in found.stray if digest not in taken)
     opened._collector.remove_entries(removed)
-    return Repaired(opened.rebuilt, found.damaged, found.behind, tuple(taken), removed)
+    return Repaired(opened.rebuilt, tuple(damaged), found.behind, tuple(taken), removed)
+
+
+def _set_aside(opened: ChunkStore, digest: str, why: str) -> bool:
+    """Set a damaged entry aside, unless it was deleted or computed again since it was looked at."""
+    layout = opened._layout
+    with opened._index.write() as db:
+        row = db.execute("select payload_digest from entries where digest = ?", [digest]).fetchone()
+        if row is None:
+            return False
+        with suppress(blobs.DamagedFile, OSError):
+            if blobs.read(layout.entry(digest)).header.digest == row[0]:
+                return False
+        return entries.delete_damaged(db, digest, file=layout.set_aside(layout.entry(digest)), why=why)
 
 
 def _took_in(opened: ChunkStore, digest: str) -> bool:
@@ -128,7 +141,7 @@ def _took_in(opened: ChunkStore, digest: str) -> bool:
     path = opened._layout.entry(digest)
     try:
         row = row_of(path, blobs.read(path).header, digest)
-    except (blobs.DamagedFile, FileNotFoundError):
+    except (blobs.DamagedFile, OSError):
         return False
     with opened._index.write() as db:
         if digest in entries.known(db, [digest]) or None in chunks.owners(db, row.chunks).values():

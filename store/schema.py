@@ -125,7 +125,7 @@ def m001_tables(db: Database) -> None:
     db.table("entries").create_index(columns, index_name=MODELS_INDEX)
     db.table("entries").create_index(["worth"])
     db.table("entries").create_index(["namespace", "worth"])
-    db.table("entries").create_index(["namespace", "used"])
+    db.table("entries").create_index(["used"])
     db.table("totals").create(  # of entries and their files, so that a limit is compared at once
         {"namespace": str, "entries": int, "size": int},
         pk="namespace",

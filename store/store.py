@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ from braidsdk.errors import (
 )
 from braidsdk.store import blobs, chunks, entries, limits, memory, reasons
 from braidsdk.store.blobs import DamagedFile, Tensors
-from braidsdk.store.catalogue import Catalogue
+from braidsdk.store.catalogue import SETTLE, Catalogue
 from braidsdk.store.check import Checked, check
 from braidsdk.store.chunks import ChunkFilter, ChunkRow, NameVersion, NewChunk
 from braidsdk.store.claims import Claims, Leases
@@ -53,6 +54,9 @@ _log = logging.getLogger(__name__)
 
 READERS = 2
 """Threads that read entries, each one entry at a time. What they have read waits until it is asked for."""
+
+KEEP_USES_S = 60.0
+"""A process that only reads keeps its counts of uses this often."""
 
 WRITERS = 2
 """Threads that write entries: while one waits for the disk, the other goes on."""
@@ -110,32 +114,41 @@ class ChunkStore:
         self._layout = Layout(Path(path).absolute(), index)
         self.rebuilt: Rebuilt | None = None
         try:
-            self._index = Index(
-                self._layout.index, queue=self._layout.queue, read_only=self._layout.read_only, first=self._rebuild
-            )
-            self._recent = RecentChunks(self._index)
-            self._catalogue = Catalogue(self._layout, self._index)
-            self._changes = Lock()
-            self.claims = Claims(None if self.read_only else self._layout.claims)
-            self._leases = Leases(None if self.read_only else self._layout.leases)
-            self._collector = Collector(self._index, self._layout, self._leases)
-            self._uses: Counter[str] = Counter()
-            self._uses_lock = Lock()
-            try:
-                if not self.read_only:
-                    self._catch_up()
-                    with contextlib.suppress(StoreFullError):  # as far as the disk allows it
-                        self._collector.sweep_if_due()
-                    self._layout.keep_reserve()
-            except BaseException:
-                self.close()
-                raise
+            self._open()
         except OSError as error:
             self._layout.close()
             raise StorePathError(
                 f"The files of the store at {path} must be readable; got: {error.strerror} ({error.filename}). Correct "
                 "the permissions, or choose another path."
             ) from error
+        except BaseException:
+            self._layout.close()
+            raise
+
+    def _open(self) -> None:
+        self._index = Index(
+            self._layout.index, queue=self._layout.queue, read_only=self._layout.read_only, first=self._rebuild
+        )
+        if self.rebuilt:  # once the index has them, and before chunks' files are written again
+            for (damaged, _), name in zip(self.rebuilt.damaged, self.rebuilt.aside, strict=True):
+                self._layout.set_aside(damaged, name)
+        self._recent = RecentChunks(self._index)
+        self._catalogue = Catalogue(self._layout, self._index)
+        self._changes = Lock()
+        self.claims = Claims(None if self.read_only else self._layout.claims)
+        self._leases = Leases(None if self.read_only else self._layout.leases)
+        self._collector = Collector(self._index, self._layout, self._leases)
+        self._uses: Counter[str] = Counter()
+        self._uses_lock, self._uses_kept = Lock(), time.monotonic()
+        try:
+            if not self.read_only:
+                self._catch_up()
+                with contextlib.suppress(StoreFullError):  # as far as the disk allows it
+                    self._collector.sweep_if_due()
+                self._layout.keep_reserve()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -152,13 +165,15 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close the store. Safe to call twice. Entries that were loaded stay valid."""
-        with contextlib.suppress(StoreError):  # the next opening does the first, and the second is only statistics
-            self._catalogue.settle()
-            self.remember({})
-        self._index.close()
-        self.claims.close()
-        self._leases.close()
-        self._layout.close()
+        try:
+            with contextlib.suppress(StoreError):  # the next opening does the first, and the second is only statistics
+                self._catalogue.settle()
+                self.remember({})
+        finally:
+            self._index.close()
+            self.claims.close()
+            self._leases.close()
+            self._layout.close()
 
     @property
     def read_only(self) -> bool:
@@ -264,6 +279,9 @@ class ChunkStore:
 
     def known_chunks(self, namespace: str, ids: Iterable[str]) -> set[str]:
         """Return those of the ids that are registered in the namespace."""
+        if self._uses and time.monotonic() - self._uses_kept > KEEP_USES_S:
+            with contextlib.suppress(StoreError):  # they are only statistics
+                self.remember({})
         return self._recent.known(namespace, ids)
 
     def list_chunks(
@@ -327,17 +345,18 @@ class ChunkStore:
         return self._collector.freeing(lambda: self._delete_chunks(namespace, wanted))
 
     def _delete_chunks(self, namespace: str, ids: Sequence[str]) -> Deleted:
-        with self._changing(removes=True) as db:
+        gone: dict[str, int] = {}
+        aside: list[str] = []
+        with self._changing(removes=lambda: self._collector.remove_entries(list(gone), aside)) as db:
             owners = chunks.owners(db, ids)
             # Entries may have been computed after a chunk without a row: a rebuilt index may know only its id.
             free = [each for each, owner in owners.items() if owner in (namespace, None)]
-            gone = entries.delete_of_chunks(db, free)
+            gone |= entries.delete_of_chunks(db, free)
             for digest in gone:
                 self._layout.entry(digest)  # raises if it is not a digest; then nothing is deleted
-            aside = entries.forget_damaged(db, free)
+            aside += entries.forget_damaged(db, free)
             chunks.delete(db, free)
             known, nbytes = sum(owner == namespace for owner in owners.values()), sum(gone.values())
-        self._collector.remove_entries(list(gone), aside)
         return Deleted(known, tuple(gone), nbytes)
 
     # entries
@@ -362,7 +381,8 @@ class ChunkStore:
 
     def check(self, share: float = 0.0, on_progress: Callable[[int, int], None] | None = None) -> Checked:
         """Look at everything that the store holds, and change nothing; see `check.check`."""
-        return check(self._index, self._layout, share, on_progress)
+        with self._in_place():
+            return check(self._index, self._layout, share, on_progress)
 
     def load(self, keys: Sequence[EntryKey]) -> list[Entry | None]:
         """Read and verify the entry of each key, in order. None means that there is none.
@@ -467,24 +487,47 @@ class ChunkStore:
     def set_limit(self, limit: Limit, namespace: str = WHOLE) -> Collected:
         """Limit the store, or a namespace of it, for all processes from now on, and evict what is over the limit. Only
         KV entries are evicted: texts stay until they are deleted."""
-        with self._index.write():
+        with self._index.write() as db:
             limits.write(self._layout, {**self.limits(), namespace: limit})
-        return self._collector.evict()
+            self._keep_uses(db)
+        return self._collector.evict(by_age=True)
 
     def collect(self, *, damaged_s: float = DAMAGED_S) -> Collected:
         """Evict what is over the limits or too old, and remove what killed processes left and what was set aside longer
         than `damaged_s` seconds ago. A publication and the first opening of a day do this too."""
-        self._index.check_writable()
-        return self._collector.collect(damaged_s=damaged_s)
+        with self._in_place():
+            self.remember({})
+            return self._collector.collect(damaged_s=damaged_s)
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Something that looks at all files of the store.
+
+        Raises:
+            StoreReplacedError: the folder was removed or replaced.
+            StoreError: a file can't be read.
+        """
+        try:
+            with self._index.read():
+                pass
+            yield
+        except OSError as error:
+            with self._index.read():
+                pass
+            raise StoreError(
+                f"All files of the store at {self.path} must be readable; got: {error.strerror} ({error.filename}). "
+                "Correct what fails, and try again."
+            ) from error
 
     def count_uses(self, digests: Iterable[str]) -> None:
-        """Count uses of entries. They are kept with the next publication, `remember` or closing."""
+        """Count uses of entries. They are kept with the next publication, `remember` or closing, or by a later call of
+        `known_chunks`."""
         with self._uses_lock:
             self._uses.update(digests)
 
     def _keep_uses(self, db: Database) -> None:
         with self._uses_lock:
-            uses, self._uses = self._uses, Counter()
+            uses, self._uses, self._uses_kept = self._uses, Counter(), time.monotonic()
         if uses:
             entries.count_uses(db, uses)
 
@@ -553,8 +596,9 @@ class ChunkStore:
                 self._keep_uses(db)
 
     @contextmanager
-    def _changing(self, *, removes: bool = False) -> Iterator[Database]:
-        """A transaction that changes chunks. Their files follow it."""
+    def _changing(self, *, removes: Callable[[], object] | None = None) -> Iterator[Database]:
+        """A transaction that changes chunks. Their files follow it. `removes` removes other files of chunks that the
+        transaction deletes, after the commit, whatever becomes of the chunks' own files."""
         self._index.check_writable()
         with self._changes:
             try:
@@ -562,14 +606,20 @@ class ChunkStore:
                     yield db
                     self._catalogue.prepare(db)
                 try:
-                    self._catalogue.publish()
+                    try:
+                        self._catalogue.publish()
+                        self._catalogue.settle(SETTLE)
+                    finally:
+                        if removes:
+                            removes()
                 except StoreReplacedError:
                     raise  # nothing was kept
                 except StoreError as error:
                     if removes:
                         raise StoreError(
-                            f"The chunks are deleted, and their files in {self._layout.chunks} could not be removed. "
-                            f"Their text may still be there until the store is opened again. {error}"
+                            f"The chunks are deleted, and not all of their files at {self.path} could be removed: "
+                            f"{error.__cause__ or error}. Their text may still be there. Correct what fails, and run "
+                            "`braid gc`."
                         ) from error
                     _log.warning("chunks are registered, and their files follow at the next change: %s", error)
             finally:

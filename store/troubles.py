@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 from sqlite_utils import Database
 
@@ -54,9 +55,10 @@ def _parsed(value: str) -> object:
         return None
 
 
-_RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+_RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("entries", "digest", _is_digest),
     ("entries", "payload_digest", _is_digest),
     ("entries", "record", _is_record),
+    ("entries", "size", lambda value: value > 0),
     ("damage", "chunks", _is_list_of_text),
 )

@@ -37,7 +37,7 @@ def export(
     """
     with open_store(store) as opened, steps_bar("exporting") if out.shows_progress else nullcontext() as bar:
         ids = [row.id for row in select(StoredChunks(opened, namespace), names)] if names else None
-        done = export_chunks(opened, file, namespace, ids=ids, key=os.environ.get(KEY), on_progress=bar)
+        done = export_chunks(opened, file, namespace, ids=ids, key=os.environ.get(KEY) or None, on_progress=bar)
     _report(out, done, f"{_held(done)}, {size(done.bytes)}{', signed' if done.authenticated else ''}")
 
 
@@ -58,7 +58,7 @@ def import_archive(
     if not file.exists():
         raise NotFoundError(f"No archive at {str(file)!r}. `braid store export FILE` makes one.")
     with ChunkStore(store_folder(store), index=index_folder()) as opened:
-        done = import_chunks(opened, file, replace=replace, any_model=any_model, key=os.environ.get(KEY))
+        done = import_chunks(opened, file, replace=replace, any_model=any_model, key=os.environ.get(KEY) or None)
     _report(out, done, f"{_held(done)}; new: {counted(done.new_chunks, 'chunk')}, {done.new_entries:,} of the entries")
 
 

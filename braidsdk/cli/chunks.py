@@ -128,6 +128,10 @@ def restore(
     with open_store(store) as opened:
         known = dict.fromkeys(each.chunk_id for each in opened.versions(namespace, name))
         fits = [each for each in known if ident and each.startswith(ident.lower())]
+        if len(fits) > 1:
+            raise InputError(
+                f"The start of an id must fit one chunk; {ident!r} fits {', '.join(fits[:5])}. Give more of it."
+            )
         row = opened.restore_name(namespace, name, fits[0] if len(fits) == 1 else ident)
     if out.json:
         out.document(_described(row))

@@ -15,7 +15,7 @@ from braidsdk.cli.output import Output, counted
 from braidsdk.errors import InputError
 from braidsdk.progress import steps_bar
 from braidsdk.settings import index_folder
-from braidsdk.store import DAMAGED_S, WHOLE, Limit, repair
+from braidsdk.store import DAMAGED_S, WHOLE, Collected, Limit, repair
 from braidsdk.types import size
 
 DAY_S = 86_400.0
@@ -110,6 +110,10 @@ def gc(
     out.text(f"{counted(done.evicted, 'entry', 'entries')} of {size(done.evicted_bytes)} evicted")
     if done.strays or done.damaged:
         out.text(f"removed {counted(done.strays, 'stray file')} and {counted(done.damaged, 'damaged file')}")
+    _note_over(out, done)
+
+
+def _note_over(out: Output, done: Collected) -> None:
     if done.over_bytes:
         out.note(f"Still {size(done.over_bytes)} over a limit: what is left is pinned or in use.")
 
@@ -129,6 +133,8 @@ def limit(
 
     What is over a limit is evicted at once. Pinned chunks' entries and all texts stay.
     """
+    if namespace == "":
+        raise typer.BadParameter("must not be empty; leave it out for the whole store.", param_hint="--namespace")
     with open_store(store) as opened:
         limits, name = opened.limits(), WHOLE if namespace is None else namespace
         before = limits.get(name, Limit())
@@ -139,6 +145,7 @@ def limit(
         if (max_bytes, max_age) != (None, None):
             done = opened.set_limit(wanted, name)
             out.note(f"{counted(done.evicted, 'entry', 'entries')} of {size(done.evicted_bytes)} evicted.")
+            _note_over(out, done)
             limits = opened.limits()
     if out.json:
         out.document({each: asdict(limit) for each, limit in limits.items()})
@@ -151,12 +158,12 @@ def limit(
 
 def _bytes(text: str) -> float | None:
     """A number of bytes from text such as 50GB."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([kmgt]?)b?", text.strip().lower())
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+) *(k|m|g|t|ki|mi|gi|ti|)b?", text.strip().lower())
     if text.strip().lower() == "none":
         return None
     if not found:
         raise typer.BadParameter(f'must be a size such as 50GB, or "none"; got {text!r}.', param_hint="--max-bytes")
-    return float(found[1]) * 1000.0 ** " kmgt".index(found[2] or " ")
+    return float(found[1]) * (1024.0 if "i" in found[2] else 1000.0) ** " kmgt".index(found[2][:1] or " ")
 
 
 def _days(text: str) -> float | None:

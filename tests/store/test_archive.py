@@ -5,6 +5,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from braidsdk.errors import ArchiveError, BraidError, NameTakenError, StoreError, StoreFullError
 from braidsdk.store import ChunkStore, EntryKey, Limit, sha256_of_tokens
+from braidsdk.store import archive as archives
 from braidsdk.store.archive import export_chunks, import_chunks
 
 
@@ -173,7 +175,7 @@ def swapped(members: list[Any]) -> None:
         (lambda members: members.append(members.pop(0)), "which no export writes"),
         (with_manifest(version=2), "of version 1"),
         (with_manifest(format=99), "entries of format"),
-        (with_manifest(models=[]), "can't be read"),
+        (with_manifest(sha256=[]), "can't be read"),
         (honest(flipped(0)), "must be a chunk's file"),
         (honest(flipped(5)), "must be an entry's file"),
         (honest(swapped), "must be a chunk's file"),
@@ -210,13 +212,57 @@ def test_a_header_that_claims_gigabytes_is_refused(elsewhere: ChunkStore, archiv
 def test_another_model_is_refused_unless_it_is_wanted(
     elsewhere: ChunkStore, corpus: list[EntryKey], archive: Path, make: Any
 ) -> None:
-    from dataclasses import replace
-
     other = replace(make.model, weights="ff" * 16)
     elsewhere.publish([(make.key(None, model=other), make.tensors(), {})])
     with pytest.raises(ArchiveError, match="allow any model"):
         import_chunks(elsewhere, archive)
     assert import_chunks(elsewhere, archive, any_model=True).new_entries == 5
+
+
+def test_the_models_are_those_of_the_entries_whatever_the_manifest_says(
+    elsewhere: ChunkStore, archive: Path, make: Any
+) -> None:
+    elsewhere.publish([(make.key(None, model=replace(make.model, weights="ff" * 16)), make.tensors(), {})])
+    with pytest.raises(ArchiveError, match="allow any model"):
+        import_chunks(elsewhere, rewritten(archive, with_manifest(models={})))
+
+
+def test_an_entry_of_a_chunk_that_is_deleted_meanwhile_stays_out(
+    elsewhere: ChunkStore, corpus: list[EntryKey], archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def register(*given: Any, **options: Any) -> int:
+        new = registered(*given, **options)
+        elsewhere.delete_chunk("default", str(corpus[1].chunk_id))
+        return new
+
+    registered = archives._register
+    monkeypatch.setattr(archives, "_register", register)
+    assert import_chunks(elsewhere, archive).new_entries == 2
+    assert [bool(hit) for hit in elsewhere.look_up(corpus)] == [True, False, False, False, True]
+    assert elsewhere.check(1.0).is_sound
+
+
+def test_another_export_is_left_alone(store: ChunkStore, corpus: list[EntryKey], tmp_path: Path) -> None:
+    (tmp_path / ".x.tar.part").write_text("another's")
+    with pytest.raises(ArchiveError, match="another export"):
+        export_chunks(store, tmp_path / "x.tar", "default")
+    assert (tmp_path / ".x.tar.part").read_text() == "another's"
+
+
+def test_very_many_headers_in_a_row_are_refused(elsewhere: ChunkStore, archive: Path) -> None:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 0
+    archive.write_bytes(info.tobuf(tarfile.GNU_FORMAT) * 4000 + bytes(1024))
+    with pytest.raises(ArchiveError):
+        import_chunks(elsewhere, archive)
+
+
+def test_an_archive_larger_than_the_disk_is_refused(
+    elsewhere: ChunkStore, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ChunkStore, "free_bytes", 10)
+    with pytest.raises(StoreFullError, match="must have room"):
+        import_chunks(elsewhere, archive)
 
 
 def test_names_that_are_taken_are_refused_or_moved(elsewhere: ChunkStore, archive: Path) -> None:

@@ -276,6 +276,13 @@ def test_many_threads_and_stores_leave_files_that_say_what_the_index_says(folder
         {"chunk": {"metadata": "[" * 1000 + "]" * 1000}},
         {"chunk": {"metadata": '{"n": NaN}'}},
         {"chunk": {"number": 2**70}},
+        {"chunk": {"number": -1}},
+        {"chunk": {"created": "yesterday"}},
+        {"chunk": {"created": "\ud800"}},
+        {"chunk": {"level": 3}},
+        {"names": [{"name": "\ud800", "number": 1, "since": "2026-01-01"}]},
+        {"names": [{"name": " ", "number": 1, "since": "2026-01-01"}]},
+        {"names": [{"name": "x", "number": 1, "since": "yesterday"}]},
         {"chunk": {"more": 1}},
         {"names": [{"name": 1, "number": 1, "since": ""}]},
         {"names": {}},
@@ -335,3 +342,96 @@ def test_a_repair_takes_in_what_the_index_lost_and_not_what_was_deleted(
         assert [row.text for row in again.list_chunks("default")] == ["kept"]
     assert not chunk.exists()
     assert [path.name[:32] for path in (folder / "damaged").iterdir()] == [gone.chunk_id], "a text is not thrown away"
+
+
+class KilledError(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def test_a_rebuild_that_is_killed_loses_nothing(
+    store: ChunkStore, folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(add(store, "text"))
+    store.publish([(key, make.tensors(), {})])
+    path = store._layout.chunk(str(key.chunk_id))
+    path.write_bytes(path.read_bytes()[:-1])
+    store.close()
+    lose_index(folder)
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entries, "record_damage", kill)
+        with pytest.raises(KilledError):
+            ChunkStore(folder)
+    with ChunkStore(folder) as again:
+        assert [row.text for row in again.list_chunks("default")] == ["text"]
+        assert isinstance(again.load([key])[0], Entry)
+        assert again.check().is_sound
+        assert len(list((folder / "damaged").iterdir())) == 1
+
+
+def test_text_in_damaged_files_of_unknown_chunks_goes_with_a_deletion(
+    store: ChunkStore, folder: Path, make: Any
+) -> None:
+    key = make.key(add(store, "a secret"))
+    store.publish([(key, make.tensors(), {})])
+    (path,) = folder.glob("entries/*/*")
+    path.write_bytes(path.read_bytes().replace(b"bfloat16", b"bfloat17", 1))
+    store.close()
+    lose_index(folder)
+    with ChunkStore(folder) as again:
+        assert again.damaged_count == 1
+        again.delete_chunk("default", str(key.chunk_id))
+    assert not [each for each in folder.rglob("*") if each.is_file() and b"a secret" in each.read_bytes()]
+
+
+def test_entries_of_a_deleted_chunk_go_even_if_its_own_file_stays(
+    store: ChunkStore, folder: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = make.key(add(store, "text"))
+    store.publish([(key, make.tensors(), {})])
+
+    def fail(_: Any) -> None:
+        raise StoreError("The disk fails.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "publish", fail)
+        with pytest.raises(StoreError, match="braid gc"):
+            store.delete_chunk("default", str(key.chunk_id))
+    assert not list(folder.glob("entries/*/*"))
+
+
+def test_failed_openings_leave_nothing_open(folder: Path) -> None:
+    ChunkStore(folder).close()
+    (folder / "index.db").write_bytes(b"junk" * 5000)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(5):
+        with pytest.raises(StoreCorruptError):
+            ChunkStore(folder)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    assert not list((folder / "tmp").iterdir())
+
+
+def test_files_of_another_process_are_not_written_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ChunkStore(folder) as one, ChunkStore(folder) as other:
+        one.add_chunks([NewChunk("default", 1, f"text {n}") for n in range(catalogue.SETTLE - 1)])
+        written: list[Path] = []
+        write = catalogue.write
+        monkeypatch.setattr(catalogue, "write", lambda path, *rest: (written.append(path), write(path, *rest)))
+        add(other, "another")
+        assert len(written) == 1
+        one.add_chunks([NewChunk("default", 1, f"more {n}") for n in range(catalogue.SETTLE)])
+        with one._index.read() as db:
+            assert catalogue.stale(db) == {}, "many marks are removed at once"
+
+
+def test_a_restore_without_an_id_goes_to_another_chunk(store: ChunkStore) -> None:
+    first = add(store, "first", "guide")
+    second = add(store, "second", "guide", replace=True)
+    third = add(store, "third", "guide", replace=True)
+    store.delete_chunk("default", third)
+    add(store, "second", "guide", replace=True)
+    assert store.restore_name("default", "guide").id == first
+    assert second in {each.chunk_id for each in store.versions("default", "guide")}

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from braidsdk.errors import InputError, StoreCorruptError, StoreFullError, StoreReadOnlyError
-from braidsdk.store import WHOLE, ChunkStore, Entry, EntryKey, Limit, collect, entries
+from braidsdk.errors import InputError, StoreError, StoreFullError, StoreReadOnlyError, StoreReplacedError
+from braidsdk.store import WHOLE, ChunkStore, Entry, EntryKey, Limit, claims, collect, entries, repair
 
 DAY_S = 86_400
 
@@ -219,14 +220,18 @@ def test_limits_are_kept_and_shared(store: ChunkStore, folder: Path) -> None:
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"": {"max_bytes": -1}}', '{"": {"more": 1}}', '{"": 3}', "[" * 9999])
 def test_limits_that_can_not_be_read_are_said_and_lose_nothing(
-    store: ChunkStore, folder: Path, make: Any, content: str
+    store: ChunkStore, folder: Path, make: Any, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "limits.json").write_text(content)
-    with pytest.raises(StoreCorruptError, match=r"limits\.json"):
+    with pytest.raises(StoreError, match=r"limits\.json"):
         store.collect()
     assert there(store, [put(store, make, 0)]) == [0]
+    monkeypatch.setattr(collect, "SWEEP_EVERY_S", 0)
     with ChunkStore(folder) as other:
         assert len(other.list_chunks("default")) == 1
+    before = (folder / "index.db").stat().st_ino
+    assert repair(folder).old_index is None
+    assert (folder / "index.db").stat().st_ino == before, "it is sound"
 
 
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "5", True, 2**70])
@@ -387,3 +392,67 @@ def test_readers_writers_and_collectors_for_long(
     counted("reads beside writers and collectors that are killed, 120 s", counts["read"], wrong=len(wrong))
     counted("collectors killed meanwhile", counts["collectors killed"])
     assert wrong == []
+
+
+def test_uses_that_are_not_kept_yet_count(store: ChunkStore, make: Any, one: int) -> None:
+    keys = [put(store, make, n) for n in range(4)]
+    for _ in range(9):
+        store.load([keys[1]])
+    store.set_limit(Limit(max_bytes=one))
+    assert there(store, keys) == [1]
+
+
+def test_a_process_that_only_reads_keeps_its_uses(
+    store: ChunkStore, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = put(store, make, 0)
+    monkeypatch.setattr("braidsdk.store.store.KEEP_USES_S", 0.0)
+    store.count_uses([key.digest] * 50)
+    store.known_chunks("default", [str(key.chunk_id)])
+    with store._index.read() as db:
+        assert int(db.execute("select value from memory where key = 'uses'").fetchone()[0]) >= 50
+
+
+def test_an_interrupted_lease_ends(store: ChunkStore, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = [put(store, make, n) for n in range(3)]
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claims.time, "sleep", interrupt)
+    with store._leases.evicting() as taken:
+        assert taken.take(keys[2].digest)
+        with pytest.raises(KeyboardInterrupt), store._leases.hold(key.digest for key in keys):
+            pass
+    assert store.set_limit(Limit(max_bytes=0)).evicted == 3
+
+
+def test_a_stopped_evictor_does_not_stop_readers(store: ChunkStore, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = put(store, make, 0)
+    monkeypatch.setattr(claims, "EVICTION_S", 0.01)
+    with store._leases.evicting() as taken:
+        assert taken.take(key.digest)
+        assert isinstance(store.load([key])[0], Entry)
+        assert not store._leases._held
+
+
+def test_nonsense_in_the_index_is_damage_or_harmless(store: ChunkStore, folder: Path, make: Any) -> None:
+    key = put(store, make, 0)
+    for value in ("abc", "9" * 400, "-5"):
+        store.remember({entries.USES: value})
+        store.load([key])
+        store.publish([(make.key(key.chunk_id, tokens=(1, len(value))), make.tensors(), {})])
+    with store._index.write() as db:
+        db.execute("update entries set size = 0")
+    assert not store.check().is_sound
+    store.load([key])
+    store.close()
+    assert not list((folder / "tmp").iterdir()), "it was closed all the same"
+
+
+def test_looking_at_a_removed_store_says_so(store: ChunkStore, folder: Path, make: Any) -> None:
+    put(store, make, 0)
+    shutil.rmtree(folder)
+    for call in (store.check, store.collect):
+        with pytest.raises(StoreReplacedError):
+            call()
