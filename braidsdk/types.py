@@ -39,8 +39,8 @@ class Chunk:
     text: str
     name: str | None = field(default=None, compare=False)
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    pinned: bool = field(default=False, compare=False)
     _encode: Callable[[int, str], tuple[int, ...]] = field(default=lambda *_: (), repr=False, compare=False)
+    pinned: bool = field(default=False, compare=False)
 
     @cached_property
     def token_ids(self) -> tuple[int, ...]:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from braidsdk.errors import StoreCorruptError
 from braidsdk.store import blobs, catalogue, chunks, entries, troubles
 from braidsdk.store.chunks import ChunkFilter
+from braidsdk.store.entries import EntryRow
 from braidsdk.store.files import Layout
 from braidsdk.store.index import Index
+from braidsdk.store.rebuild import row_of
 
 PAGE = 1_000
 """Texts that are in memory at a time."""
@@ -59,20 +61,22 @@ def check(index: Index, layout: Layout, share: float, on_progress: Callable[[int
         count = db.table("chunks").count
     found = index_troubles(index)
     damaged, read = [], 0
+    wrong: list[str] = []
     for number, (digest, payload) in enumerate(rows.items(), 1):
         whole = random.random() < share
-        why = _entry(layout, digest, payload, whole=whole)
-        if why:
-            with index.read() as db:  # again, because it may have been deleted or computed again meanwhile
-                now = db.execute("select payload_digest from entries where digest = ?", [digest]).fetchone()
-            if now != (payload,):
-                why = None
-        if why:
-            damaged.append((digest, why))
+        file = _entry(layout, digest, payload, whole=whole)
+        with index.read() as db:  # it may have been deleted or computed again since
+            row = entries.of_digest(db, digest)
+        if row and row.payload_digest == payload and row != file:
+            if isinstance(file, str):
+                damaged.append((digest, file))
+            else:
+                wrong.append(f"the row of entry {digest} does not say what its file says")
         read += whole
         if on_progress:
             on_progress(number, len(rows))
     stray = [each for each in there if each not in rows and not blobs.is_of_another_format(layout.entry(each))]
+    found += wrong[:5]
     behind = tuple(behind_index(index, layout)) if not found else ()
     return Checked(len(rows), read, tuple(found), tuple(damaged), tuple(stray), count, behind)
 
@@ -121,15 +125,17 @@ def _texts(index: Index, namespace: str) -> Iterator[str]:
         after = rows[-1].id
 
 
-def _entry(layout: Layout, digest: str, payload: str, *, whole: bool) -> str | None:
-    """What is wrong with an entry's file."""
+def _entry(layout: Layout, digest: str, payload: str, *, whole: bool) -> EntryRow | str:
+    """What an entry's file says, or what is wrong with it."""
     try:
         path = layout.entry(digest)
         header = blobs.read(path).header if whole else blobs.read_header(path)
+        if header.digest != payload:
+            return "it is not the file that the index names"
+        return row_of(path, header, digest)
     except (StoreCorruptError, blobs.DamagedFile) as error:
         return str(error)
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
         return f"it can't be read: {error.strerror}"
-    return None if header.digest == payload else "it is not the file that the index names"

@@ -272,6 +272,11 @@ def groups(db: Database, namespace: str) -> list[EntryGroup]:
     return [EntryGroup(**row) for row in rows]
 
 
+def of_digest(db: Database, digest: str) -> EntryRow | None:
+    """Return what the index keeps of one entry, if it has it."""
+    return next(iter(_entry_rows(db, "digest = ?", [digest])), None)
+
+
 def of_chunk(db: Database, namespace: str, chunk_id: str) -> list[EntryRow]:
     """Return the own entries of a namespace's chunk, oldest first."""
     return _entry_rows(db, "chunk_id = ? and namespace = ?", [chunk_id, namespace])

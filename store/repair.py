@@ -19,7 +19,7 @@ from braidsdk.errors import (
     StoreVersionError,
 )
 from braidsdk.store import blobs, chunks, entries
-from braidsdk.store.check import index_troubles
+from braidsdk.store.check import Checked
 from braidsdk.store.files import Layout, index_files
 from braidsdk.store.rebuild import Rebuilt, row_of
 from braidsdk.store.schema import is_busy
@@ -64,9 +64,10 @@ def repair(
     """
     try:
         with ChunkStore(path, index=index) as opened:
-            if not index_troubles(opened._index):
-                return _mended(opened, share, on_progress)
             opened._index.check_writable()
+            found = opened.check(share, on_progress)
+            if not found.index:
+                return _mended(opened, found)
     except StoreError as error:
         layout = Layout(Path(path).absolute(), index)
         if not _is_damage(error, layout.home):
@@ -84,7 +85,7 @@ def repair(
     finally:
         layout.close()
     with ChunkStore(path, index=index) as opened:
-        return replace(_mended(opened, share, on_progress), old_index=old)
+        return replace(_mended(opened, opened.check()), old_index=old)
 
 
 def _is_damage(error: StoreError, home: Path) -> bool:
@@ -102,10 +103,9 @@ def _is_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink()
 
 
-def _mended(opened: ChunkStore, share: float, on_progress: Callable[[int, int], None] | None) -> Repaired:
+def _mended(opened: ChunkStore, found: Checked) -> Repaired:
     """Set damaged entries aside, write chunks' files again, take strays in or remove them. The index is sound."""
-    opened._index.check_writable()
-    layout, found = opened._layout, opened.check(share, on_progress)
+    layout = opened._layout
     damaged = [each for each in found.damaged if _set_aside(opened, *each)]
     behind = [each for each, _ in found.behind]
     with opened._changing() as db:

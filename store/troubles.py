@@ -13,6 +13,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from braidsdk.store.blobs import is_key_record
+from braidsdk.store.keys import record_chunk_ids
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -32,6 +33,16 @@ def _of_rows(db: Database) -> Iterator[str]:
         for number, value in db.execute(f"select rowid, {column} from {table}"):
             if not is_right(value):
                 yield f"row {number} of {table} has a {column} that this store does not write"
+    columns = "weights, dtype, level, namespace, chunk_id"
+    seen = "(select group_concat(chunk_id) from entry_chunks where entry_chunks.digest = entries.digest)"
+    for number, text, chunks, *copied in db.execute(f"select rowid, record, {seen}, {columns} from entries"):
+        if not _is_record(text):
+            continue
+        record = json.loads(text)
+        own = [record["model"]["weights"], record["model"]["dtype"]]
+        own += [record[name] for name in ("level", "namespace", "chunk_id")]
+        if own != copied or {*(chunks or "").split(",")} - {""} != {*record_chunk_ids(record)}:
+            yield f"row {number} of entries does not agree with its own record"
 
 
 def _is_digest(value: str) -> bool:

@@ -30,6 +30,7 @@ def test_every_error_has_a_code() -> None:
         exits.NotFoundError: 3,
         errors.StoreVersionError: 4,
         errors.StoreCorruptError: 4,
+        errors.ArchiveError: 4,
         errors.UnsupportedModelError: 4,
         errors.WeightsError: 4,
         errors.WindowExceededError: 1,

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from braidsdk.store import ChunkStore, EntryKey, Hit, NewChunk, entries
+from braidsdk.store import ChunkStore, EntryKey, Hit, NewChunk, entries, repair
+from braidsdk.store import check as check_module
 
 
 @pytest.fixture
@@ -94,3 +95,36 @@ def test_a_damaged_index_is_named(store: ChunkStore, folder: Path) -> None:
     (folder / "index.db").write_bytes(content)
     with ChunkStore(folder) as opened:
         assert opened.check().index
+
+
+def test_a_row_that_does_not_say_what_its_file_says_is_a_trouble_of_the_index(
+    store: ChunkStore, keys: list[EntryKey], folder: Path
+) -> None:
+    """Found by one flipped bit of the index, where SQLite finds nothing."""
+    with store._index.write() as db:
+        db.execute(
+            "update entries set record = replace(record, 'e3b0c442', 'e3b0c443') where digest = ?", [keys[0].digest]
+        )
+    assert store.load([keys[0]]) == [None]
+    assert "does not say what its file says" in store.check().index[0]
+    assert repair(folder).old_index
+    with ChunkStore(folder) as again:
+        assert all(again.load(keys))
+
+
+def test_an_entry_that_is_computed_again_meanwhile_is_not_damaged(
+    store: ChunkStore, keys: list[EntryKey], make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked = check_module._entry
+
+    def entry(*given: Any, **options: Any) -> Any:
+        found = looked(*given, **options)
+        if given[1] == keys[0].digest:
+            path_of(store, keys[0]).unlink()
+            store.load([keys[0]])  # sets it aside
+            store.publish([(keys[0], make.tensors(7), {"other": "provenance"})])
+        return found
+
+    path_of(store, keys[0]).write_bytes(b"damaged")
+    monkeypatch.setattr(check_module, "_entry", entry)
+    assert store.check().damaged == ()

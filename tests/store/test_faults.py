@@ -24,10 +24,10 @@ def steps(campaign: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_fault_at_any_step_loses_nothing_and_is_typed(steps: Callable[..., Any]) -> None:
-    found = steps("--every", "29")
+    found = steps("--every", "53")
     assert found["wrong"] == []
-    assert found["counts"]["kill"] >= 15
-    assert found["counts"]["eio, errors"] >= 10, "most faults must be noticed"
+    assert found["counts"]["kill"] >= 10
+    assert found["counts"]["eio, errors"] >= 7, "most faults must be noticed"
 
 
 @pytest.mark.campaign
@@ -44,4 +44,4 @@ def test_a_fault_at_every_step_loses_nothing_and_is_typed(
 
 
 def test_kills_see_a_row_that_is_written_before_its_file(steps: Callable[..., Any]) -> None:
-    assert steps("--kinds", "kill", "--planted", "row-first", "--every", "5")["wrong"], "it went unseen"
+    assert steps("--kinds", "kill", "--planted", "row-first", "--every", "9")["wrong"], "it went unseen"
