@@ -253,9 +253,11 @@ def forget_damaged(db: Database, chunk_ids: Collection[str]) -> list[str]:
     """Forget which entries of these chunks were set aside, but not how many. Returns the files' names in damaged/, with
     those of which nobody knows whose text they hold."""
     wanted, files = set(chunk_ids), []
-    for row in list(db.table("damage").rows_where("chunks <> '[]' or file is not null", select="number, chunks, file")):
+    for row in list(
+        db.table("damage").rows_where("chunks <> '[]' or file is not null", select="number, namespace, chunks, file")
+    ):
         about = json.loads(row["chunks"])
-        if not about or wanted.intersection(about):
+        if wanted.intersection(about) or not (about or row["namespace"]):
             db.table("damage").update(row["number"], {"digest": "", "chunks": "[]", "file": None})
             files += [row["file"]] if row["file"] is not None else []
     return files

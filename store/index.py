@@ -23,7 +23,17 @@ from sqlite_utils import Database
 from braidsdk.errors import BraidError, ClosedError, StoreError, StoreReadOnlyError, StoreReplacedError
 from braidsdk.store import troubles
 from braidsdk.store.files import sync_folder
-from braidsdk.store.schema import BUSY_TIMEOUT_S, connected, corrupt, is_busy, kind_of, migrated, primary, translate
+from braidsdk.store.schema import (
+    BUSY_TIMEOUT_S,
+    connected,
+    corrupt,
+    is_busy,
+    is_damage,
+    kind_of,
+    migrated,
+    primary,
+    translate,
+)
 
 FAIR_S = 5.0
 """So long a writer queues. After that it asks SQLite all the same: the queue is only for fairness, and its lock may be
@@ -197,10 +207,9 @@ class Index:
 
     def _translated(self, error: sqlite3.Error) -> StoreError:
         """Our own error for one of SQLite's. Damage is only claimed after a second look."""
-        if primary(error) in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if is_damage(error) or primary(error) == sqlite3.SQLITE_IOERR:
             self._disconnect()
-        damaged = primary(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-        if damaged and self._trouble() is None:
+        if is_damage(error) and self._trouble() is None:
             return StoreError(
                 f"The index {self._path} could not be read for a moment ({error}); it is sound. The store is as it was "
                 "before. Try again. If it fails again, look at what the disk reports."
@@ -214,8 +223,9 @@ class Index:
             with closing(patiently(partial(connected, self._path, read_only=self._read_only))) as db:
                 found = patiently(lambda: troubles.of_index(db, 1))
         except sqlite3.Error as error:
-            damaged = primary(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-            return str(error) if damaged else None
+            if not is_damage(error):
+                return None
+            return str(error) if primary(error) else "it has text that is not UTF-8"
         except UnicodeDecodeError:
             return "it has text that is not UTF-8"  # so has SQLite's message about it
         return found[0] if found else None

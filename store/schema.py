@@ -291,6 +291,11 @@ def is_busy(error: sqlite3.Error) -> bool:
     return primary(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 
 
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether an error says that the index does not hold what SQLite or this store wrote."""
+    return primary(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) or "decode to UTF-8" in str(error)
+
+
 def kind_of(error: OSError) -> type[StoreError]:
     """Return the type of our own error for a write that failed."""
     return StoreFullError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else StoreError
@@ -304,7 +309,7 @@ def corrupt(index: Path, why: str) -> StoreCorruptError:
 def translate(error: sqlite3.Error, index: Path) -> StoreError:
     """Return our own error that tells the user what an error of SQLite means."""
     code = primary(error)
-    if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT):
+    if is_damage(error):
         return corrupt(index, str(error))
     if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return StorePathError(

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import model
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from model import Known, Model
@@ -249,6 +249,7 @@ def main() -> None:
             derandomize=True,
             database=None,
             deadline=None,
+            phases=[Phase.generate],  # to shrink a failure takes minutes
             suppress_health_check=list(HealthCheck),
         ),
     )
