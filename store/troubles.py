@@ -6,6 +6,7 @@ types that this store does not write.
 
 import json
 import re
+import sqlite3
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from sqlite_utils import Database
 
 from braidsdk.store.blobs import is_key_record
 from braidsdk.store.keys import record_chunk_ids
+from braidsdk.store.schema import is_damage
 
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 
@@ -29,6 +31,15 @@ def of_index(db: Database, most: int = 5) -> list[str]:
 
 
 def _of_rows(db: Database) -> Iterator[str]:
+    for table in _TABLES:
+        try:
+            for _ in db.execute(f"select * from {table}"):
+                pass
+        except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
+            yield f"{table} has text that is not UTF-8"
+            return
     for table, column, is_right in _RULES:
         for number, value in db.execute(f"select rowid, {column} from {table}"):
             if not is_right(value):
@@ -65,6 +76,8 @@ def _parsed(value: str) -> object:
     except (ValueError, RecursionError):
         return None
 
+
+_TABLES = ("chunks", "names", "former_names", "stale", "entries", "entry_chunks", "totals", "damage", "memory")
 
 _RULES: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("entries", "digest", _is_digest),

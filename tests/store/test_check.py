@@ -128,3 +128,14 @@ def test_an_entry_that_is_computed_again_meanwhile_is_not_damaged(
     path_of(store, keys[0]).write_bytes(b"damaged")
     monkeypatch.setattr(check_module, "_entry", entry)
     assert store.check().damaged == ()
+
+
+def test_text_that_is_not_utf8_is_a_trouble_of_the_index_in_any_column(
+    store: ChunkStore, keys: list[EntryKey], folder: Path
+) -> None:
+    with store._index.write() as db:
+        db.execute("update entries set file = cast(x'ff' as text)")
+    assert store.check().index == ("entries has text that is not UTF-8",)
+    assert repair(folder).old_index
+    with ChunkStore(folder) as again:
+        assert all(again.load(keys))
