@@ -67,7 +67,9 @@ class Collector:
     def collect(self, *, damaged_s: float = DAMAGED_S) -> Collected:
         """Evict what is over the limits or too old, and remove strays, temporaries, and what was set aside longer than
         `damaged_s` seconds ago."""
-        evicted = self.evict(by_age=True)
+        return self._sweep(self.evict(by_age=True), damaged_s)
+
+    def _sweep(self, evicted: Collected, damaged_s: float) -> Collected:
         self._layout.sweep_temporaries()
         strays = self.sweep_entries()
         damaged = self._layout.sweep_damaged(time.time() - damaged_s)
@@ -80,12 +82,13 @@ class Collector:
         self._layout.sweep_temporaries()
         if self._claim_sweep():
             try:
-                limits.read(self._layout)
+                evicted = self.evict(by_age=True)
+            except StoreFullError:
+                raise
             except StoreError as error:
                 _log.warning("nothing is evicted: %s", error)
-                self.sweep_entries()
-            else:
-                self.collect()
+                evicted = Collected()
+            self._sweep(evicted, DAMAGED_S)
 
     def evict(self, spared: Collection[str] = (), *, by_age: bool = False) -> Collected:
         """Evict entries until all limits are kept, the least worth first.

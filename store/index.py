@@ -87,13 +87,21 @@ class Index:
                     before = db.conn.total_changes
                     yield db
                     changed = db.conn.total_changes != before
-                if not changed:
-                    # Another process may have written what this one found, and died before it synced the folder.
-                    with contextlib.suppress(OSError):
-                        sync_folder(self._path.parent)
                 self._check_place()  # what was written to a file without a name is lost
+                if not changed:
+                    self._sync_found()
             finally:
                 self._writes += 1
+
+    def _sync_found(self) -> None:
+        """Make what this process found durable: another may have written it, and died before it synced the folder."""
+        try:
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise kind_of(error)(
+                f"What the store at {self._path.parent} holds could not be made durable: {error.strerror}. Correct "
+                "what fails, and try again."
+            ) from error
 
     def check_writable(self) -> None:
         """Raises:

@@ -105,6 +105,14 @@ def test_what_another_process_wrote_is_durable_before_it_is_acknowledged(
         monkeypatch.setattr("braidsdk.store.index.sync_folder", synced.append)
         other.add_chunk(namespace="default", level=1, text="text")
         assert synced == [folder]
+        other.add_chunk(namespace="default", level=1, text="text")  # removes the mark that the first one left
+
+        def fail(_: Path) -> None:
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr("braidsdk.store.index.sync_folder", fail)
+        with pytest.raises(StoreError, match="could not be made durable"):
+            other.add_chunk(namespace="default", level=1, text="text")
 
 
 def test_a_migration_is_applied_once(folder: Path) -> None:
