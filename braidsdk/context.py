@@ -253,9 +253,7 @@ class Context:
         reasons = (miss.detail for miss in self._engine.store.explain(absent))
         sizes = [self._engine.pool.bytes_for(len(segment.token_ids)) for segment in segments]
         for segment, found, kv_bytes in zip(segments, places, sizes, strict=True):
-            where: Literal["memory", "store", "nowhere"] = (
-                "memory" if isinstance(found, Resident) else "store" if isinstance(found, Hit) else "nowhere"
-            )
+            where: Literal["memory", "store", "nowhere"] = "store" if isinstance(found, Hit) else found or "nowhere"
             seconds: float | None = 0.0
             if isinstance(found, Hit):
                 seconds = rates.seconds_for("load", found.nbytes)
@@ -284,7 +282,7 @@ class Context:
             return []
         positions = first_tokens(composition, composition.repair.k)
         keys = [overlay_key(composition, self._keys, positions)] if positions else []
-        places = ["memory" if isinstance(found, Resident) else "store" for found in self._engine.locate(keys) if found]
+        places = ["store" if isinstance(found, Hit) else found for found in self._engine.locate(keys) if found]
         return [f"what every question takes of these {len(positions):,} tokens is in {place}" for place in places]
 
     def belongs_to(self, engine: Engine) -> bool:

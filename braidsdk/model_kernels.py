@@ -39,7 +39,8 @@ class Kernels:
         raise InputError(f"backend must be {' or '.join(map(repr, OBSTACLES))}; got {shown(backend)}.")
 
     def _geometry(self) -> Geometry:
-        return self._engine.model.geometry
+        self._engine.check_open()
+        return self._engine.geometry
 
     def self_test(self, *, timed: bool = False, on_progress: Callable[[int, int], None] | None = None) -> list[Result]:
         """Compute each Triton kernel at the model's own shapes, in up to eight processes, and compare it with float64.

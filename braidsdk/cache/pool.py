@@ -312,6 +312,13 @@ class Pool:
         """How often an entry is pinned."""
         return self._pins[entry]
 
+    def close(self) -> None:
+        """Free the memory and forget every entry. Callers' threads may hold the pool a little longer, for its numbers:
+        nothing that they then let go of is a tensor."""
+        self.kv = _NONE
+        for each in (self._entries, self._turns, self._overlays, self._pins):
+            each.clear()
+
     def integrity(self, held: Iterable[Tensor] = ()) -> None:
         """Check that each page is free, or belongs to one entry or one request, that each block of a shared page does
         too, and that pins and counts agree.

@@ -369,6 +369,8 @@ class Residency(Generic[N]):
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown()
         self._copies = self._staging = None
+        for each in (self._making, self._writing):  # of jobs whose results nobody takes any more
+            each.clear()
         del self.pool, self._model
 
     def integrity(self) -> None:

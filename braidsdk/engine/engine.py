@@ -10,17 +10,16 @@ from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from braidsdk.cache.certificates import Certificates
 from braidsdk.cache.codecs import plain
 from braidsdk.cache.pool import Pool
 from braidsdk.cache.rates import Rates
-from braidsdk.cache.resident import Resident
 from braidsdk.compose.composition import Composition
 from braidsdk.engine.graph_runner import GraphRunner
 from braidsdk.engine.loop import Loop, closed, deleted
-from braidsdk.engine.request import Request
+from braidsdk.engine.request import Request, without_frames
 from braidsdk.errors import ForkedError
 from braidsdk.models.base import Model
 from braidsdk.prompt.history import SpokenTurns
@@ -83,6 +82,7 @@ class Engine:
         self.namespace = namespace
         self.config = model.config
         self.device, self.dtype, self.backends = model.device, model.dtype, model.backends
+        self.geometry = model.geometry
         self.turns = SpokenTurns()
         self.identity = ModelIdentity(
             weights=model.fingerprint,
@@ -106,7 +106,8 @@ class Engine:
 
     @property
     def model(self) -> Model:
-        """The model, to read its numbers. Only the engine's thread computes with it.
+        """The model. Only the engine's thread computes with it, and other threads do not hold it: whoever lets go of it
+        last frees its memory.
 
         Raises:
             ClosedError: `close` was called.
@@ -222,10 +223,10 @@ class Engine:
         """The key of each segment's entry. `known` are the keys of the first segments, if the caller has them."""
         return composition.keys(self.identity, self.namespace, known, self._recent_keys)
 
-    def locate(self, keys: Sequence[EntryKey]) -> list[Resident | Hit | None]:
+    def locate(self, keys: Sequence[EntryKey]) -> list[Literal["memory"] | Hit | None]:
         """Where each entry is, without loading or computing any. None means nowhere."""
         found = dict(zip(keys, self.store.look_up(keys), strict=True))
-        return [self.pool.find(key) or found[key] for key in keys]
+        return ["memory" if self.pool.find(key) else found[key] for key in keys]
 
     def check_chunks(self, composition: Composition) -> None:
         """Refuse a composition with a deleted chunk, and forget what was computed after it.
@@ -272,10 +273,10 @@ class _Call(Generic[T]):
         try:
             self._result.put((self._work(), None))
         except BaseException as error:
-            self._result.put((None, error))
+            self.refuse(error)
 
     def refuse(self, error: BaseException) -> None:
-        self._result.put((None, error))
+        self._result.put((None, without_frames(error)))
 
     def result(self) -> T:
         value, error = self._result.get()

@@ -505,7 +505,7 @@ class Loop:
 
     def _fail(self, request: Request, error: BaseException) -> None:
         if not request.ended:
-            request.error = error  # before its state says that it is there
+            request.fail(error)  # before its state says that it is there
             self._end_request(request, State.FAILED)
 
     def _end_request(self, request: Request, state: State) -> None:
@@ -530,7 +530,7 @@ class Loop:
 
     def refuse(self, request: Request, error: BaseException) -> None:
         """End a request that was never taken in."""
-        request.error = error
+        request.fail(error)
         request.state = State.FAILED
         if call := request.ring():
             call()
@@ -603,6 +603,7 @@ class Loop:
         self._wake_readers()  # what follows may wait long for a disk
         self.residency.close()
         self._flight = None
+        self.pool.close()
         del self.model, self.pool, self.runner
         self._remember()
         self._store.close()

@@ -4,6 +4,7 @@ The engine's thread writes to a request, and its reader's thread reads from it. 
 without a lock: a list that only grows, and a wake-up that says that something has changed.
 """
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from braidsdk.compose.composition import Composition
 from braidsdk.compose.repairs import Linked, overlay_tokens
 from braidsdk.engine.scheduler import ENDED, Job
+from braidsdk.errors import BraidError
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.store.keys import EntryKey
 from braidsdk.types import Certificate, Timings, Usage
@@ -147,6 +149,10 @@ class Request(Job):
         repairs = composition.tail or (composition.keeps_overlay and isinstance(composition.repair, Linked))
         return overlay_tokens(composition) if repairs else 0
 
+    def fail(self, error: BaseException) -> None:
+        """Keep the error that its reader will raise, and no value. For the engine's thread."""
+        self.error, self.value = without_frames(error), None
+
     def ring(self) -> Callable[[], None] | None:
         """Wake the reader; returns what `wake` does. For the engine's thread."""
         if self.wake:
@@ -169,3 +175,18 @@ class Request(Job):
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """An error for another thread, without the frames that it and its causes passed. They hold tensors, which would
+    live as long as the error does. And a daemon thread that frees a tensor while the interpreter exits ends the process
+    by SIGABRT. What was not expected keeps its traceback as a note."""
+    each: BaseException | None = error
+    seen: set[BaseException] = set()
+    while each is not None and each not in seen:
+        seen.add(each)
+        if each.__traceback__ and not isinstance(each, BraidError):
+            each.add_note("In another thread:\n" + "".join(traceback.format_tb(each.__traceback__)).rstrip())
+        each.__traceback__ = None
+        each = each.__cause__ or each.__context__
+    return error

@@ -114,9 +114,9 @@ def check_disk(engine: Engine, expected: RegistrationEstimate) -> None:
 def _measure(engine: Engine, token_ids: Sequence[int]) -> None:
     """Compute some tokens and throw them away, to learn how fast that is. Does nothing if the pool has no room now."""
     ids = tuple(token_ids[: min(PROBE_TOKENS, engine.config.window)])
-    model, pool = engine.model, engine.pool
 
     def work() -> None:
+        model, pool = engine.model, engine.pool
         try:
             pages = pool.take(len(ids))
         except PoolFullError:
