@@ -122,8 +122,7 @@ class Braid:
             PoolFullError: there is less memory than CUDA graphs take.
             StoreError: the store can't be used.
         """
-        if not isinstance(namespace, str) or not 1 <= len(namespace) <= 200 or not is_unicode(namespace):
-            raise InputError(f"namespace must be text of 1 to 200 characters; got {shown(namespace)}.")
+        _check_namespace(namespace)
         if pool_bytes is not None and (type(pool_bytes) is not int or pool_bytes < 1):
             raise InputError(f"pool_bytes must be a positive whole number of bytes, or None; got {pool_bytes!r}.")
         if type(max_queue) is not int or max_queue < 1:
@@ -156,6 +155,25 @@ class Braid:
         self._adopt(engine, f"{model} (int8)" if int8 else str(model), folder == EMBEDDED["braid-tiny"])
         _log.info("opened a model of %d layers in %.1f ms", loaded.config.layers, (perf_counter() - started) * 1e3)
 
+    def in_namespace(self, namespace: str) -> "Braid":
+        """A Braid of another namespace with the same model, memory and store, served by the same engine: an application
+        with many tenants loads the model once.
+
+        Neither sees chunks, entries, counts or certificates of the other. Closing one closes all of them.
+
+        Args:
+            namespace: see `Braid`.
+
+        Raises:
+            InputError: it is no text of 1 to 200 characters.
+            ClosedError: this Braid is closed.
+        """
+        _check_namespace(namespace)
+        self._engine.check_open()
+        other = Braid.__new__(Braid)
+        other._adopt(self._engine.in_namespace(namespace), self._model, self._is_tiny)
+        return other
+
     def _adopt(self, engine: Engine, model: str, is_tiny: bool) -> None:
         """Be the facade of an engine.
 
@@ -164,7 +182,7 @@ class Braid:
             model: what people call the model.
             is_tiny: whether it is braid-tiny, which knows no texts but those of its world.
         """
-        self._engine = engine
+        self._engine, self._model = engine, model
         self.chunks = Chunks(engine)
         self.kernels = Kernels(engine)
         self._is_tiny = is_tiny
@@ -676,6 +694,11 @@ class Braid:
         registered = Registered([self.chunks.from_row(row) for row in rows], skipped)
         compute_missing(engine, planned, registered, on_progress)
         return registered
+
+
+def _check_namespace(namespace: object) -> None:
+    if not isinstance(namespace, str) or not 1 <= len(namespace) <= 200 or not is_unicode(namespace):
+        raise InputError(f"namespace must be text of 1 to 200 characters; got {shown(namespace)}.")
 
 
 def _in_a_thread(work: Callable[[], T]) -> T:

@@ -204,14 +204,14 @@ class FakeBraid(Braid):
         Raises:
             StoreError: the store can't be used.
         """
-        folder = tempfile.mkdtemp(prefix="braid-fake-") if store is None else str(store)
-        self._process = os.getpid()
-        self._remove = weakref.finalize(self, _remove, folder, self._process) if store is None else None
-        opened = ChunkStore(folder)
         # It lacks only `load` of a Model, and `load` is never called.
         model = cast("Model", FakeModel(_any_answer if answers is None else answers, window=window))
         pool = Pool.for_model(model, pool_bytes)
+        folder = tempfile.mkdtemp(prefix="braid-fake-") if store is None else str(store)
+        opened = ChunkStore(folder)
         self._adopt(Engine(model, FakeLayout(), opened, pool, namespace, max_queue=max_queue), "fake", is_tiny=False)
+        self._process = os.getpid()
+        self._remove = weakref.finalize(self._engine, _remove, folder, self._process) if store is None else None
 
     def close(self) -> None:
         """Do what `Braid.close` does, and remove a temporary store. Safe to call twice; does nothing in a fork."""

@@ -8,6 +8,7 @@ engine's thread, which alone changes the pool.
 
 import logging
 import platform
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -162,7 +163,11 @@ class _Write(Generic[N]):
 
 
 class Residency(Generic[N]):
-    """Which request holds which entries and pages. Everything here runs in the engine's thread, except the I/O jobs."""
+    """Which request holds which entries and pages. Everything here runs in the engine's thread, except the I/O jobs.
+
+    Attributes:
+        hits, misses: entries that requests found, and those that they had to compute, by namespace.
+    """
 
     def __init__(
         self,
@@ -184,7 +189,8 @@ class Residency(Generic[N]):
             owner: hears what became of a request.
         """
         self.pool = pool
-        self.hits = self.misses = 0
+        self.hits: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
         self._model, self._store, self._identity, self._rates = model, store, identity, rates
         self._owner = owner
         self._held: dict[N, Held[N]] = {}
@@ -312,8 +318,9 @@ class Residency(Generic[N]):
         held = self._held[request]
         entries = {held.kept} if held.kept else set(held.entries)
         ready = entries - self._making.keys()
-        self.misses += len(entries) - len(ready)
-        self.hits += len(ready)
+        namespace = request.keys[0].namespace
+        self.misses[namespace] += len(entries) - len(ready)
+        self.hits[namespace] += len(ready)
         self._store.count_uses(entry.key.digest for entry in ready if entry.stored)
 
     # after computing

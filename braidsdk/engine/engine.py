@@ -7,10 +7,11 @@ import asyncio
 import os
 import weakref
 from collections.abc import Callable, Sequence, Set
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from braidsdk.cache.certificates import Certificates
 from braidsdk.cache.codecs import plain
@@ -67,6 +68,8 @@ class Engine:
         certificates: what was measured of this model's modes.
     """
 
+    _first: "Engine | None" = None
+
     def __init__(
         self,
         model: Model,
@@ -83,7 +86,6 @@ class Engine:
         self.config = model.config
         self.device, self.dtype, self.backends = model.device, model.dtype, model.backends
         self.geometry = model.geometry
-        self.turns = SpokenTurns()
         self.identity = ModelIdentity(
             weights=model.fingerprint,
             tokenizer=layout.fingerprint,
@@ -96,13 +98,28 @@ class Engine:
         )
         prefix = f"rate:{self.identity.weights}:{self.identity.dtype}:{model.device}"
         self.rates = Rates(prefix, store.recall(Rates.keys(prefix)))
-        self.certificates = Certificates(store, self.identity, namespace)
-        self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
+        self._remember_apart()
         self._process = os.getpid()
         self._preparing = Threads(PREPARING_THREADS, "braid-prepare")
-        self._loop = Loop(model, pool, store, self.identity, namespace, self.rates, max_queue)
+        self._loop = Loop(model, pool, store, self.identity, self.rates, max_queue)
         self._stop = weakref.finalize(self, self._loop.stop)
         self._loop.start()
+
+    def in_namespace(self, namespace: str) -> Self:
+        """A handle of the same thread, model, memory and store for another namespace. What one remembers of texts, keys
+        and turns the other does not see."""
+        other = copy(self)
+        other._first = self  # the thread ends with the handle that began it
+        other.namespace = namespace
+        other._remember_apart()
+        other.layout = self.layout.apart()
+        return other
+
+    def _remember_apart(self) -> None:
+        """Remember nothing yet of this namespace."""
+        self.turns = SpokenTurns()
+        self.certificates = Certificates(self.store, self.identity, self.namespace)
+        self._recent_keys: LRU[tuple[object, ...], EntryKey] = LRU()
 
     @property
     def model(self) -> Model:
@@ -125,13 +142,13 @@ class Engine:
 
     @property
     def hits(self) -> int:
-        """Entries that calls found, in memory or store."""
-        return self._loop.residency.hits
+        """Entries that calls of this namespace found, in memory or store."""
+        return self._loop.residency.hits[self.namespace]
 
     @property
     def misses(self) -> int:
-        """Entries that calls had to compute."""
-        return self._loop.residency.misses
+        """Entries that calls of this namespace had to compute."""
+        return self._loop.residency.misses[self.namespace]
 
     def check_process(self) -> None:
         """Check that this is the process that opened it. Takes no lock: in a fork, a thread that does not exist there

@@ -119,12 +119,11 @@ class Loop:
         pool: Pool,
         store: ChunkStore,
         identity: ModelIdentity,
-        namespace: str,
         rates: Rates,
         max_queue: int,
     ) -> None:
         self.model, self.pool = model, pool
-        self._store, self._identity, self._namespace, self._rates = store, identity, namespace, rates
+        self._store, self._identity, self._rates = store, identity, rates
         self.residency: Residency[Request] = Residency(model, pool, store, identity, rates, owner=self)
         self.scheduler: Scheduler[Request] = Scheduler(
             self.residency,
@@ -494,7 +493,8 @@ class Loop:
         request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length", shares)
         if not self._tasks[request].repair:  # else it has seen more than what a turn's key says
             turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
-            self.residency.adopt_turn(request, turn.keys(self._identity, self._namespace, request.keys)[-1])
+            namespace = request.keys[0].namespace
+            self.residency.adopt_turn(request, turn.keys(self._identity, namespace, request.keys)[-1])
         self._tasks[request].answered = True
         self._finish(request)
 
@@ -622,9 +622,12 @@ class Loop:
 
     def _remember(self) -> None:
         """Leave counts and rates for later processes; what can't be written is only missed by statistics."""
-        counted = zip(counters(self._namespace), (self.residency.hits, self.residency.misses), strict=True)
+        hits, misses = self.residency.hits, self.residency.misses
+        counted: dict[str, int] = {}
+        for namespace in hits.keys() | misses.keys():
+            counted |= zip(counters(namespace), (hits[namespace], misses[namespace]), strict=True)
         try:
-            self._store.remember(self._rates.changed(), add={name: count for name, count in counted if count})
+            self._store.remember(self._rates.changed(), add={name: count for name, count in counted.items() if count})
         except BraidError as error:
             _log.warning("counts and rates were not kept: %s", type(error).__name__)
 

@@ -14,10 +14,11 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from braidsdk.errors import UnsupportedModelError, shown
 from braidsdk.prompt.answer_text import Detokenizer
@@ -157,6 +158,12 @@ class PromptLayout:
     def forget(self, text: str) -> None:
         """Remember nothing of a normalised text of a chunk."""
         self._encode.forget(text + "\n")
+
+    def apart(self) -> Self:
+        """The same layout, which remembers nothing of the texts that this one encoded."""
+        other = copy(self)
+        other._encode = self._encode.apart()
+        return other
 
     def question_ids(self, question: str, *, follows: bool = False, past: bool = False) -> Ids:
         """Ids of the tail: the question, the end of the user's turn, and the assistant's header.

@@ -80,6 +80,10 @@ class Remembering:
             self._known.put(text, token_ids, nbytes_of(text, token_ids))
         return token_ids
 
+    def apart(self) -> "Remembering":
+        """One that encodes alike and remembers by itself."""
+        return Remembering(self._encode)
+
     def forget(self, text: str) -> None:
         """Remember nothing of a text."""
         self._known.forget(text)
