@@ -49,6 +49,7 @@ from braidsdk.types import (
     LEVEL_SYSTEM,
     Answer,
     Chunk,
+    Composable,
     EntryGroup,
     PageDocument,
     Progress,
@@ -380,7 +381,7 @@ class Braid:
 
     def compose(
         self,
-        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        chunks: Sequence[Composable],
         *,
         mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
@@ -388,7 +389,8 @@ class Braid:
         """Put chunks one after another, in any order. Runs no model: what is missing is computed by the first question.
 
         Args:
-            chunks: chunks, names or ids; or objects as a retriever gives them, whose texts are registered as context.
+            chunks: chunks, names or ids; `Inline` texts, which need not be registered; or objects as a retriever gives
+                them, whose texts are registered as context.
             mode: "anchored": each chunk as computed after the level-0 chunk that stands first. "isolated": each chunk
                 as computed alone. "exact": each chunk as computed after all that precede it here, equal to a full
                 prefill. "guided(0.15)+shift", "linked(16)", "blended(0.2)": as "anchored", with some tokens computed
@@ -403,11 +405,12 @@ class Braid:
         Raises:
             UnknownChunkError: a chunk is not in this namespace.
             UnknownModeError: no such mode.
-            InputError: an argument of the mode is missing, unknown or out of range.
+            InputError: an argument of the mode is missing, unknown or out of range; or `keep` is True and an `Inline`
+                text is not registered.
             WindowExceededError: together they exceed the model's window.
         """
         composition = compose(
-            self.chunks.resolve(chunks),
+            self.chunks.resolve(chunks, inline=True),
             layout=self._engine.layout,
             mode=Auto.name if mode is None else mode,
             keep=keep,
@@ -422,7 +425,7 @@ class Braid:
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        chunks: Sequence[Composable],
         mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
@@ -475,7 +478,7 @@ class Braid:
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        chunks: Sequence[Composable],
         mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
@@ -617,7 +620,7 @@ class Braid:
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        chunks: Sequence[Composable],
         mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,
@@ -633,7 +636,7 @@ class Braid:
         self,
         question: str,
         *,
-        chunks: Sequence[Chunk | str | PageDocument | TextNode],
+        chunks: Sequence[Composable],
         mode: str | Repair | Auto | None = None,
         keep: bool | None = None,
         history: History | None = None,

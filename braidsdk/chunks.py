@@ -9,9 +9,9 @@ from typing import Any
 from braidsdk.engine.engine import Engine
 from braidsdk.errors import InputError, UnknownChunkError, shown
 from braidsdk.ingest.check import text_of
-from braidsdk.prompt.text import normalise
+from braidsdk.prompt.text import check_length, normalise
 from braidsdk.store import ChunkRow, chunk_id
-from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, ChunkVersion, PageDocument, TextNode
+from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM, Chunk, ChunkVersion, Composable, Inline, PageDocument, TextNode
 
 PAGE = 1_000
 """How many chunks iterating holds in memory at a time."""
@@ -201,9 +201,9 @@ class Chunks:
             self._engine.layout.forget(chunk.text)
         return len(gone.digests)
 
-    def resolve(self, chunks: Sequence[Chunk | str | PageDocument | TextNode]) -> tuple[Chunk, ...]:
+    def resolve(self, chunks: Sequence[Composable], *, inline: bool = False) -> tuple[Chunk, ...]:
         """The chunks that are meant by chunks, names, ids and a retriever's objects, in order. All are checked against
-        the store.
+        the store, except, where `inline` allows them, texts that need not be registered.
 
         Raises:
             InputError: an argument is none of these.
@@ -212,6 +212,10 @@ class Chunks:
         self._engine.check_open()
         if isinstance(chunks, str | Chunk):
             raise InputError("chunks must be a list of chunks, names or ids; got a single one. Put it into a list.")
+        if inline:  # an answer's sources may be some
+            chunks = [Inline(c.text, c.level) if isinstance(c, Chunk) and not c.id else c for c in chunks]
+        elif any(isinstance(each, Inline) or (isinstance(each, Chunk) and not each.id) for each in chunks):
+            raise InputError("chunks must be registered; got an Inline text. Register it first.")
         store, namespace, encode = self._engine.store, self._engine.namespace, self._engine.layout.chunk_ids
         wanted = [chunk if isinstance(chunk, str) else self._id_of(chunk) for chunk in chunks]
         read = [each for chunk, each in zip(chunks, wanted, strict=True) if not isinstance(chunk, Chunk)]
@@ -224,16 +228,23 @@ class Chunks:
                     raise self._not_there(chunk)
                 # The caller's chunk may come from a Braid with another tokenizer.
                 found.append(chunk if chunk._encode == encode else replace(chunk, _encode=encode))
+            elif isinstance(chunk, Inline) and name_or_id not in rows:
+                found.append(Chunk("", namespace, chunk.level, normalise(chunk.text), _encode=encode))
             else:
                 if name_or_id not in rows:
                     raise self._not_there(chunk)
                 found.append(self.from_row(rows[name_or_id]))
         return tuple(found)
 
-    def _id_of(self, given: Chunk | PageDocument | TextNode) -> str:
-        """The id of a chunk, or of the context chunk that has the text of a retriever's object."""
+    def _id_of(self, given: Chunk | Inline | PageDocument | TextNode) -> str:
+        """The id of a chunk, or of the chunk that has the text of an inline text or of a retriever's object."""
         if isinstance(given, Chunk):
             return given.id
+        if isinstance(given, Inline):
+            self._check_level(given.level)
+            if isinstance(given.text, str):
+                check_length(given.text, self._engine.config.window, "An Inline text", "Shorten it, or split it.")
+            return chunk_id(self._engine.namespace, given.level, normalise(given.text, "An Inline text"))
         try:
             text, _ = text_of(given)
         except InputError:
@@ -248,8 +259,12 @@ class Chunks:
             raise InputError(f"name must be a pattern such as 'guide*', or None; got a {type(name).__name__}.")
         if metadata is not None and not isinstance(metadata, Mapping):
             raise InputError(f"metadata must be a mapping of keys to values, or None; got a {type(metadata).__name__}.")
-        if level is not None and (type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT)):
-            raise InputError(f"level must be 0 (system prompt), 1 (context) or None; got {shown(level)}.")
+        if level is not None:
+            self._check_level(level)
+
+    def _check_level(self, level: object) -> None:
+        if type(level) is not int or level not in (LEVEL_SYSTEM, LEVEL_CONTEXT):
+            raise InputError(f"level must be 0 (system prompt) or 1 (context); got {shown(level)}.")
 
     def from_row(self, row: ChunkRow) -> Chunk:
         """The public view of a stored chunk."""
@@ -264,7 +279,7 @@ class Chunks:
             _encode=self._engine.layout.chunk_ids,
         )
 
-    def _not_there(self, wanted: Chunk | str | PageDocument | TextNode) -> UnknownChunkError:
+    def _not_there(self, wanted: Composable) -> UnknownChunkError:
         if isinstance(wanted, str | Chunk):
             return self._unknown(wanted if isinstance(wanted, str) else wanted.label)
         return UnknownChunkError(

@@ -262,7 +262,7 @@ class Context:
             rows.append(
                 ExplainedChunk(
                     label=segment.label,
-                    chunk_id=segment.chunk.id if segment.chunk else None,
+                    chunk_id=segment.chunk_id,
                     position=segment.origin,
                     tokens=len(segment.token_ids),
                     after=tuple(segments[index].label for index in segment.after),
@@ -310,6 +310,7 @@ class Context:
             priority=Priority.QUESTION,
             submitted=submitted,
             deadline=None if timeout is None else submitted + timeout,
+            namespace=self._engine.namespace,
             composition=composition,
             keys=keys,
             params=params,
@@ -328,6 +329,7 @@ class Context:
             priority=Priority.QUESTION,
             submitted=perf_counter(),
             decodes=False,
+            namespace=self._engine.namespace,
             composition=composition,
             keys=tuple(keys),
             then=then,

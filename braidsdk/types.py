@@ -24,7 +24,7 @@ class Chunk:
     """A registered text. Immutable; its id is a hash of namespace, level and text, so it survives a change of model.
 
     Attributes:
-        id: 32 hex digits.
+        id: 32 hex digits; "" for an `Inline` text, which is not registered.
         namespace: the namespace that it belongs to.
         level: 0 for a system prompt, 1 for context.
         text: the text, NFC-normalised and stripped of outer white space.
@@ -50,7 +50,7 @@ class Chunk:
     @property
     def label(self) -> str:
         """Its name, or the start of its id, for people to read."""
-        return self.name or self.id[:8]
+        return self.name or self.id[:8] or "(inline)"
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything except the tokenizer. A copy in another process keeps the token ids that it has here."""
@@ -78,6 +78,22 @@ class ChunkVersion:
     until: datetime | None
 
 
+@dataclass(frozen=True)
+class Inline:
+    """A text for a composition that need not be registered.
+
+    If its namespace has a chunk of that text and level, it is that chunk. Else its KV entry, and those of chunks that
+    are computed after it, stay in memory while there is room, and never go to the store.
+
+    Attributes:
+        text: plain text.
+        level: 0 for a system prompt, 1 for context.
+    """
+
+    text: str
+    level: int = LEVEL_CONTEXT
+
+
 class PageDocument(Protocol):
     """A text from one of LangChain's retrievers: its `Document`."""
 
@@ -98,6 +114,9 @@ class TextNode(Protocol):
 
 Text = str | PageDocument | TextNode
 """What can be registered."""
+
+Composable = Chunk | str | Inline | PageDocument | TextNode
+"""What can be composed."""
 
 
 @dataclass(frozen=True)

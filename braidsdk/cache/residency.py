@@ -41,6 +41,11 @@ class Need(Protocol):
     """What a request needs in memory. Compared by identity."""
 
     @property
+    def namespace(self) -> str:
+        """For whom its entries are counted."""
+        ...
+
+    @property
     def keys(self) -> Sequence[EntryKey]:
         """The keys of its entries, one per segment."""
         ...
@@ -318,9 +323,8 @@ class Residency(Generic[N]):
         held = self._held[request]
         entries = {held.kept} if held.kept else set(held.entries)
         ready = entries - self._making.keys()
-        namespace = request.keys[0].namespace
-        self.misses[namespace] += len(entries) - len(ready)
-        self.hits[namespace] += len(ready)
+        self.misses[request.namespace] += len(entries) - len(ready)
+        self.hits[request.namespace] += len(ready)
         self._store.count_uses(entry.key.digest for entry in ready if entry.stored)
 
     # after computing

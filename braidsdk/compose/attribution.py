@@ -19,16 +19,14 @@ def sources(
         shares: of each token, the share of attention that each segment got.
         texts: of each token, the text that it completed.
     """
-    columns: dict[str, list[int]] = {}
-    chunks: dict[str, Chunk] = {}
+    columns: dict[Chunk, list[int]] = {}
     for place, segment in enumerate(composition.segments):
         if segment.chunk and not (place == 0 and segment.chunk.level == LEVEL_SYSTEM):
-            chunks.setdefault(segment.chunk.id, segment.chunk)
-            columns.setdefault(segment.chunk.id, []).append(place)
+            columns.setdefault(segment.chunk, []).append(place)
     weights = [[sum(row[place] for place in places) for places in columns.values()] for row in shares]
     together = _parts([sum(column) for column in zip(*weights, strict=True)])
     order = sorted(range(len(together)), key=lambda column: -together[column])
-    documents = list(chunks.values())
+    documents = list(columns)
     return (
         tuple(Source(documents[column], together[column]) for column in order),
         tuple(

@@ -26,7 +26,8 @@ class Segment:
     """A whole KV entry placed in a composition.
 
     Attributes:
-        chunk: the chunk that owns it, None for the bare header and for a turn of the history.
+        chunk: the chunk that owns it, which has no id if it is not registered; None for the bare header and for a turn
+            of the history.
         token_ids: its tokens.
         origin: absolute position of its token 0. Key j of the entry is at `origin + j`.
         after: indices of the segments of the same composition that its entry is computed after, in order.
@@ -45,6 +46,16 @@ class Segment:
     @property
     def level(self) -> int:
         return LEVEL_QUERY if self.is_turn else self.chunk.level if self.chunk else LEVEL_SYSTEM
+
+    @property
+    def chunk_id(self) -> str | None:
+        """The id of its registered chunk; None if it belongs to none."""
+        return self.chunk.id or None if self.chunk else None
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether it is a text that is not registered."""
+        return self.chunk is not None and not self.chunk.id
 
     @property
     def label(self) -> str:
@@ -129,8 +140,8 @@ class Composition:
         for segment in self.segments[len(known) :]:
             before = [self.segments[i] for i in segment.after]
             seen = (entries if segment.is_turn else tokens).sha256(keys, segment.after)
-            chunk_id = segment.chunk.id if segment.chunk else None
-            after = tuple(other.chunk.id if other.chunk else None for other in before)
+            chunk_id = segment.chunk_id
+            after = tuple(other.chunk_id for other in before)
             name = (chunk_id, segment.level, segment.token_ids, after, seen)
             key = recent.get(name) if recent else None
             if key is None:

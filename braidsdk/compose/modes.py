@@ -85,6 +85,10 @@ def compose(
         UnknownModeError: there is no such mode.
         InputError: an argument of the mode is missing, unknown or out of range.
     """
+    if keep and not all(chunk.id for chunk in chunks):
+        raise InputError(
+            "keep must not be True with an Inline text that is not registered. Register it, or leave keep out."
+        )
     anchor = chunks[0] if chunks and chunks[0].level == LEVEL_SYSTEM else None
     notes: tuple[str, ...] = ()
     parsed = parse_mode(mode)
@@ -114,7 +118,10 @@ def compose(
         else:
             after = ()
         keep_it = keep if keep is not None else (rule != "exact" or index == 0)
-        segments.append(Segment(chunk, token_ids, origin, after, keep_it))
+        segment = Segment(chunk, token_ids, origin, after, keep_it)
+        if any(each.is_inline for each in (segment, *(segments[place] for place in after))):
+            segment = replace(segment, keep=False)
+        segments.append(segment)
         origin += len(token_ids)
     notes += _notes(rule, chunks, anchor)
     keeps = bool(repair and keep)

@@ -287,6 +287,6 @@ def overlay_key(composition: Composition, keys: Sequence[EntryKey], positions: S
         None,
         LEVEL_OVERLAY,
         tuple(ids[at] for at in chosen),
-        tuple(segment.chunk.id if segment.chunk else None for segment in segments),
+        tuple(segment.chunk_id for segment in segments),
         hashlib.sha256(seen.encode()).hexdigest(),
     )

@@ -251,7 +251,7 @@ class Engine:
         Raises:
             UnknownChunkError: this or another process has deleted a chunk.
         """
-        labels = {segment.chunk.id: segment.label for segment in composition.segments if segment.chunk}
+        labels = {segment.chunk_id: segment.label for segment in composition.segments if segment.chunk_id}
         gone = labels.keys() - self.store.known_chunks(self.namespace, labels)
         if gone:
             self.forget(gone)

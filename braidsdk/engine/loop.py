@@ -493,8 +493,7 @@ class Loop:
         request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length", shares)
         if not self._tasks[request].repair:  # else it has seen more than what a turn's key says
             turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
-            namespace = request.keys[0].namespace
-            self.residency.adopt_turn(request, turn.keys(self._identity, namespace, request.keys)[-1])
+            self.residency.adopt_turn(request, turn.keys(self._identity, request.namespace, request.keys)[-1])
         self._tasks[request].answered = True
         self._finish(request)
 
@@ -546,7 +545,7 @@ class Loop:
         """Drop the entries of deleted chunks, and fail the requests that wait with one."""
         self.pool.drop_chunks(chunk_ids)
         for request in [request for request in self.scheduler if request.state is State.WAITING]:
-            gone = [s.label for s in request.composition.segments if s.chunk and s.chunk.id in chunk_ids]
+            gone = [s.label for s in request.composition.segments if s.chunk_id in chunk_ids]
             if gone:
                 self._fail(request, deleted(gone))
 

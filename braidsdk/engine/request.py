@@ -76,6 +76,7 @@ class Request(Job):
     """One unit of work; see the module.
 
     Attributes:
+        namespace: whose entries they are.
         composition: its segments, and its tail.
         keys: the keys of its segments' entries.
         params: how tokens are chosen; None generates none.
@@ -99,6 +100,7 @@ class Request(Job):
         error: why it failed.
     """
 
+    namespace: str
     composition: Composition
     keys: tuple[EntryKey, ...] = ()
     params: "SamplingParams | None" = None

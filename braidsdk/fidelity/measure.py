@@ -267,6 +267,7 @@ class Bench:
         request = Request(
             priority=Priority.QUESTION,
             submitted=perf_counter(),
+            namespace=engine.namespace,
             composition=Composition(REFERENCE, (), tail=prompt_ids),
             params=resolve({"max_new_tokens": 1}, engine.config, len(prompt_ids)),
             counted=False,

@@ -144,6 +144,7 @@ def _request(
         priority=Priority.REGISTRATION,
         submitted=perf_counter(),
         decodes=False,
+        namespace=engine.namespace,
         composition=composition,
         keys=(*planned.before, *(key for _, key in group)),
         computes=frozenset((*before, *(key for _, key in group))),

@@ -57,6 +57,7 @@ class Asked:
     scratch: int = 0
     overlay: int = 0
     state: str = "new"
+    namespace: str = "default"
     error: BaseException | None = None
 
     def needs(self, wanted: EntryKey) -> bool:
@@ -476,7 +477,7 @@ def test_hits_and_misses_are_counted_once_per_request(bench: Bench) -> None:
     request = bench.submit("a", "b", "a")
     bench.read()
     bench.residency.count(request)
-    assert (bench.residency.hits, bench.residency.misses) == (1, 1)
+    assert (bench.residency.hits["default"], bench.residency.misses["default"]) == (1, 1)
 
 
 def test_an_overlay_is_computed_by_the_first_and_read_by_the_next(bench: Bench) -> None:
@@ -490,13 +491,13 @@ def test_an_overlay_is_computed_by_the_first_and_read_by_the_next(bench: Bench) 
     bench.read()
     assert (second.state, first.state, third.state) == ("ready", "loading", "loading"), "the first that wanted it"
     bench.residency.count(second)
-    assert (bench.residency.hits, bench.residency.misses) == (0, 1)
+    assert (bench.residency.hits["default"], bench.residency.misses["default"]) == (0, 1)
     bench.end(second)
     assert (first.state, third.state) == ("ready", "loading")
     bench.compute(first)
     assert third.state == "ready"
     bench.residency.count(third)
-    assert (bench.residency.hits, bench.residency.misses) == (1, 1)
+    assert (bench.residency.hits["default"], bench.residency.misses["default"]) == (1, 1)
     bench.compute(third)
     assert (first.state, third.state) == ("writing", "writing")
     bench.write()
