@@ -211,6 +211,12 @@ class Braid:
         self._engine.check_open()
         return self._engine.dtype
 
+    @property
+    def window(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        self._engine.check_open()
+        return self._engine.config.window
+
     def register(
         self,
         text: Text,

@@ -225,6 +225,9 @@ class Usage:
         completion_tokens: tokens generated, including the closing control token.
         budget: that work, and what choosing the tokens took, as a share of computing all tokens of the chunks in all
             layers. 0 if the mode repairs nothing; it may exceed 1.
+        exact_tokens: of the cached ones, those that are as in a full prefill: they lead the prompt, and have seen all
+            that stands before them. The rest were composed.
+        stored_tokens: of the computed ones, those whose entries go to the store.
     """
 
     prompt_tokens: int
@@ -233,6 +236,8 @@ class Usage:
     repaired_tokens: int
     completion_tokens: int
     budget: float = 0.0
+    exact_tokens: int = 0
+    stored_tokens: int = 0
 
 
 @dataclass(frozen=True)

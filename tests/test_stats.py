@@ -138,3 +138,23 @@ def test_times_in_words(time: float | None, words: str) -> None:
 
 def test_an_empty_explanation_expects_nothing() -> None:
     assert Explanation("exact", (), ()).expected_ms == 0
+
+
+def test_usage_tells_exact_tokens_from_composed_ones_and_what_is_stored(random_braid: Braid) -> None:
+    rules = random_braid.register_system(RULES)
+    docs = [random_braid.register(each) for each in LONG]
+    sizes = [len(each.token_ids) for each in (rules, *docs)]
+    first = random_braid.ask("Well?", chunks=[rules, *docs], max_new_tokens=1).usage
+    assert (first.exact_tokens, first.stored_tokens) == (sizes[0], sum(sizes[1:]))
+    second = random_braid.ask("Well?", chunks=[rules, *docs], max_new_tokens=1).usage
+    assert (second.exact_tokens, second.stored_tokens) == (sizes[0] + sizes[1], 0), (
+        "the first document follows the rules"
+    )
+    assert second.cached_tokens == sum(sizes)
+    other = random_braid.ask("Well?", chunks=[rules, docs[1], docs[0]], max_new_tokens=1).usage
+    assert (other.exact_tokens, other.cached_tokens) == (sizes[0] + sizes[2], sizes[0] + sizes[1] + sizes[2])
+    for wanted in ((sizes[0] + sizes[1], 0), (sum(sizes), 0)):  # the chain is computed once, and not kept
+        usage = random_braid.ask("Well?", chunks=[rules, *docs], mode="exact", max_new_tokens=1).usage
+        assert (usage.exact_tokens, usage.stored_tokens) == wanted
+    alone = random_braid.ask("Well?", chunks=[docs[0]], mode="isolated", keep=False, max_new_tokens=1).usage
+    assert (alone.exact_tokens, alone.stored_tokens) == (0, 0), "nothing was there"

@@ -88,6 +88,13 @@ class Composition:
         return sum(len(segment.token_ids) for segment in self.segments)
 
     @cached_property
+    def exact_segments(self) -> int:
+        """How many of its first segments have seen all that stands before them, so that they are as in a full
+        prefill."""
+        places = enumerate(self.segments)
+        return next((at for at, each in places if each.after != tuple(range(at))), len(self.segments))
+
+    @cached_property
     def input_ids(self) -> tuple[int, ...]:
         """All token ids of the prompt, in order."""
         return (*chain.from_iterable(segment.token_ids for segment in self.segments), *self.tail)

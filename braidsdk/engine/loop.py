@@ -561,10 +561,12 @@ class Loop:
         if request.counted:
             self.residency.count(request)
         runs: deque[tuple[Run, Resident | None]] = deque()
-        for segment, entry in zip(segments, held.entries, strict=True):
+        for place, (segment, entry) in enumerate(zip(segments, held.entries, strict=True)):
             if entry not in missing:
+                request.exact_tokens += entry.tokens if place < request.composition.exact_segments else 0
                 continue
             missing.remove(entry)
+            request.stored_tokens += entry.tokens if segment.keep else 0
             context, origin = [], 0
             for index in segment.after:
                 context.append(held.entries[index].at(origin))
@@ -670,6 +672,8 @@ def _usage(request: Request) -> Usage:
         repaired_tokens=repaired_tokens,
         completion_tokens=len(request.tokens),
         budget=request.budget,
+        exact_tokens=min(request.exact_tokens, prompt - computed - repaired_tokens),  # of those, some may be repaired
+        stored_tokens=request.stored_tokens,
     )
 
 

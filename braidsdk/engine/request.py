@@ -93,6 +93,8 @@ class Request(Job):
         tokens: ids generated so far.
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
+        stored_tokens: those of them whose entries go to the store.
+        exact_tokens: context tokens that were there, as in a full prefill.
         repaired_tokens: context tokens that were computed again for it.
         budget: that work, choosing the tokens included, as a share of computing all tokens of its chunks in all layers.
         outcome: the results of a finished question.
@@ -116,6 +118,8 @@ class Request(Job):
     tokens: list[int] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     computed_tokens: int = 0
+    stored_tokens: int = 0
+    exact_tokens: int = 0
     repaired_tokens: int = 0
     budget: float = 0.0
     outcome: Outcome | None = None
