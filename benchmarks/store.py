@@ -137,7 +137,18 @@ def indexed(folder: Path) -> list[Row]:
         (chunk,) = store.add_chunks([NewChunk("default", 1, "text")])
         keys = [replace(key_of(chunk.id, 8), after=(f"{n:032x}",)) for n in range(LOOKED_UP)]
         mine = [
-            EntryRow(k.digest, chunk.id, k.record_json, k.token_sha256, 8, 1, "0" * 32, k.chunk_ids()) for k in keys
+            EntryRow(
+                digest=k.digest,
+                chunk_id=chunk.id,
+                record=k.record_json,
+                tokens_sha256=k.token_sha256,
+                tokens=8,
+                bytes=1,
+                size=1,
+                payload_digest="0" * 32,
+                chunks=k.chunk_ids(),
+            )
+            for k in keys
         ]
         with store._index.write() as db:
             entries.insert(db, mine)
