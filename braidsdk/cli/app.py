@@ -23,6 +23,7 @@ from braidsdk.cli.exits import MEANINGS
 from braidsdk.cli.fidelity import fidelity
 from braidsdk.cli.options import TINY, DeviceOption, ModelOption, StoreOption
 from braidsdk.cli.output import Output
+from braidsdk.cli.serve import serve
 from braidsdk.cli.stats import stats
 
 app = typer.Typer(
@@ -78,13 +79,14 @@ for each in (
     chunks.pin,
     chunks.rm,
     ask,
+    serve,
     chat,
     fidelity,
     stats,
     doctor,
     store.gc,
 ):
-    app.command()(command(each, computes=each in (demo, add, ask, chat, fidelity)))
+    app.command()(command(each, computes=each in (demo, add, ask, serve, chat, fidelity)))
 
 stores = typer.Typer(help="Look after a store.", no_args_is_help=True)
 stores.command()(command(store.check))

@@ -1,0 +1,93 @@
+"""`braid serve` serves a model over HTTP."""
+
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from braidsdk.cli import options as opt
+from braidsdk.cli.opening import open_braid
+from braidsdk.cli.output import Output
+from braidsdk.errors import BraidError
+
+
+def serve(
+    out: Output,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="Port; 0 takes a free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--api-key",
+            envvar="BRAID_API_KEYS",
+            help="A key that clients must send, or KEY=NAMESPACE; can be repeated. In the variable, spaces between.",
+            show_default="none: everybody who reaches the port may ask",
+        ),
+    ] = None,
+    served_name: Annotated[
+        str | None, typer.Option("--served-name", help="What clients call the model.", show_default="the model")
+    ] = None,
+    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest body of a request.")] = 8.0,
+    default_tokens: Annotated[
+        int, typer.Option("--default-tokens", min=1, help="Longest answer where a client names no limit.")
+    ] = 1024,
+    thinking: opt.ThinkingOption = False,
+    model: opt.ModelOption = opt.TINY,
+    store: opt.StoreOption = None,
+    device: opt.DeviceOption = "auto",
+    dtype: opt.DtypeOption = "auto",
+    weights: opt.WeightsOption = "auto",
+    namespace: opt.NamespaceOption = "default",
+) -> None:
+    """Serve a model over HTTP: OpenAI's chat API, and one for chunks.
+
+    SIGTERM lets running answers end; a second one ends them. Needs the extra: pip install "braidsdk[serve]".
+    """
+    try:
+        import uvicorn
+
+        from braidsdk.serve import Settings, create_app
+    except ModuleNotFoundError as error:
+        raise BraidError(
+            f'`braid serve` needs {error.name}, which is not installed. pip install "braidsdk[serve]"'
+        ) from error
+    keys = {key: of or namespace for key, _, of in (each.partition("=") for each in api_key or ())}
+    settings = Settings(
+        name=served_name or model,
+        namespace=namespace,
+        keys=keys,
+        max_body_bytes=int(max_body_mb * 2**20),
+        default_tokens=default_tokens,
+    )
+    if host not in ("127.0.0.1", "localhost", "::1") and not keys:
+        out.warn(f"Everybody who reaches {host} may read and change chunks. --api-key asks for a key.")
+
+    class Server(uvicorn.Server):
+        """Says where it listens, and ends at once at the second signal, whichever it is."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - its base's arguments
+            self.force_exit = self.should_exit
+            self.should_exit = True
+
+    with open_braid(
+        out,
+        model=model,
+        store=store,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        namespace=namespace,
+        thinking=thinking,
+    ) as braid:
+        braid.warm_up(progress=out.shows_progress)
+        config = uvicorn.Config(
+            create_app(braid, settings),
+            host=host,
+            port=port,
+            http="h11",  # bounds what it holds of a request's head
+            log_level="warning",
+            server_header=False,
+        )
+        sockets = [config.bind_socket()]
+        out.note(f"Listening on http://{host}:{sockets[0].getsockname()[1]}/v1 (model {settings.name!r}).")
+        Server(config).run(sockets=sockets)

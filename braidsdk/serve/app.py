@@ -1,0 +1,135 @@
+"""The ASGI application: routes, errors, and what operators ask."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from braidsdk import Braid, __version__
+from braidsdk.errors import BraidError, InputError
+from braidsdk.serve.chat import Chat
+from braidsdk.serve.chunks import ChunkRoutes
+from braidsdk.serve.guard import Guard
+from braidsdk.serve.metrics import Metrics
+from braidsdk.serve.problems import Problem, problem_of
+from braidsdk.serve.responses import Json
+from braidsdk.serve.tenants import Tenants
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a server behaves.
+
+    Attributes:
+        name: what clients call the model.
+        namespace: the namespace of callers without a key.
+        keys: the namespace of each API key. Without any, everybody who reaches the server may ask.
+        max_body_bytes: the most bytes of a request's body.
+        default_tokens: the most tokens of an answer for which a client names no limit.
+    """
+
+    name: str = "braid-tiny"
+    namespace: str = "default"
+    keys: Mapping[str, str] = field(default_factory=dict)
+    max_body_bytes: int = 8 * 2**20
+    default_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        """Check them.
+
+        Raises:
+            InputError: one can't be used. No key is shown.
+        """
+        if any(not key.strip() or not key.isascii() for key in self.keys):
+            raise InputError("API keys must be ASCII text; got an empty one, or one with other characters.")
+
+
+def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
+    """The server over an open Braid, which is closed when the server stops.
+
+    Args:
+        braid: model, store and engine.
+        settings: see `Settings`.
+    """
+    settings = settings or Settings()
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        braid.close()
+
+    metrics = Metrics(braid)
+    tenants = Tenants(braid, settings.namespace)
+    app = FastAPI(
+        title="BraidSDK",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # their pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.include_router(Chat(tenants, settings.name, metrics, settings.default_tokens).router)
+    app.include_router(ChunkRoutes(tenants).router)
+
+    @app.get("/health", tags=["operations"])
+    async def health() -> dict[str, str]:
+        """Whether the server answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["operations"])
+    async def ready() -> dict[str, str]:
+        """Whether model and store can be used: 503 if not."""
+        braid.stats()
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["operations"])
+    async def shown_metrics() -> Response:
+        """Counts, in Prometheus's text format."""
+        return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    def answer(problem: Problem) -> Json:
+        metrics.refused(problem.status)
+        return problem.response()
+
+    @app.exception_handler(Problem)
+    async def on_problem(_request: Request, problem: Problem) -> Json:
+        return answer(problem)
+
+    @app.exception_handler(BraidError)
+    async def on_error(_request: Request, error: BraidError) -> Json:
+        return answer(problem_of(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def on_invalid(_request: Request, error: RequestValidationError) -> Json:
+        return answer(_invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(_request: Request, error: HTTPException) -> Json:
+        return answer(Problem(error.status_code, str(error.detail)))
+
+    @app.exception_handler(Exception)
+    async def on_bug(_request: Request, error: Exception) -> Json:
+        _log.exception("a request failed", exc_info=error)
+        return answer(problem_of(error))
+
+    app.add_middleware(Guard, keys=settings.keys, namespace=settings.namespace, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+def _invalid(error: RequestValidationError) -> Problem:
+    """What is wrong with a body, without what it holds."""
+    first = error.errors()[0]
+    where = ".".join(str(each) for each in first["loc"][1:]) or "body"
+    kind = "unsupported_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
+    message = f"{where[:200]}: {first['msg'][:400]}."
+    if first["type"] == "extra_forbidden":
+        message = f"{where[:200]} is not supported by this server. Leave it out."
+    return Problem(400, message, code=kind, param=where[:200])

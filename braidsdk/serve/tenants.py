@@ -1,0 +1,28 @@
+"""The Braid of each namespace, over one engine."""
+
+from collections import OrderedDict
+from threading import Lock
+
+from braidsdk import Braid
+
+MOST = 256
+"""Namespaces that are remembered. One that was forgotten only tokenizes its texts again."""
+
+
+class Tenants:
+    """Gives each caller the Braid of their namespace."""
+
+    def __init__(self, braid: Braid, namespace: str) -> None:
+        self.first = braid
+        self._known: OrderedDict[str, Braid] = OrderedDict({namespace: braid})
+        self._lock = Lock()
+
+    def __getitem__(self, namespace: str) -> Braid:
+        with self._lock:
+            found = self._known.get(namespace)
+            if found is None:
+                found = self._known[namespace] = self.first.in_namespace(namespace)
+                if len(self._known) > MOST:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(namespace)
+            return found

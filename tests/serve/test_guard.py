@@ -1,0 +1,116 @@
+"""Keys and their namespaces; bodies and heads that are too large or can't be read."""
+
+import json
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from braidsdk.errors import InputError
+from braidsdk.serve import Settings
+
+CHAT = {"model": "fake", "messages": [{"role": "user", "content": "What?"}]}
+
+
+def test_a_key_opens_everything_but_health_needs_none(serve: Callable[..., Any]) -> None:
+    http = serve(keys={"key-1": "default"}).http
+    assert http.get("/health").status_code == 200
+    routes = [("GET", "/ready"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/chunks"), ("GET", "/nothing")]
+    for method, path in [*routes, ("POST", "/v1/chat/completions"), ("GET", "/openapi.json"), ("GET", "/health/")]:
+        for headers in ({}, {"Authorization": "Bearer key-2"}, {"Authorization": "key-1"}, {"X-API-Key": "key-"}):
+            refused = http.request(method, path, headers=headers)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert "key-1" not in refused.text
+    assert http.get("/v1/models", headers={"Authorization": "bearer key-1"}).status_code == 200
+    assert http.get("/v1/models", headers={"X-API-Key": "key-1"}).status_code == 200
+
+
+def test_each_key_has_its_namespace(serve: Callable[..., Any]) -> None:
+    http = serve(keys={"one": "first", "two": "second", "more": "second"}).http
+
+    def of(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {key}"}
+
+    made = http.post("/v1/chunks", json={"text": "A secret.", "name": "s"}, headers=of("two"))
+    assert made.status_code == 201
+    ident = made.json()["id"]
+    body = {**CHAT, "braid": {"chunks": ["s"]}}
+    for path in ("s", ident):
+        assert http.get(f"/v1/chunks/{path}", headers=of("one")).status_code == 404
+        assert http.delete(f"/v1/chunks/{path}", headers=of("one")).status_code == 404
+        assert http.get(f"/v1/chunks/{path}", headers=of("more")).status_code == 200
+    assert http.post("/v1/chat/completions", json=body, headers=of("one")).status_code == 404
+    assert "A secret." in http.post("/v1/chat/completions", json=body, headers=of("two")).text
+    assert http.get("/v1/chunks", headers=of("one")).json()["data"] == []
+    salted = {**CHAT, "cache_salt": "x", "braid": {"chunks": ["s"]}}
+    assert http.post("/v1/chat/completions", json=salted, headers=of("two")).status_code == 404
+
+
+@pytest.mark.parametrize("key", ["", "  ", "schl\u00fcssel"])
+def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
+    with pytest.raises(InputError, match="API keys"):
+        Settings(keys={key: "default"})
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_large_body_is_refused_before_it_is_held(chunked: bool, serve: Callable[..., Any]) -> None:
+    served = serve(max_body_bytes=100_000)
+    before, started = psutil.Process().memory_info().rss, time.monotonic()
+
+    def parts() -> Any:
+        for _ in range(1_000):
+            yield b"x" * 2**20
+
+    try:
+        length = {} if chunked else {"Content-Length": str(1_000 * 2**20)}
+        found = served.http.post("/v1/chat/completions", content=parts(), headers=length)
+        assert (found.status_code, found.json()["error"]["code"]) == (413, "body_too_large")
+    except httpx.WriteError:
+        pass  # it was hung up on, which a client that goes on sending sees
+    assert time.monotonic() - started < 5
+    assert psutil.Process().memory_info().rss - before < 50 * 2**20
+    assert served.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_large_headers_are_refused(served: Any) -> None:
+    for size in (17_000, 65_536):
+        assert served.http.get("/health", headers={"X-Long": "a" * size}).status_code in (400, 431)
+    assert served.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b"[" * 1_000_000,
+        b'{"a":' * 500_000,
+        json.dumps({**CHAT, "messages": {}}).encode(),
+        json.dumps({**CHAT, "temperature": float("nan")}).encode(),
+        json.dumps({**CHAT, "max_tokens": 10**400}).encode(),
+        json.dumps({**CHAT, "n": 10**9}).encode(),
+        json.dumps({**CHAT, "seed": -1}).encode(),
+        json.dumps({**CHAT, "stop": ["a"] * 17}).encode(),
+        json.dumps({**CHAT, "messages": [{"role": "user", "content": "\ud800"}]}).encode(),
+    ],
+)
+def test_a_body_that_can_not_be_read_is_refused_at_once(body: bytes, served: Any) -> None:
+    started = time.monotonic()
+    found = served.http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert found.status_code == 400, found.text
+    assert found.json()["error"]["type"] == "invalid_request_error"
+    assert time.monotonic() - started < 2
+
+
+def test_what_is_no_http_is_hung_up_on(served: Any) -> None:
+    with socket.create_connection(("127.0.0.1", served.http.base_url.port)) as raw:
+        raw.sendall(b"GET /" + b"a" * 200_000)
+        assert raw.recv(100).startswith(b"HTTP/1.1 400")
+    assert served.http.get("/health").status_code == 200
