@@ -217,6 +217,12 @@ class Braid:
         self._engine.check_open()
         return self._engine.config.window
 
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the chat template opens a thought before each answer, so that answers begin within one."""
+        self._engine.check_open()
+        return self._engine.layout.thinks_on(())
+
     def register(
         self,
         text: Text,

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from braidsdk import Braid, __version__
 from braidsdk.errors import BraidError, InputError
+from braidsdk.serve.answering import Answering
 from braidsdk.serve.chat import Chat
 from braidsdk.serve.chunks import ChunkRoutes
 from braidsdk.serve.guard import Guard
@@ -76,7 +77,8 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
         docs_url=None,  # their pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.include_router(Chat(tenants, settings.name, metrics, settings.default_tokens).router)
+    answering = Answering(tenants, metrics, model=settings.name, default_tokens=settings.default_tokens)
+    app.include_router(Chat(answering).router)
     app.include_router(ChunkRoutes(tenants).router)
 
     @app.get("/health", tags=["operations"])

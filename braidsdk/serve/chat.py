@@ -1,28 +1,21 @@
 """`/v1/chat/completions` and `/v1/models`: OpenAI's chat API."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
-from braidsdk import Answer, AsyncStream, Braid, Chunk, Context, Explanation, Inline
-from braidsdk.serve.messages import Message, Prompt, Strict, prompt_of
-from braidsdk.serve.metrics import Metrics
-from braidsdk.serve.problems import Problem, problem_of
+from braidsdk import Answer
+from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running
+from braidsdk.serve.messages import Message, Strict, prompt_of
+from braidsdk.serve.problems import problem_of
 from braidsdk.serve.responses import Json, event
-from braidsdk.serve.tenants import Tenants
-from braidsdk.types import LEVEL_SYSTEM
-
-T = TypeVar("T")
 
 
 class StreamOptions(Strict):
@@ -36,22 +29,6 @@ class Format(Strict):
     """The form of an answer."""
 
     type: Literal["text"]
-
-
-class BraidOptions(Strict):
-    """What only this server knows.
-
-    Attributes:
-        chunks: names or ids of chunks that stand after the system prompt.
-        mode: how they are composed, as `Braid.compose` takes it.
-        sources: whether the answer says how much attention it gave to each document.
-        explain: whether the answer says what was cached and what was not.
-    """
-
-    chunks: tuple[str, ...] = ()
-    mode: str | None = None
-    sources: bool = False
-    explain: bool = False
 
 
 class ChatRequest(Strict):
@@ -109,36 +86,11 @@ class ChatRequest(Strict):
         }
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A checked request.
-
-    Attributes:
-        context: what is asked.
-        most: the most tokens of the answer.
-        written: tokens that were stored to prepare it.
-        explanation: what would come from the cache, if the client asked.
-    """
-
-    context: Context
-    most: int
-    written: int
-    explanation: Explanation | None
-
-
 class Chat:
     """The routes."""
 
-    def __init__(self, tenants: Tenants, name: str, metrics: Metrics, default_tokens: int) -> None:
-        """Routes over an engine.
-
-        Args:
-            tenants: the Braid of each namespace.
-            name: what clients call the model.
-            metrics: counts.
-            default_tokens: the most tokens of an answer for which a client names no limit.
-        """
-        self._tenants, self._name, self._metrics, self._default_tokens = tenants, name, metrics, default_tokens
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
         self._since = int(time.time())
         self.router = APIRouter(prefix="/v1", tags=["chat"])
         self.router.get("/models")(self.models)
@@ -151,79 +103,27 @@ class Chat:
 
     async def model(self, model: str) -> dict[str, Any]:
         """The one model, by its name."""
-        self._check_model(model)
+        self._answering.check_model(model)
         return self._described()
 
     async def complete(self, asked: ChatRequest, request: Request) -> Json | StreamingResponse:
         """Answer a conversation, whole or in pieces."""
-        self._check_model(asked.model)
+        self._answering.check_model(asked.model)
         prompt = prompt_of(asked.messages, asked.braid.chunks)
-        namespace = request.state.namespace
-        if asked.cache_salt is not None:
-            namespace = f"{namespace}/{asked.cache_salt}"
-        prepared = await run_sync(partial(self._prepare, self._tenants[namespace], asked, prompt))
-        stream = prepared.context.astream(
-            prompt.question,
-            history=prompt.history,
-            sources=asked.braid.sources,
-            max_new_tokens=prepared.most,
-            **asked.sampling,
-        )
-        reply = _Reply(self._name, prepared)
-        if asked.stream:
-            # The first piece is waited for here: a request that is refused then has a status.
-            first = await unless_gone(request, anext(stream, ""))
-            usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return StreamingResponse(self._events(stream, first, reply, usage), media_type="text/event-stream")
-        async with aclosing(stream):
-            text = await unless_gone(request, _whole(stream))
-        self._metrics.answered(stream.answer)
-        return Json(reply.whole(text, stream.answer))
-
-    def _prepare(self, braid: Braid, asked: ChatRequest, prompt: Prompt) -> Prepared:
-        """Check a request; register what the client wants cached. Runs in a thread."""
-        chunks: list[str | Inline | Chunk] = list(prompt.chunks)
-        written = 0
-        for place, each in enumerate(chunks[: prompt.cached]):
-            if isinstance(each, Inline):
-                known = braid.chunks.resolve([each], inline=True)[0].id
-                chunks[place] = chunk = braid.register(each.text, level=each.level)
-                # A system prompt is computed when it is registered, a document when it is first asked about.
-                written += 0 if known or each.level != LEVEL_SYSTEM else len(chunk.token_ids)
-        context = braid.compose(chunks, mode=asked.braid.mode)
         most = asked.max_completion_tokens or asked.max_tokens
-        if most is None:
-            taken = len(context.prompt_ids(prompt.question, history=prompt.history))
-            most = max(1, min(self._default_tokens, braid.window - taken))
-        return Prepared(context, most, written, context.explain() if asked.braid.explain else None)
-
-    async def _events(self, stream: AsyncStream, first: str, reply: "_Reply", usage: bool) -> AsyncIterator[str]:
-        """Server-sent events. A client that goes away cancels this, which ends the request."""
-        async with aclosing(stream):
-            try:
-                yield event(reply.piece({"role": "assistant", "content": first}))
-                async for piece in stream:
-                    yield event(reply.piece({"content": piece}))
-            except Exception as error:  # the status is sent already
-                problem = problem_of(error)
-                self._metrics.refused(problem.status)
-                yield event(problem.body)
-                return
-            self._metrics.answered(stream.answer)
-            yield event(reply.last(stream.answer))
-            if usage:
-                yield event(reply.usage(stream.answer))
-            yield "data: [DONE]\n\n"
-
-    def _check_model(self, model: str) -> None:
-        if model != self._name:
-            message = f"model must be {self._name!r}, which this server runs; got {model[:200]!r}."
-            raise Problem(404, message, code="model_not_found", param="model")
+        running = await self._answering.start(
+            request, Asked(prompt, most, asked.sampling, asked.braid, asked.cache_salt)
+        )
+        reply = _Reply(self._answering.model, running)
+        if asked.stream:
+            usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            return StreamingResponse(reply.events(usage), media_type="text/event-stream")
+        return Json(await reply.whole(request))
 
     def _described(self) -> dict[str, Any]:
-        braid = self._tenants.first
+        braid = self._answering.tenants.first
         return {
-            "id": self._name,
+            "id": self._answering.model,
             "object": "model",
             "created": self._since,
             "owned_by": "braidsdk",
@@ -235,40 +135,58 @@ class Chat:
 class _Reply:
     """The objects of one answer."""
 
-    def __init__(self, model: str, prepared: Prepared) -> None:
-        self._prepared = prepared
+    def __init__(self, model: str, running: Running) -> None:
+        self._running = running
         self._head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def piece(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    async def events(self, usage: bool) -> AsyncIterator[str]:
+        """Server-sent events. A client that goes away cancels this, which ends the request."""
+        running = self._running
+        yield event(self._piece({"role": "assistant", "content": ""}))
+        async with aclosing(running.pieces()) as pieces:
+            try:
+                async for kind, piece in pieces:
+                    yield event(self._piece({_FIELDS[kind]: piece}))
+            except Exception as error:  # the status is sent already
+                problem = problem_of(error)
+                running.metrics.refused(problem.status)
+                yield event(problem.body)
+                return
+        yield event({**self._piece({}, running.answer.finish_reason), **self._ours()})
+        if usage:
+            part = {**self._head, "object": "chat.completion.chunk", "choices": []}
+            yield event({**part, "usage": usage_of(running.answer, running.written)})
+        yield "data: [DONE]\n\n"
+
+    async def whole(self, request: Request) -> dict[str, Any]:
+        """An answer that is not streamed."""
+        running = self._running
+        thought, text = await running.whole(request)
+        message = {"role": "assistant", "content": text, "refusal": None}
+        if thought:
+            message["reasoning_content"] = thought
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": running.answer.finish_reason}
+        usage = usage_of(running.answer, running.written)
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **self._ours()}
+
+    def _piece(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         """A part of a stream."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
-    def last(self, answer: Answer) -> dict[str, Any]:
-        """The part that ends a stream's text."""
-        return {**self.piece({}, answer.finish_reason), **self._of(answer)}
-
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        """The part that a client asks for with `include_usage`."""
-        part = {**self._head, "object": "chat.completion.chunk", "choices": []}
-        return {**part, "usage": usage_of(answer, self._prepared.written)}
-
-    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
-        """An answer that is not streamed."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
-        usage = usage_of(answer, self._prepared.written)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **self._of(answer)}
-
-    def _of(self, answer: Answer) -> dict[str, Any]:
+    def _ours(self) -> dict[str, Any]:
         """What only this server says: how long it took, and what was asked for in `braid`."""
-        ours: dict[str, Any] = {"mode": self._prepared.context.mode}
+        answer, explanation = self._running.answer, self._running.explanation
+        ours: dict[str, Any] = {"mode": self._running.context.mode}
         if answer.sources is not None:
             each = [(source.chunk.id or None, source.chunk.name, source.share) for source in answer.sources]
             ours["sources"] = [{"chunk": ident, "name": name, "share": share} for ident, name, share in each]
-        if self._prepared.explanation is not None:
-            ours["explanation"] = [asdict(row) for row in self._prepared.explanation.chunks]
+        if explanation is not None:
+            ours["explanation"] = [asdict(row) for row in explanation.chunks]
         return {"timings": timings_of(answer), "braid": ours}
+
+
+_FIELDS = {"thought": "reasoning_content", "text": "content"}
 
 
 def usage_of(answer: Answer, written: int = 0) -> dict[str, Any]:
@@ -311,31 +229,3 @@ def timings_of(answer: Answer) -> dict[str, Any]:
         "predicted_ms": predicted_ms,
         "predicted_per_second": rate,
     }
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled if the client goes away.
-
-    Raises:
-        Problem: it went away. Nobody reads that.
-    """
-    running = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({running, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            raise Problem(499, "The client went away.", code="client_closed_request")
-        return running.result()
-    finally:
-        for each in (running, gone):
-            each.cancel()
-        await asyncio.gather(running, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _whole(stream: AsyncStream) -> str:
-    return "".join([piece async for piece in stream])

@@ -52,6 +52,7 @@ class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Annotated[TextPart | ChunkPart, Field(discriminator="type")]] | None = None
     name: None = None
+    reasoning_content: str | None = None  # of an answer that is sent back; templates leave past thoughts out
     refusal: None = None  # this and what follows: empty fields of an answer that is sent back
     annotations: None = None
     audio: None = None
