@@ -1,7 +1,7 @@
 """How a request of any API is answered: checked, started, and read whole or in pieces."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -153,7 +153,7 @@ class Running:
         """The whole answer, once it was read to its end."""
         return self.stream.answer
 
-    async def pieces(self) -> AsyncIterator[tuple[Kind, str]]:
+    async def pieces(self) -> AsyncGenerator[tuple[Kind, str], None]:
         """Thoughts and text, in pieces. To stop reading ends the request."""
         async with aclosing(self.stream):
             for each in self.thoughts.feed(self.first):
