@@ -71,7 +71,7 @@ class ChunkRoutes:
         """Register a text. With an anchor its KV entry is computed and stored before this answers."""
         given = new.model_dump(exclude={"text"})
         register = partial(self._braid(request).register, new.text, **given)
-        return await run_sync(lambda: _shown(register()))
+        return await run_sync(lambda: shown(register()))
 
     async def list(
         self,
@@ -87,7 +87,7 @@ class ChunkRoutes:
         def work() -> dict[str, Any]:
             page = chunks.list(name=name, level=level, after=after, limit=limit + 1)
             last_id = page[:limit][-1].id if page else None
-            data = [_shown(each) for each in page[:limit]]
+            data = [shown(each) for each in page[:limit]]
             return {"object": "list", "data": data, "has_more": len(page) > limit, "last_id": last_id}
 
         return await run_sync(work)
@@ -95,12 +95,12 @@ class ChunkRoutes:
     async def get(self, chunk: str, request: Request) -> dict[str, Any]:
         """A chunk with its text, by name or id."""
         get = self._braid(request).chunks.get
-        return await run_sync(lambda: _shown(found := get(chunk)) | {"text": found.text})
+        return await run_sync(lambda: shown(found := get(chunk)) | {"text": found.text})
 
     async def update(self, chunk: str, changed: ChangedChunk, request: Request) -> dict[str, Any]:
         """Change a chunk's metadata, pin it, or give it one more name."""
         update = partial(self._braid(request).chunks.update, chunk, **changed.model_dump())
-        return await run_sync(lambda: _shown(update()))
+        return await run_sync(lambda: shown(update()))
 
     async def delete(self, chunk: str, request: Request) -> dict[str, Any]:
         """Delete a chunk with its KV entries."""
@@ -131,7 +131,7 @@ class ChunkRoutes:
         return {"count": await run_sync(self._braid(request).count_tokens, asked.text)}
 
 
-def _shown(chunk: Chunk) -> dict[str, Any]:
+def shown(chunk: Chunk) -> dict[str, Any]:
     """A chunk without its text. It tokenizes it: not for the event loop."""
     return {
         "id": chunk.id,
