@@ -10,10 +10,10 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 import httpx
-import uvicorn
 
 from braidsdk import Braid
 from braidsdk.serve import Settings, create_app
+from braidsdk.serve.run import Server, bind, config
 from braidsdk.testing import FakeBraid
 
 RULES = "You answer questions from the documents."
@@ -39,10 +39,9 @@ class Served:
 
     def __init__(self, braid: Braid, settings: Settings) -> None:
         self.braid = braid
-        config = uvicorn.Config(create_app(braid, settings), port=0, http="h11", log_level="warning")
-        self._socket = config.bind_socket()
+        self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(config)
+        self._server = Server(config(create_app(braid, settings)))
         self._server.capture_signals = _nothing  # type: ignore[method-assign]  # signals are the main thread's
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
