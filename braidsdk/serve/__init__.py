@@ -2,8 +2,8 @@
 
     client -> Guard (keys, limits) -> a route -> Braid of the key's namespace -> the engine
 
-`braid serve` and `run` start it; `create_app` gives the ASGI application to mount elsewhere. Routes translate: they hold
-no state, and call only what `Braid` shows to everybody.
+`braid serve` and `run` start it; `create_app` gives the ASGI application to mount elsewhere. Routes translate. They
+hold no state, and call only what `Braid` shows to everybody.
 """
 
 from braidsdk.serve.app import Settings, create_app
