@@ -250,6 +250,7 @@ class Timings:
         first_token_ms: TTFT, from the start of the call to the first token's id. It includes the time in the queue.
         decode_tokens_per_s: rate after the first token; None with fewer than two tokens.
         compute_ms: the part of `prefill_ms` that computed missing entries. They are written at the same time.
+        queue_ms: from the start of the call to its admission. It includes the call's own preparation.
     """
 
     load_ms: float
@@ -257,6 +258,7 @@ class Timings:
     first_token_ms: float
     decode_tokens_per_s: float | None
     compute_ms: float = 0.0
+    queue_ms: float = 0.0
 
 
 @dataclass(frozen=True)

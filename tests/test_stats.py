@@ -158,3 +158,8 @@ def test_usage_tells_exact_tokens_from_composed_ones_and_what_is_stored(random_b
         assert (usage.exact_tokens, usage.stored_tokens) == wanted
     alone = random_braid.ask("Well?", chunks=[docs[0]], mode="isolated", keep=False, max_new_tokens=1).usage
     assert (alone.exact_tokens, alone.stored_tokens) == (0, 0), "nothing was there"
+
+
+def test_timings_tell_the_time_in_the_queue(random_braid: Braid) -> None:
+    timings = random_braid.ask("Well?", chunks=[random_braid.register_system(RULES)], max_new_tokens=2).timings
+    assert 0 < timings.queue_ms <= timings.first_token_ms - timings.load_ms

@@ -686,4 +686,5 @@ def _timings(request: Request) -> Timings:
         first_token_ms=(clock.first_token - request.submitted) * 1e3,
         decode_tokens_per_s=more / decoding if more and decoding else None,
         compute_ms=clock.compute_ms,
+        queue_ms=(clock.admitted - request.submitted) * 1e3,
     )

@@ -45,9 +45,15 @@ class Explained(Strict):
 
 
 class Text(Strict):
-    """A text to count."""
+    """A text to tokenize."""
 
     text: str
+
+
+class Tokens(Strict):
+    """Token ids of a text."""
+
+    tokens: list[int]
 
 
 class ChunkRoutes:
@@ -63,6 +69,7 @@ class ChunkRoutes:
         self.router.delete("/v1/chunks/{chunk:path}", response_model=None)(self.delete)
         self.router.post("/v1/explain", response_model=None)(self.explain)
         self.router.post("/tokenize", response_model=None)(self.tokenize)
+        self.router.post("/detokenize", response_model=None)(self.detokenize)
 
     def _braid(self, request: Request) -> Braid:
         return self._tenants[request.state.namespace]
@@ -127,8 +134,13 @@ class ChunkRoutes:
         }
 
     async def tokenize(self, asked: Text, request: Request) -> dict[str, Any]:
-        """How many tokens a text takes as a context chunk."""
-        return {"count": await run_sync(self._braid(request).count_tokens, asked.text)}
+        """The token ids of a text as a context chunk."""
+        tokens = await run_sync(self._braid(request).tokenize, asked.text)
+        return {"count": len(tokens), "tokens": tokens}
+
+    async def detokenize(self, asked: Tokens, request: Request) -> dict[str, Any]:
+        """The text of token ids."""
+        return {"text": await run_sync(self._braid(request).detokenize, asked.tokens)}
 
 
 def shown(chunk: Chunk) -> dict[str, Any]:

@@ -86,8 +86,13 @@ async def _events(braid: Braid, many: ManyChunks) -> Events:
         skipped = [{"index": each.index, "name": each.name, "error": str(each.error)} for each in done.skipped]
         return {"object": "list", "data": [shown(each) for each in done], "skipped": skipped}
 
+    def ended(working: "asyncio.Future[dict[str, Any]]") -> None:
+        if not working.cancelled():
+            working.exception()  # asyncio logs one that nobody has looked at, as when the client is gone
+        news.put_nowait(None)
+
     working = asyncio.ensure_future(run_sync(work))
-    working.add_done_callback(lambda _: news.put_nowait(None))
+    working.add_done_callback(ended)
     try:
         while told := await news.get():
             yield told
