@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from braidsdk import Braid
 from braidsdk.testing import FakeBraid
 
 COUNT = [{"role": "user", "content": "Count on."}]
@@ -107,7 +108,7 @@ def test_an_error_that_nobody_expected_shows_nothing(
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(type(served.braid), "compose", fails)
+    monkeypatch.setattr(Braid, "compose", fails)
     found = ask("What?")
     assert found.status_code == 500
     assert found.json()["error"]["code"] == "internal_error"
