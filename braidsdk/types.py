@@ -220,14 +220,15 @@ class Usage:
     Attributes:
         prompt_tokens: tokens of the whole prompt, context and question.
         cached_tokens: tokens taken from KV entries that were there before the call.
-        computed_tokens: tokens computed in this call: the question, and chunks that had no entry.
+        computed_tokens: tokens computed in this call: the question, and chunks that had no entry, but for what the mode
+            computed again of them.
         repaired_tokens: context tokens that the mode computed again, with sight of everything before them.
         completion_tokens: tokens generated, including the closing control token.
         budget: that work, and what choosing the tokens took, as a share of computing all tokens of the chunks in all
             layers. 0 if the mode repairs nothing; it may exceed 1.
         exact_tokens: of the cached ones, those that are as in a full prefill: they lead the prompt, and have seen all
             that stands before them. The rest were composed.
-        stored_tokens: of the computed ones, those whose entries go to the store.
+        stored_tokens: of all tokens that were computed in this call, those whose entries go to the store.
     """
 
     prompt_tokens: int

@@ -94,8 +94,9 @@ class Request(Job):
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
         stored_tokens: those of them whose entries go to the store.
-        exact_tokens: context tokens that were there, as in a full prefill.
+        exact_tokens: context tokens that were there, as in a full prefill, and were not computed again.
         repaired_tokens: context tokens that were computed again for it.
+        twice_tokens: those of them that `computed_tokens` counts, too.
         budget: that work, choosing the tokens included, as a share of computing all tokens of its chunks in all layers.
         outcome: the results of a finished question.
         value: what `then` returned.
@@ -121,6 +122,7 @@ class Request(Job):
     stored_tokens: int = 0
     exact_tokens: int = 0
     repaired_tokens: int = 0
+    twice_tokens: int = 0
     budget: float = 0.0
     outcome: Outcome | None = None
     value: object = None

@@ -14,7 +14,7 @@ from braidsdk import Answer, AsyncStream, Braid, Chunk, Context, Explanation, In
 from braidsdk.serve.messages import Prompt, Strict
 from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.problems import Problem
-from braidsdk.serve.tenants import Tenants
+from braidsdk.serve.tenants import SALTED, Tenants
 from braidsdk.serve.thoughts import Kind, Thoughts
 from braidsdk.types import LEVEL_SYSTEM
 
@@ -84,7 +84,7 @@ class Answering:
     def braid_of(self, request: Request, salt: str | None = None) -> Braid:
         """The Braid of a caller."""
         namespace = request.state.namespace
-        return self.tenants[namespace if salt is None else f"{namespace}/{salt}"]
+        return self.tenants[namespace if salt is None else f"{namespace}{SALTED}{salt}"]
 
     async def start(self, request: Request, asked: Asked) -> "Running":
         """Start to answer, and wait for the first piece: what is refused raises here, before any status is sent.

@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from braidsdk import Braid
 from braidsdk.errors import InputError
 from braidsdk.serve.run import bind
 from braidsdk.testing import FakeBraid
@@ -114,7 +115,7 @@ def test_an_error_that_nobody_expected_shows_nothing(
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(type(served.braid), "compose", fails)
+    monkeypatch.setattr(Braid, "compose", fails)
     found = ask("What?")
     assert found.status_code == 500
     assert found.json()["error"]["code"] == "internal_error"
