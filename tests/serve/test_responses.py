@@ -191,7 +191,7 @@ def test_an_answer_without_text_has_an_empty_message(text: str, kinds: list[str]
 
 
 def test_an_error_after_the_start_fails_the_response(
-    respond: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    served: Any, respond: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(_: object) -> None:
         raise EngineError("The engine has failed.")
@@ -202,6 +202,7 @@ def test_an_error_after_the_start_fails_the_response(
     assert (last.type, last.response.status) == ("response.failed", "failed")
     assert (last.response.error.code, last.response.error.message) == ("server_error", "The engine has failed.")
     assert [(item.status, item.content[0].text) for item in last.response.output] == [("incomplete", "What is it? | ")]
+    assert 'braid_http_errors_total{status="503"} 1.0' in served.http.get("/metrics").text
     with pytest.raises(openai.InternalServerError, match="The engine has failed"):
         respond("What is it?")
 
