@@ -56,6 +56,18 @@ class Asked:
     salt: str | None = None
 
 
+def sampling_of(temperature: float | None, **shape: float | None) -> dict[str, Any]:
+    """Keywords of `ask`. Without a temperature an answer is greedy, unless another option of sampling is given: then it
+    is 1, as with OpenAI.
+
+    Args:
+        temperature: what the client gives.
+        shape: other options of sampling; None is not given.
+    """
+    sampled = any(value is not None for value in shape.values())
+    return {**shape, "temperature": 1.0 if sampled and temperature is None else temperature}
+
+
 class Answering:
     """Starts answers."""
 

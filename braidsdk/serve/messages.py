@@ -84,12 +84,13 @@ class Prompt:
     question: str
 
 
-def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt:
+def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = (), *, param: str = "messages") -> Prompt:
     """Read a conversation.
 
     Args:
         messages: at least one.
         chunks: names or ids of more chunks, which stand after the system prompt.
+        param: the field that they came in, for what is refused.
 
     Raises:
         Problem: roles or contents are not of this form.
@@ -97,7 +98,7 @@ def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt
     systems = 0
     while systems < len(messages) and messages[systems].role in ("system", "developer"):
         systems += 1
-    turns = _turns(messages[systems:], systems)
+    turns = _turns(messages[systems:], param)
     composed: list[str | Inline] = []
     marks = [0]
     for message in messages[:systems]:
@@ -106,10 +107,10 @@ def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt
     composed += chunks
     first = [part for message in turns[0] for part in message.parts]
     if not first or isinstance(first[-1], ChunkPart):
-        raise Problem(400, "The user's message must end with a text, the question; got none.", param="messages")
+        raise Problem(400, "The user's message must end with a text, the question; got none.", param=param)
     for part in first[:-1]:
         _add(composed, marks, part, LEVEL_CONTEXT)
-    asked = [first[-1].text, *map(_text, turns[1:])]
+    asked = [first[-1].text, *(_text(turn, param) for turn in turns[1:])]
     roles = ("user", "assistant")
     history = tuple({"role": roles[at % 2], "content": text} for at, text in enumerate(asked[:-1]))
     return Prompt(tuple(composed), marks[-1], history, asked[-1])
@@ -125,30 +126,29 @@ def _add(composed: list[str | Inline], marks: list[int], part: TextPart | ChunkP
         marks.append(len(composed))
 
 
-def _turns(messages: Sequence[Message], offset: int) -> list[list[Message]]:
+def _turns(messages: Sequence[Message], param: str) -> list[list[Message]]:
     """Messages of users and assistants in turn; several of one role that follow each other are one turn.
 
     Raises:
         Problem: the first or last is not a user's, or a system message comes late.
     """
     turns: list[list[Message]] = []
-    for place, message in enumerate(messages, offset):
+    for message in messages:
         if message.role in ("system", "developer"):
-            raise Problem(
-                400, f"Message {place} is a {message.role}'s; it must stand before all others.", param="messages"
-            )
+            why = f"A {message.role}'s message must stand before all others; got one after a {turns[-1][0].role}'s."
+            raise Problem(400, why, param=param)
         if turns and turns[-1][0].role == message.role:
             turns[-1].append(message)
         else:
             turns.append([message])
     if not turns or turns[0][0].role != "user" or turns[-1][0].role != "user":
         raise Problem(
-            400, "After system messages a conversation must begin and end with a user's message.", param="messages"
+            400, "After system messages a conversation must begin and end with a user's message.", param=param
         )
     return turns
 
 
-def _text(turn: Sequence[Message]) -> str:
+def _text(turn: Sequence[Message], param: str) -> str:
     """The text of a later turn.
 
     Raises:
@@ -158,7 +158,7 @@ def _text(turn: Sequence[Message]) -> str:
     for part in (part for message in turn for part in message.parts):
         if isinstance(part, ChunkPart):
             raise Problem(
-                400, "Chunks must stand in the first user message, or in braid.chunks; got one later.", param="messages"
+                400, "Chunks must stand in the first user message, or in braid.chunks; got one later.", param=param
             )
         texts.append(part.text)
     return "\n".join(texts)

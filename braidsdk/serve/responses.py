@@ -14,9 +14,10 @@ class Json(JSONResponse):
         return text_of(content).encode("ascii")
 
 
-def event(data: dict[str, Any]) -> str:
-    """A server-sent event."""
-    return f"data: {text_of(data)}\n\n"
+def event(data: dict[str, Any], name: str | None = None) -> str:
+    """A server-sent event, with a name if the API gives it one."""
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {text_of(data)}\n\n"
 
 
 def text_of(content: Any) -> str:

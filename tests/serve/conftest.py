@@ -1,8 +1,10 @@
 """A server on loopback, in a thread, over a model without weights."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +73,23 @@ def until(true: Callable[[], object]) -> None:
 @pytest.fixture(name="until")
 def _until() -> Callable[[Callable[[], object]], None]:
     return until
+
+
+@pytest.fixture
+def run_example(serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run examples of docs/serve.md against one server: `run_example("chat.completions")` is the block of code that
+    holds these words. A block sees the names of those that ran before it. What it prints is returned."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    url = serve(name="braid-tiny").url
+    names: dict[str, Any] = {}
+
+    def run(words: str) -> str:
+        (code,) = (block for block in blocks if words in block)
+        exec(compile(code.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), names)
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
