@@ -1,5 +1,6 @@
 """`/v1/chat/completions` and `/v1/models`: OpenAI's chat API."""
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -16,6 +17,8 @@ from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running
 from braidsdk.serve.messages import Message, Strict, prompt_of
 from braidsdk.serve.problems import problem_of
 from braidsdk.serve.responses import Json, event
+
+_log = logging.getLogger(__name__)
 
 
 class StreamOptions(Strict):
@@ -149,6 +152,8 @@ class _Reply:
                     yield event(self._piece({_FIELDS[kind]: piece}))
             except Exception as error:  # the status is sent already
                 problem = problem_of(error)
+                if problem.status == 500:
+                    _log.exception("an answer failed")
                 running.metrics.refused(problem.status)
                 yield event(problem.body)
                 return

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from braidsdk import Braid
+from braidsdk.serve.metrics import Metrics
 from braidsdk.testing import FakeBraid
 
 COUNT = [{"role": "user", "content": "Count on."}]
@@ -113,6 +114,19 @@ def test_an_error_that_nobody_expected_shows_nothing(
     assert found.status_code == 500
     assert found.json()["error"]["code"] == "internal_error"
     assert "secret" not in found.text
+
+
+def test_an_error_in_the_middle_of_a_stream_is_in_the_log_and_not_in_the_stream(
+    ask: Callable[..., httpx.Response], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(Metrics, "answered", fails)
+    found = ask("What?", stream=True)
+    assert json.loads(found.text.split("data: ")[-1])["error"]["code"] == "internal_error"
+    assert "secret" not in found.text
+    assert "ZeroDivisionError: a secret" in caplog.text
 
 
 # the command
