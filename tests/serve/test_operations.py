@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from braidsdk import Braid
+from braidsdk import Braid, Stats
 from braidsdk.serve.metrics import Metrics
 from braidsdk.testing import FakeBraid
 
@@ -31,6 +31,28 @@ def test_ready_says_whether_it_can_answer(served: Any) -> None:
     served.braid.close()
     assert served.http.get("/ready").status_code == 503
     assert served.http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("path", ["/ready", "/metrics"])
+def test_a_slow_store_does_not_keep_others_waiting(path: str, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go, stats = threading.Event(), threading.Event(), Braid.stats
+
+    def slow(braid: Braid) -> Stats:
+        reached.set()
+        assert go.wait(30)
+        return stats(braid)
+
+    monkeypatch.setattr(Braid, "stats", slow)
+    found: list[int] = []
+    asked = threading.Thread(target=lambda: found.append(httpx.get(f"{served.url}{path}", timeout=30).status_code))
+    asked.start()
+    try:
+        assert reached.wait(30)
+        assert served.http.get("/health", timeout=10).status_code == 200
+    finally:
+        go.set()
+        asked.join()
+    assert found == [200]
 
 
 def value(metrics: str, name: str) -> float:
