@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from braidsdk import Braid, Stats
+from braidsdk.cli.serve import _key
 from braidsdk.serve.metrics import Metrics
 from braidsdk.testing import FakeBraid
 
@@ -217,3 +218,18 @@ def test_the_command_says_which_extra_it_needs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert 'pip install "braidsdk[serve]"' in done.stderr
+
+
+@pytest.mark.parametrize("keys", ["", "  ", "a-key=", "a-key=="])
+def test_the_command_starts_with_no_key_that_is_not_whole(keys: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "braid"), "serve", "--port", "0", "--store", str(tmp_path)]
+    environment = {**os.environ, "BRAID_API_KEYS": keys}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert "Listening" not in done.stderr
+    assert "a-key" not in done.stderr
+
+
+def test_a_key_of_the_command_may_hold_equals_signs() -> None:
+    assert _key("abc==tenant", "default") == ("abc=", "tenant")
+    assert _key("abc", "default") == ("abc", "default")
