@@ -1,5 +1,6 @@
 """`braid serve` serves a model over HTTP."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -7,7 +8,10 @@ import typer
 from braidsdk.cli import options as opt
 from braidsdk.cli.opening import open_braid
 from braidsdk.cli.output import Output
-from braidsdk.errors import BraidError
+from braidsdk.errors import BraidError, InputError
+
+ENVIRONMENT = "BRAID_API_KEYS"
+"""The variable that holds API keys."""
 
 
 def serve(
@@ -18,7 +22,7 @@ def serve(
         list[str] | None,
         typer.Option(
             "--api-key",
-            envvar="BRAID_API_KEYS",
+            envvar=ENVIRONMENT,
             help="A key that clients must send, or KEY=NAMESPACE; can be repeated. In the variable, spaces between.",
             show_default="none: everybody who reaches the port may ask",
         ),
@@ -48,7 +52,9 @@ def serve(
         raise BraidError(
             f'`braid serve` needs {error.name}, which is not installed. pip install "braidsdk[serve]"'
         ) from error
-    keys = {key: of or namespace for key, _, of in (each.partition("=") for each in api_key or ())}
+    keys = dict(_key(each, namespace) for each in api_key or ())
+    if not keys and ENVIRONMENT in os.environ:
+        raise InputError(f"{ENVIRONMENT} must hold at least one key; got none. Unset it to serve without keys.")
     settings = Settings(
         name=served_name or model,
         namespace=namespace,
@@ -76,3 +82,9 @@ def serve(
             port,
             lambda url: out.note(f"Listening on {url}/v1 (model {settings.name!r})."),
         )
+
+
+def _key(given: str, namespace: str) -> tuple[str, str]:
+    """A key and its namespace, which stands behind the last equals sign if there is one: keys may hold some."""
+    key, equals, of = given.rpartition("=")
+    return (key, of) if equals else (given, namespace)

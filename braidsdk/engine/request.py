@@ -189,12 +189,15 @@ def without_frames(error: BaseException) -> BaseException:
     """An error for another thread, without the frames that it and its causes passed. They hold tensors, which would
     live as long as the error does. And a daemon thread that frees a tensor while the interpreter exits ends the process
     by SIGABRT. What was not expected keeps its traceback as a note."""
-    each: BaseException | None = error
-    seen: set[BaseException] = set()
-    while each is not None and each not in seen:
-        seen.add(each)
+    left: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while left:
+        each = left.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
         if each.__traceback__ and not isinstance(each, BraidError):
             each.add_note("In another thread:\n" + "".join(traceback.format_tb(each.__traceback__)).rstrip())
         each.__traceback__ = None
-        each = each.__cause__ or each.__context__
+        left += [each.__cause__, each.__context__, *(each.exceptions if isinstance(each, BaseExceptionGroup) else ())]
     return error

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse
@@ -104,13 +105,13 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
     @app.get("/ready", tags=["operations"])
     async def ready() -> dict[str, str]:
         """Whether model and store can be used: 503 if not."""
-        braid.stats()
+        await run_sync(braid.stats)  # it reads the store
         return {"status": "ready"}
 
     @app.get("/metrics", tags=["operations"])
     async def shown_metrics() -> Response:
         """Counts, in Prometheus's text format."""
-        return PlainTextResponse(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return PlainTextResponse(await run_sync(metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     def answer(problem: Problem) -> Json:
         metrics.refused(problem.status)

@@ -1,5 +1,6 @@
 """`/v1/chat/completions` and `/v1/models`: OpenAI's chat API."""
 
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -17,6 +18,8 @@ from braidsdk.serve.openai_common import OpenAIRequest, TextFormat
 from braidsdk.serve.problems import problem_of
 from braidsdk.serve.reported import cache_counts, origins, ours
 from braidsdk.serve.responses import Json, event
+
+_log = logging.getLogger(__name__)
 
 
 class StreamOptions(Strict):
@@ -129,6 +132,8 @@ class _Reply:
                     yield event(self._piece({_FIELDS[kind]: piece}))
             except Exception as error:  # the status is sent already
                 problem = problem_of(error)
+                if problem.status == 500:
+                    _log.exception("an answer failed")
                 running.metrics.refused(problem.status)
                 yield event(problem.body)
                 return

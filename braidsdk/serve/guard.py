@@ -102,7 +102,7 @@ class Guard:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return b""
+                raise Problem(499, "The client went away.", code="client_closed_request")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._max_body_bytes:

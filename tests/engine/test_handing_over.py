@@ -100,6 +100,13 @@ def test_an_error_for_another_thread_keeps_its_causes_without_frames() -> None:
     assert "raise error" in note
 
 
+def test_what_an_error_with_a_cause_came_in_the_middle_of_keeps_no_frames_either() -> None:
+    error = raised(StoreError("the store can't be written"), raised(OSError("no")))
+    error.__context__ = ExceptionGroup("several", [raised(ValueError("one")), raised(ValueError("two"))])
+    assert tensors_behind(error)
+    assert tensors_behind(without_frames(error)) == []
+
+
 @pytest.mark.parametrize("error", [RuntimeError("broken"), BraidError("refused")])
 def test_what_a_job_for_the_engine_raises_comes_without_its_frames(error: Exception, random_braid: Braid) -> None:
     def work() -> None:

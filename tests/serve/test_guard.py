@@ -14,6 +14,7 @@ from braidsdk.errors import InputError
 from braidsdk.serve import Settings
 from braidsdk.testing import FakeBraid
 
+DOCS = ("aistonia", "belmora")
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "What?"}]}
 
 
@@ -138,3 +139,14 @@ def test_what_is_no_http_is_hung_up_on(served: Any) -> None:
         raw.sendall(b"GET /" + b"a" * 200_000)
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
     assert served.http.get("/health").status_code == 200
+
+
+def test_a_request_whose_body_never_came_whole_is_not_carried_out(served: Any, until: Callable[..., None]) -> None:
+    for name in DOCS:
+        with socket.create_connection(("127.0.0.1", served.http.base_url.port)) as raw:
+            raw.sendall(f"DELETE /v1/chunks/{name} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
+            raw.sendall(b"{" if name == "aistonia" else b"123456789")
+            if name != "aistonia":
+                assert raw.recv(20).startswith(b"HTTP/1.1 200")
+    until(lambda: len(served.braid.chunks) == 2)
+    assert served.braid.chunks.get("aistonia")

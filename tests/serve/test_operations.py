@@ -17,8 +17,10 @@ from typing import Any
 import httpx
 import pytest
 
-from braidsdk import Braid
+from braidsdk import Braid, Stats
+from braidsdk.cli.serve import _key
 from braidsdk.errors import InputError
+from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.run import bind
 from braidsdk.testing import FakeBraid
 
@@ -34,6 +36,28 @@ def test_ready_says_whether_it_can_answer(served: Any) -> None:
     served.braid.close()
     assert served.http.get("/ready").status_code == 503
     assert served.http.get("/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize("path", ["/ready", "/metrics"])
+def test_a_slow_store_does_not_keep_others_waiting(path: str, served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, go, stats = threading.Event(), threading.Event(), Braid.stats
+
+    def slow(braid: Braid) -> Stats:
+        reached.set()
+        assert go.wait(30)
+        return stats(braid)
+
+    monkeypatch.setattr(Braid, "stats", slow)
+    found: list[int] = []
+    asked = threading.Thread(target=lambda: found.append(httpx.get(f"{served.url}{path}", timeout=30).status_code))
+    asked.start()
+    try:
+        assert reached.wait(30)
+        assert served.http.get("/health", timeout=10).status_code == 200
+    finally:
+        go.set()
+        asked.join()
+    assert found == [200]
 
 
 def value(metrics: str, name: str) -> float:
@@ -146,6 +170,19 @@ def test_a_port_that_is_taken_is_told() -> None:
         bind("no.such.host.invalid", 0)
 
 
+def test_an_error_in_the_middle_of_a_stream_is_in_the_log_and_not_in_the_stream(
+    ask: Callable[..., httpx.Response], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError("a secret")
+
+    monkeypatch.setattr(Metrics, "answered", fails)
+    found = ask("What?", stream=True)
+    assert json.loads(found.text.split("data: ")[-1])["error"]["code"] == "internal_error"
+    assert "secret" not in found.text
+    assert "ZeroDivisionError: a secret" in caplog.text
+
+
 # the command
 
 
@@ -212,3 +249,18 @@ def test_the_command_says_which_extra_it_needs(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert 'pip install "braidsdk[serve]"' in done.stderr
+
+
+@pytest.mark.parametrize("keys", ["", "  ", "a-key=", "a-key=="])
+def test_the_command_starts_with_no_key_that_is_not_whole(keys: str, tmp_path: Path) -> None:
+    command = [str(Path(sys.executable).parent / "braid"), "serve", "--port", "0", "--store", str(tmp_path)]
+    environment = {**os.environ, "BRAID_API_KEYS": keys}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert "Listening" not in done.stderr
+    assert "a-key" not in done.stderr
+
+
+def test_a_key_of_the_command_may_hold_equals_signs() -> None:
+    assert _key("abc==tenant", "default") == ("abc=", "tenant")
+    assert _key("abc", "default") == ("abc", "default")
