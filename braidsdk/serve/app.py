@@ -19,6 +19,7 @@ from braidsdk.serve.chat import Chat
 from braidsdk.serve.chunks import ChunkRoutes
 from braidsdk.serve.guard import Guard
 from braidsdk.serve.metrics import Metrics
+from braidsdk.serve.page import router as page
 from braidsdk.serve.problems import Problem, problem_of
 from braidsdk.serve.responses import Json
 from braidsdk.serve.tenants import Tenants
@@ -80,6 +81,7 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
     answering = Answering(tenants, metrics, model=settings.name, default_tokens=settings.default_tokens)
     app.include_router(Chat(answering).router)
     app.include_router(ChunkRoutes(tenants).router)
+    app.include_router(page)
 
     @app.get("/health", tags=["operations"])
     async def health() -> dict[str, str]:
