@@ -109,8 +109,9 @@ def driver() -> Iterator[Any]:
 
 
 @pytest.fixture
-def browse(driver: Any, until: Callable[..., None]) -> Iterator[Callable[[Any], Page]]:
-    """Open a server's page. At the end the console must be empty, but for statuses that the API answered with."""
+def browse(driver: Any, until: Callable[..., None], serve: object) -> Iterator[Callable[[Any], Page]]:
+    """Open a server's page. At the end the console must be empty, but for statuses that the API answered with. It asks
+    for `serve`, whose servers then run until the page is left."""
     opened: list[Page] = []
 
     def start(served: Any) -> Page:
