@@ -21,6 +21,7 @@ from braidsdk.serve.chunks import ChunkRoutes
 from braidsdk.serve.guard import Guard
 from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.openai_responses import Responses
+from braidsdk.serve.page import router as page
 from braidsdk.serve.problems import Problem, problem_of
 from braidsdk.serve.registering import Registering
 from braidsdk.serve.responses import Json
@@ -96,6 +97,7 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
     app.include_router(Responses(answering).router)
     app.include_router(ChunkRoutes(tenants).router)
     app.include_router(Registering(tenants).router)
+    app.include_router(page)
 
     @app.get("/health", tags=["operations"])
     async def health() -> dict[str, str]:

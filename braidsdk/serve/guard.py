@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from braidsdk.serve.problems import Problem
 
-OPEN = ("/health",)
-"""Paths that need no key."""
+OPEN = ("/", "/health")
+"""Paths that need no key. They hold no data."""
 
 MAX_HEADER_BYTES = 16 * 2**10
 """Of all headers of a request together."""
