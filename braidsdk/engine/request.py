@@ -133,6 +133,23 @@ class Request(Job):
         return self.state in ENDED
 
     @property
+    def usage(self) -> Usage:
+        """Where its prompt's tokens came from, once its first token is there."""
+        prompt = self.composition.tokens
+        computed = self.computed_tokens + len(self.composition.tail)
+        cached = prompt - computed - self.repaired_tokens
+        return Usage(
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            computed_tokens=computed,
+            repaired_tokens=self.repaired_tokens,
+            completion_tokens=len(self.tokens),
+            budget=self.budget,
+            exact_tokens=min(self.exact_tokens, cached),  # of those, some may be repaired
+            stored_tokens=self.stored_tokens,
+        )
+
+    @property
     def keeps(self) -> list[bool]:
         """For each segment, whether its entry is written to the store once it is computed."""
         return [segment.keep for segment in self.composition.segments]
