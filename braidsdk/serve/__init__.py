@@ -1,4 +1,4 @@
-"""The HTTP server: OpenAI's chat API, and one for chunks, over one engine. Needs the extra `serve`.
+"""The HTTP server: OpenAI's chat API, Anthropic's, and one for chunks, over one engine. Needs the extra `serve`.
 
     client -> Guard (keys, limits) -> a route -> Braid of the key's namespace -> the engine
 

@@ -3,7 +3,6 @@
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Annotated, Any, Literal
 from uuid import uuid4
 
@@ -12,8 +11,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
 from braidsdk import Answer
-from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running
+from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running, sampling_of
+from braidsdk.serve.details import details_of
 from braidsdk.serve.messages import Message, Strict, prompt_of
+from braidsdk.serve.metrics import tokens_by_source
 from braidsdk.serve.problems import problem_of
 from braidsdk.serve.responses import Json, event
 
@@ -73,13 +74,9 @@ class ChatRequest(Strict):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Keywords of `ask`, without `max_new_tokens`. Without a temperature an answer is greedy, unless another option
-        of sampling is given: then it is 1, as with OpenAI."""
-        shape = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
-        sampled = any(value is not None for value in shape.values())
+        """Keywords of `ask`, without `max_new_tokens`."""
         return {
-            **shape,
-            "temperature": 1.0 if sampled and self.temperature is None else self.temperature,
+            **sampling_of(self.temperature, top_p=self.top_p, top_k=self.top_k, min_p=self.min_p),
             "repetition_penalty": self.repetition_penalty,
             "seed": self.seed,
             "stop": self.stop,
@@ -152,7 +149,7 @@ class _Reply:
                 running.metrics.refused(problem.status)
                 yield event(problem.body)
                 return
-        yield event({**self._piece({}, running.answer.finish_reason), **self._ours()})
+        yield event({**self._piece({}, running.answer.finish_reason), **details_of(running)})
         if usage:
             part = {**self._head, "object": "chat.completion.chunk", "choices": []}
             yield event({**part, "usage": usage_of(running.answer, running.written)})
@@ -167,23 +164,12 @@ class _Reply:
             message["reasoning_content"] = thought
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": running.answer.finish_reason}
         usage = usage_of(running.answer, running.written)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **self._ours()}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **details_of(running)}
 
     def _piece(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         """A part of a stream."""
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
-
-    def _ours(self) -> dict[str, Any]:
-        """What only this server says: how long it took, and what was asked for in `braid`."""
-        answer, explanation = self._running.answer, self._running.explanation
-        ours: dict[str, Any] = {"mode": self._running.context.mode}
-        if answer.sources is not None:
-            each = [(source.chunk.id or None, source.chunk.name, source.share) for source in answer.sources]
-            ours["sources"] = [{"chunk": ident, "name": name, "share": share} for ident, name, share in each]
-        if explanation is not None:
-            ours["explanation"] = [asdict(row) for row in explanation.chunks]
-        return {"timings": timings_of(answer), "braid": ours}
 
 
 _FIELDS = {"thought": "reasoning_content", "text": "content"}
@@ -205,27 +191,5 @@ def usage_of(answer: Answer, written: int = 0) -> dict[str, Any]:
             "cached_tokens": usage.cached_tokens,
             "cache_write_tokens": usage.stored_tokens + written,
         },
-        "braid": {
-            "exact": usage.exact_tokens,
-            "composed": usage.cached_tokens - usage.exact_tokens,
-            "repaired": usage.repaired_tokens,
-            "computed": usage.computed_tokens,
-        },
-    }
-
-
-def timings_of(answer: Answer) -> dict[str, Any]:
-    """How long it took, in the words of llama.cpp's server."""
-    timings, usage = answer.timings, answer.usage
-    rate = timings.decode_tokens_per_s
-    predicted_ms = (usage.completion_tokens - 1) / rate * 1e3 if rate else 0.0
-    return {
-        "cache_n": usage.cached_tokens,
-        "prompt_n": usage.computed_tokens + usage.repaired_tokens,
-        "prompt_ms": timings.prefill_ms,
-        "load_ms": timings.load_ms,
-        "first_token_ms": timings.first_token_ms,
-        "predicted_n": usage.completion_tokens,
-        "predicted_ms": predicted_ms,
-        "predicted_per_second": rate,
+        "braid": tokens_by_source(usage),
     }

@@ -5,7 +5,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from braidsdk import Answer, Braid
+from braidsdk import Answer, Braid, Usage
 
 PREFIX = "braid"
 
@@ -65,6 +65,16 @@ class Metrics:
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""
         return generate_latest(self._registry)
+
+
+def tokens_by_source(usage: Usage) -> dict[str, int]:
+    """Where the prompt's tokens came from."""
+    return {
+        "exact": usage.exact_tokens,
+        "composed": usage.cached_tokens - usage.exact_tokens,
+        "repaired": usage.repaired_tokens,
+        "computed": usage.computed_tokens,
+    }
 
 
 class _Engine(Collector):

@@ -14,9 +14,9 @@ class Json(JSONResponse):
         return text_of(content).encode("ascii")
 
 
-def event(data: dict[str, Any]) -> str:
+def event(data: dict[str, Any], name: str | None = None) -> str:
     """A server-sent event."""
-    return f"data: {text_of(data)}\n\n"
+    return f"event: {name}\ndata: {text_of(data)}\n\n" if name else f"data: {text_of(data)}\n\n"
 
 
 def text_of(content: Any) -> str:

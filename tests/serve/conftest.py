@@ -1,8 +1,10 @@
 """A server on loopback, in a thread, over a model without weights."""
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,6 +98,20 @@ def served(serve: Callable[..., Served]) -> Served:
     found.braid.register_system(RULES, name="rules")
     found.braid.register_many(list(DOCS.values()), names=list(DOCS), progress=False)
     return found
+
+
+@pytest.fixture
+def run_example(serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Run the documentation's example of a client against a server, and give what it prints."""
+
+    def run(client: str) -> str:
+        page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+        (code,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {client} " in each)
+        url = serve(name="braid-tiny").url
+        exec(compile(code.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), {})
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture
