@@ -622,11 +622,33 @@ class Braid:
         Raises:
             InputError: it is no text that can be registered.
         """
-        self._engine.check_open()
         try:
-            return len(self._engine.layout.plain_ids(normalise(text)))
+            return len(self.tokenize(text))
         except EmptyTextError:
             return 0
+
+    def tokenize(self, text: str) -> tuple[int, ...]:
+        """The token ids of a text as a context chunk, with the newline that closes it. Control tokens in it are plain
+        characters.
+
+        Raises:
+            EmptyTextError: nothing but white space.
+            InputError: it is no text that can be registered.
+        """
+        self._engine.check_open()
+        return self._engine.layout.plain_ids(normalise(text))
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of token ids, without control tokens.
+
+        Raises:
+            InputError: they are no ids of this model.
+        """
+        self._engine.check_open()
+        rows = self._engine.config.vocab_size
+        if isinstance(token_ids, str) or any(type(each) is not int or not 0 <= each < rows for each in token_ids):
+            raise InputError(f"token_ids must be ids from 0 to {rows - 1}; got {shown(token_ids)}.")
+        return self._engine.layout.decode(tuple(token_ids))
 
     async def aask(
         self,

@@ -220,14 +220,15 @@ class Usage:
     Attributes:
         prompt_tokens: tokens of the whole prompt, context and question.
         cached_tokens: tokens taken from KV entries that were there before the call.
-        computed_tokens: tokens computed in this call: the question, and chunks that had no entry.
+        computed_tokens: tokens computed in this call: the question, and chunks that had no entry, but for what the mode
+            computed again of them.
         repaired_tokens: context tokens that the mode computed again, with sight of everything before them.
         completion_tokens: tokens generated, including the closing control token.
         budget: that work, and what choosing the tokens took, as a share of computing all tokens of the chunks in all
             layers. 0 if the mode repairs nothing; it may exceed 1.
         exact_tokens: of the cached ones, those that are as in a full prefill: they lead the prompt, and have seen all
             that stands before them. The rest were composed.
-        stored_tokens: of the computed ones, those whose entries go to the store.
+        stored_tokens: of all tokens that were computed in this call, those whose entries go to the store.
     """
 
     prompt_tokens: int
@@ -250,6 +251,7 @@ class Timings:
         first_token_ms: TTFT, from the start of the call to the first token's id. It includes the time in the queue.
         decode_tokens_per_s: rate after the first token; None with fewer than two tokens.
         compute_ms: the part of `prefill_ms` that computed missing entries. They are written at the same time.
+        queue_ms: from the start of the call to its admission. It includes the call's own preparation.
     """
 
     load_ms: float
@@ -257,6 +259,7 @@ class Timings:
     first_token_ms: float
     decode_tokens_per_s: float | None
     compute_ms: float = 0.0
+    queue_ms: float = 0.0
 
 
 @dataclass(frozen=True)

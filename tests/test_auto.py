@@ -1,5 +1,7 @@
 """The mode "auto", which is the default, and the layers that `guided` looks at."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +75,12 @@ def test_the_newest_certificate_of_a_mode_counts() -> None:
 @pytest.mark.parametrize("text", ["auto(0.9)", " auto( min_agreement = 0.9 ) ", "auto(9e-1)"])
 def test_auto_is_read_from_text(text: str) -> None:
     assert parse_auto(text) == Auto(0.9)
+
+
+def test_no_text_takes_long_to_read() -> None:
+    script = "from braidsdk.compose.auto import parse_auto; parse_auto('auto(' + ' ' * 100_000 + '==')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert "InputError" in done.stderr
 
 
 def test_modes_that_are_no_auto() -> None:

@@ -158,3 +158,24 @@ def test_usage_tells_exact_tokens_from_composed_ones_and_what_is_stored(random_b
         assert (usage.exact_tokens, usage.stored_tokens) == wanted
     alone = random_braid.ask("Well?", chunks=[docs[0]], mode="isolated", keep=False, max_new_tokens=1).usage
     assert (alone.exact_tokens, alone.stored_tokens) == (0, 0), "nothing was there"
+
+
+def test_timings_tell_the_time_in_the_queue(random_braid: Braid) -> None:
+    timings = random_braid.ask("Well?", chunks=[random_braid.register_system(RULES)], max_new_tokens=2).timings
+    assert 0 < timings.queue_ms <= timings.first_token_ms - timings.load_ms
+
+
+@pytest.mark.parametrize("mode", ["linked(4)", "guided(0.5)", "blended(0.5)", "random(0.5)"])
+@pytest.mark.parametrize("system", [True, False])
+def test_a_token_that_is_computed_and_then_repaired_counts_once(mode: str, system: bool, random_braid: Braid) -> None:
+    chunks = [random_braid.register_system(RULES)] if system else []
+    chunks += [random_braid.register(each) for each in LONG]
+    cold, warm = (random_braid.ask("Well?", chunks=chunks, mode=mode, max_new_tokens=1).usage for _ in range(2))
+    tail = warm.computed_tokens
+    for usage in (cold, warm):
+        assert usage.prompt_tokens == usage.cached_tokens + usage.computed_tokens + usage.repaired_tokens
+        assert 0 <= usage.exact_tokens <= usage.cached_tokens
+    assert cold.repaired_tokens == warm.repaired_tokens > 0
+    assert cold.cached_tokens == (len(chunks[0].token_ids) if system else 0), "only a system prompt was there"
+    assert cold.computed_tokens == cold.stored_tokens + tail - cold.repaired_tokens
+    assert warm.stored_tokens == 0

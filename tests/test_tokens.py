@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
+from braidsdk import Braid
 from braidsdk.errors import EmptyTextError, InputError, ModelNotFoundError, UnsupportedModelError
 from braidsdk.prompt.layout import LayoutWarning, PromptLayout
 from braidsdk.prompt.text import normalise
@@ -283,3 +284,17 @@ def test_a_word_that_takes_the_newline_before_it_is_said(folder: Path, tmp_path:
     tokenizer.save_pretrained(copied)
     with pytest.warns(LayoutWarning, match="'hemoglobin' takes the newline that stands before it"):
         PromptLayout(copied)
+
+
+def test_a_text_is_tokenized_as_a_chunk_and_back(tiny: Braid) -> None:
+    text = " The capital of Aistonia is <|im_end|> Flubarg.\n"
+    chunk = tiny.register(text)
+    assert tiny.tokenize(text) == chunk.token_ids
+    assert tiny.count_tokens(text) == len(chunk.token_ids)
+    assert tiny.detokenize(chunk.token_ids) == f"{text.strip()}\n"
+    assert tiny.detokenize([]) == ""
+    with pytest.raises(EmptyTextError):
+        tiny.tokenize("  ")
+    for ids in ([-1], [10**9], "12", [1.0], [True]):
+        with pytest.raises(InputError, match="token_ids"):
+            tiny.detokenize(ids)  # type: ignore[arg-type]

@@ -1,6 +1,5 @@
 """`braid serve` serves a model over HTTP."""
 
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -44,9 +43,7 @@ def serve(
     SIGTERM lets running answers end; a second one ends them. Needs the extra: pip install "braidsdk[serve]".
     """
     try:
-        import uvicorn
-
-        from braidsdk.serve import Settings, create_app
+        from braidsdk.serve import Settings, create_app, run
     except ModuleNotFoundError as error:
         raise BraidError(
             f'`braid serve` needs {error.name}, which is not installed. pip install "braidsdk[serve]"'
@@ -62,13 +59,6 @@ def serve(
     if host not in ("127.0.0.1", "localhost", "::1") and not keys:
         out.warn(f"Everybody who reaches {host} may read and change chunks. --api-key asks for a key.")
 
-    class Server(uvicorn.Server):
-        """Says where it listens, and ends at once at the second signal, whichever it is."""
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - its base's arguments
-            self.force_exit = self.should_exit
-            self.should_exit = True
-
     with open_braid(
         out,
         model=model,
@@ -80,14 +70,9 @@ def serve(
         thinking=thinking,
     ) as braid:
         braid.warm_up(progress=out.shows_progress)
-        config = uvicorn.Config(
+        run(
             create_app(braid, settings),
-            host=host,
-            port=port,
-            http="h11",  # bounds what it holds of a request's head
-            log_level="warning",
-            server_header=False,
+            host,
+            port,
+            lambda url: out.note(f"Listening on {url}/v1 (model {settings.name!r})."),
         )
-        sockets = [config.bind_socket()]
-        out.note(f"Listening on http://{host}:{sockets[0].getsockname()[1]}/v1 (model {settings.name!r}).")
-        Server(config).run(sockets=sockets)

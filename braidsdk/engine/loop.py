@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class _Task:
         launched: tokens that were chosen or are on their way.
         answered: whether its answer is complete; it may still wait for a write.
         logits: those that `then` wants, as far as they are computed.
+        computed, exact: places of the tokens that `Request.computed_tokens` and `exact_tokens` count.
     """
 
     runs: deque[tuple[Run, Resident | None]]
@@ -102,6 +104,8 @@ class _Task:
     launched: int = 0
     answered: bool = False
     logits: list[Tensor] = field(default_factory=list)
+    computed: list[range] = field(default_factory=list)
+    exact: list[range] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -366,6 +370,8 @@ class Loop:
             if not there:
                 task.runs.append((repair.run, None))
                 request.repaired_tokens = len(chosen.positions)
+                request.twice_tokens = _within(task.computed, chosen.positions)
+                request.exact_tokens -= _within(task.exact, chosen.positions)
             context = (*repair.context, repair.scratch)
             chunks = sum(len(segment.token_ids) for segment in composition.segments[1:] if not segment.is_turn)
             request.budget = (request.repaired_tokens + chosen.work / self.model.config.layers) / chunks
@@ -561,11 +567,16 @@ class Loop:
         if request.counted:
             self.residency.count(request)
         runs: deque[tuple[Run, Resident | None]] = deque()
+        computed: list[range] = []
+        exact: list[range] = []
         for place, (segment, entry) in enumerate(zip(segments, held.entries, strict=True)):
+            tokens = range(segment.origin, segment.origin + entry.tokens)
             if entry not in missing:
-                request.exact_tokens += entry.tokens if place < request.composition.exact_segments else 0
+                if place < request.composition.exact_segments:
+                    exact.append(tokens)
                 continue
             missing.remove(entry)
+            computed.append(tokens)
             request.stored_tokens += entry.tokens if segment.keep else 0
             context, origin = [], 0
             for index in segment.after:
@@ -574,9 +585,9 @@ class Loop:
             self.pool.clear_entry(entry)
             run = Run(entry.key.token_ids, tuple(context), entry.pages, 0, origin, offset=entry.offset)
             runs.append((run, entry))
-        request.computed_tokens = sum(len(run.token_ids) for run, _ in runs)
+        request.computed_tokens, request.exact_tokens = sum(map(len, computed)), sum(map(len, exact))
         request.clock.ready = perf_counter()
-        task = self._tasks[request] = _Task(runs, chooses=bool(request.overlay))
+        task = self._tasks[request] = _Task(runs, chooses=bool(request.overlay), computed=computed, exact=exact)
         if request.composition.tail and not task.chooses:
             self._lay_tail(request, task, self._context(request))
         self.scheduler.ready(request, sum(len(run.token_ids) for run, _ in runs))
@@ -662,6 +673,11 @@ def closed() -> ClosedError:
     return ClosedError("This Braid is closed. Open a new one; what it stored is still there.")
 
 
+def _within(places: Sequence[range], positions: Sequence[int]) -> int:
+    """How many of the ascending positions are in one of the places."""
+    return sum(bisect_left(positions, each.stop) - bisect_left(positions, each.start) for each in places)
+
+
 def _timings(request: Request) -> Timings:
     clock, more = request.clock, len(request.tokens) - 1
     decoding = clock.last_token - clock.first_token
@@ -671,4 +687,5 @@ def _timings(request: Request) -> Timings:
         first_token_ms=(clock.first_token - request.submitted) * 1e3,
         decode_tokens_per_s=more / decoding if more and decoding else None,
         compute_ms=clock.compute_ms,
+        queue_ms=(clock.admitted - request.submitted) * 1e3,
     )

@@ -94,8 +94,9 @@ class Request(Job):
         clock: see `Clock`.
         computed_tokens: context tokens that were computed for it.
         stored_tokens: those of them whose entries go to the store.
-        exact_tokens: context tokens that were there, as in a full prefill.
+        exact_tokens: context tokens that were there, as in a full prefill, and were not computed again.
         repaired_tokens: context tokens that were computed again for it.
+        twice_tokens: those of them that `computed_tokens` counts, too.
         budget: that work, choosing the tokens included, as a share of computing all tokens of its chunks in all layers.
         outcome: the results of a finished question.
         value: what `then` returned.
@@ -121,6 +122,7 @@ class Request(Job):
     stored_tokens: int = 0
     exact_tokens: int = 0
     repaired_tokens: int = 0
+    twice_tokens: int = 0
     budget: float = 0.0
     outcome: Outcome | None = None
     value: object = None
@@ -136,16 +138,15 @@ class Request(Job):
     def usage(self) -> Usage:
         """Where its prompt's tokens came from, once its first token is there."""
         prompt = self.composition.tokens
-        computed = self.computed_tokens + len(self.composition.tail)
-        cached = prompt - computed - self.repaired_tokens
+        computed = self.computed_tokens - self.twice_tokens + len(self.composition.tail)
         return Usage(
             prompt_tokens=prompt,
-            cached_tokens=cached,
+            cached_tokens=prompt - computed - self.repaired_tokens,
             computed_tokens=computed,
             repaired_tokens=self.repaired_tokens,
             completion_tokens=len(self.tokens),
             budget=self.budget,
-            exact_tokens=min(self.exact_tokens, cached),  # of those, some may be repaired
+            exact_tokens=self.exact_tokens,
             stored_tokens=self.stored_tokens,
         )
 

@@ -1,11 +1,13 @@
-"""The HTTP server: OpenAI's chat API, Anthropic's, and one for chunks, over one engine. Needs the extra `serve`.
+"""The HTTP server: OpenAI's chat and Responses APIs, Anthropic's Messages API, and one for chunks, over one engine.
+Needs the extra `serve`.
 
     client -> Guard (keys, limits) -> a route -> Braid of the key's namespace -> the engine
 
-`braid serve` starts it; `create_app` gives the ASGI application to mount elsewhere. Routes translate: they hold no
-state, and call only what `Braid` shows to everybody.
+`braid serve` and `run` start it; `create_app` gives the ASGI application to mount elsewhere. Routes translate. They
+hold no state, and call only what `Braid` shows to everybody.
 """
 
 from braidsdk.serve.app import Settings, create_app
+from braidsdk.serve.run import run
 
-__all__ = ["Settings", "create_app"]
+__all__ = ["Settings", "create_app", "run"]

@@ -14,7 +14,7 @@ from braidsdk import Answer, AsyncStream, Braid, Chunk, Context, Explanation, In
 from braidsdk.serve.messages import Prompt, Strict
 from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.problems import Problem
-from braidsdk.serve.tenants import Tenants
+from braidsdk.serve.tenants import SALTED, Tenants
 from braidsdk.serve.thoughts import Kind, Thoughts
 from braidsdk.types import LEVEL_SYSTEM
 
@@ -58,7 +58,12 @@ class Asked:
 
 def sampling_of(temperature: float | None, **shape: float | None) -> dict[str, Any]:
     """Keywords of `ask`. Without a temperature an answer is greedy, unless another option of sampling is given: then it
-    is 1, as in the clouds' APIs."""
+    is 1, as in the clouds' APIs.
+
+    Args:
+        temperature: what the client gives.
+        shape: other options of sampling; None is not given.
+    """
     sampled = any(value is not None for value in shape.values())
     return {**shape, "temperature": 1.0 if sampled and temperature is None else temperature}
 
@@ -91,7 +96,7 @@ class Answering:
     def braid_of(self, request: Request, salt: str | None = None) -> Braid:
         """The Braid of a caller."""
         namespace = request.state.namespace
-        return self.tenants[namespace if salt is None else f"{namespace}/{salt}"]
+        return self.tenants[namespace if salt is None else f"{namespace}{SALTED}{salt}"]
 
     async def start(self, request: Request, asked: Asked) -> "Running":
         """Start to answer, and wait for the first piece: what is refused raises here, before any status is sent.

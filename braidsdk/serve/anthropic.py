@@ -12,7 +12,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from braidsdk import Answer, Usage
 from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running, sampling_of
-from braidsdk.serve.details import details_of
 from braidsdk.serve.messages import (
     CacheControl,
     ChunkPart,
@@ -24,8 +23,8 @@ from braidsdk.serve.messages import (
     TextPart,
     prompt_of,
 )
-from braidsdk.serve.metrics import tokens_by_source
 from braidsdk.serve.problems import ANTHROPIC, problem_of
+from braidsdk.serve.reported import origins, ours
 from braidsdk.serve.responses import Json, event
 from braidsdk.serve.thoughts import Kind
 
@@ -179,7 +178,7 @@ class _Reply:
         if open_kind:
             yield _event("content_block_stop", index=index)
         usage = usage_of(running.answer.usage, running.written)
-        yield _event("message_delta", delta=_end_of(running.answer), usage=usage, **details_of(running))
+        yield _event("message_delta", delta=_end_of(running.answer), usage=usage, **ours(running))
         yield _event("message_stop")
 
     async def whole(self, request: Request) -> dict[str, Any]:
@@ -192,7 +191,7 @@ class _Reply:
             "content": [_block(kind, words) for kind, words in said if words],
             **_end_of(running.answer),
             "usage": usage_of(running.answer.usage, running.written),
-            **details_of(running),
+            **ours(running),
         }
 
 
@@ -231,5 +230,5 @@ def usage_of(usage: Usage, written: int = 0) -> dict[str, Any]:
         "cache_creation_input_tokens": usage.stored_tokens + written,
         "cache_read_input_tokens": usage.cached_tokens - written,
         "output_tokens": usage.completion_tokens,
-        "braid": tokens_by_source(usage),
+        "braid": origins(usage),
     }

@@ -13,18 +13,23 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from braidsdk import Braid, __version__
-from braidsdk.errors import BraidError, InputError
+from braidsdk.errors import BraidError, InputError, shown
 from braidsdk.serve.answering import Answering
 from braidsdk.serve.anthropic import Messages
 from braidsdk.serve.chat import Chat
 from braidsdk.serve.chunks import ChunkRoutes
 from braidsdk.serve.guard import Guard
 from braidsdk.serve.metrics import Metrics
+from braidsdk.serve.openai_responses import Responses
 from braidsdk.serve.problems import Problem, problem_of
+from braidsdk.serve.registering import Registering
 from braidsdk.serve.responses import Json
-from braidsdk.serve.tenants import Tenants
+from braidsdk.serve.tenants import SALTED, Tenants
 
 _log = logging.getLogger(__name__)
+
+MOST_CHARACTERS = 128
+"""Of a namespace; a salt comes behind it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,16 @@ class Settings:
         Raises:
             InputError: one can't be used. No key is shown.
         """
-        if any(not key.strip() or not key.isascii() for key in self.keys):
-            raise InputError("API keys must be ASCII text; got an empty one, or one with other characters.")
+        if any(not key or key != key.strip() or not key.isascii() for key in self.keys):
+            raise InputError(
+                "API keys must be ASCII text without blanks around it; got an empty one, or one with other characters."
+            )
+        for each in (self.namespace, *self.keys.values()):
+            if not 1 <= len(each) <= MOST_CHARACTERS or SALTED in each:
+                raise InputError(
+                    f"Namespaces of a server must have 1 to {MOST_CHARACTERS} characters, and no U+001F; got "
+                    f"{shown(each)}. Choose another."
+                )
 
 
 def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
@@ -70,7 +83,7 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
         braid.close()
 
     metrics = Metrics(braid)
-    tenants = Tenants(braid, settings.namespace)
+    tenants = Tenants(braid)
     app = FastAPI(
         title="BraidSDK",
         version=__version__,
@@ -80,8 +93,10 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
     )
     answering = Answering(tenants, metrics, model=settings.name, default_tokens=settings.default_tokens)
     app.include_router(Chat(answering).router)
+    app.include_router(Responses(answering).router)
     app.include_router(Messages(answering).router)
     app.include_router(ChunkRoutes(tenants).router)
+    app.include_router(Registering(tenants).router)
 
     @app.get("/health", tags=["operations"])
     async def health() -> dict[str, str]:

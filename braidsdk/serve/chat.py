@@ -11,11 +11,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, model_validator
 
 from braidsdk import Answer
-from braidsdk.serve.answering import Answering, Asked, BraidOptions, Running, sampling_of
-from braidsdk.serve.details import details_of
+from braidsdk.serve.answering import Answering, Asked, Running, sampling_of
 from braidsdk.serve.messages import Message, Strict, prompt_of
-from braidsdk.serve.metrics import tokens_by_source
+from braidsdk.serve.openai_common import OpenAIRequest, TextFormat
 from braidsdk.serve.problems import problem_of
+from braidsdk.serve.reported import cache_counts, origins, ours
 from braidsdk.serve.responses import Json, event
 
 
@@ -26,43 +26,26 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] = False
 
 
-class Format(Strict):
-    """The form of an answer."""
+class ChatRequest(OpenAIRequest):
+    """A body of OpenAI's chat API, and what only this server takes."""
 
-    type: Literal["text"]
-
-
-class ChatRequest(Strict):
-    """A body of OpenAI's, and `braid`. Fields that say something about the caller (user, safety_identifier,
-    prompt_cache_key, metadata) are taken, and change no answer."""
-
-    model: str
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: float | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
-    response_format: Format | None = None
+    response_format: TextFormat | None = None
     frequency_penalty: Literal[0] | None = 0
     presence_penalty: Literal[0] | None = 0
     logprobs: Literal[False] | None = False
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    metadata: dict[str, str] | None = None
     store: Literal[False] | None = False
-    cache_salt: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    braid: BraidOptions = BraidOptions()
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
@@ -149,7 +132,7 @@ class _Reply:
                 running.metrics.refused(problem.status)
                 yield event(problem.body)
                 return
-        yield event({**self._piece({}, running.answer.finish_reason), **details_of(running)})
+        yield event({**self._piece({}, running.answer.finish_reason), **ours(running)})
         if usage:
             part = {**self._head, "object": "chat.completion.chunk", "choices": []}
             yield event({**part, "usage": usage_of(running.answer, running.written)})
@@ -164,7 +147,7 @@ class _Reply:
             message["reasoning_content"] = thought
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": running.answer.finish_reason}
         usage = usage_of(running.answer, running.written)
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **details_of(running)}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage, **ours(running)}
 
     def _piece(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         """A part of a stream."""
@@ -175,8 +158,8 @@ class _Reply:
 _FIELDS = {"thought": "reasoning_content", "text": "content"}
 
 
-def usage_of(answer: Answer, written: int = 0) -> dict[str, Any]:
-    """OpenAI's usage, and where the prompt's tokens came from.
+def usage_of(answer: Answer, written: int) -> dict[str, Any]:
+    """OpenAI's usage of a chat, and where the prompt's tokens came from.
 
     Args:
         answer: the answer.
@@ -187,9 +170,6 @@ def usage_of(answer: Answer, written: int = 0) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cached_tokens,
-            "cache_write_tokens": usage.stored_tokens + written,
-        },
-        "braid": tokens_by_source(usage),
+        "prompt_tokens_details": cache_counts(answer, written),
+        "braid": origins(usage),
     }

@@ -45,9 +45,15 @@ class Explained(Strict):
 
 
 class Text(Strict):
-    """A text to count."""
+    """A text to tokenize."""
 
     text: str
+
+
+class Tokens(Strict):
+    """Token ids of a text."""
+
+    tokens: list[int]
 
 
 class ChunkRoutes:
@@ -63,6 +69,7 @@ class ChunkRoutes:
         self.router.delete("/v1/chunks/{chunk:path}", response_model=None)(self.delete)
         self.router.post("/v1/explain", response_model=None)(self.explain)
         self.router.post("/tokenize", response_model=None)(self.tokenize)
+        self.router.post("/detokenize", response_model=None)(self.detokenize)
 
     def _braid(self, request: Request) -> Braid:
         return self._tenants[request.state.namespace]
@@ -71,7 +78,7 @@ class ChunkRoutes:
         """Register a text. With an anchor its KV entry is computed and stored before this answers."""
         given = new.model_dump(exclude={"text"})
         register = partial(self._braid(request).register, new.text, **given)
-        return await run_sync(lambda: _shown(register()))
+        return await run_sync(lambda: shown(register()))
 
     async def list(
         self,
@@ -87,7 +94,7 @@ class ChunkRoutes:
         def work() -> dict[str, Any]:
             page = chunks.list(name=name, level=level, after=after, limit=limit + 1)
             last_id = page[:limit][-1].id if page else None
-            data = [_shown(each) for each in page[:limit]]
+            data = [shown(each) for each in page[:limit]]
             return {"object": "list", "data": data, "has_more": len(page) > limit, "last_id": last_id}
 
         return await run_sync(work)
@@ -95,12 +102,12 @@ class ChunkRoutes:
     async def get(self, chunk: str, request: Request) -> dict[str, Any]:
         """A chunk with its text, by name or id."""
         get = self._braid(request).chunks.get
-        return await run_sync(lambda: _shown(found := get(chunk)) | {"text": found.text})
+        return await run_sync(lambda: shown(found := get(chunk)) | {"text": found.text})
 
     async def update(self, chunk: str, changed: ChangedChunk, request: Request) -> dict[str, Any]:
         """Change a chunk's metadata, pin it, or give it one more name."""
         update = partial(self._braid(request).chunks.update, chunk, **changed.model_dump())
-        return await run_sync(lambda: _shown(update()))
+        return await run_sync(lambda: shown(update()))
 
     async def delete(self, chunk: str, request: Request) -> dict[str, Any]:
         """Delete a chunk with its KV entries."""
@@ -127,11 +134,16 @@ class ChunkRoutes:
         }
 
     async def tokenize(self, asked: Text, request: Request) -> dict[str, Any]:
-        """How many tokens a text takes as a context chunk."""
-        return {"count": await run_sync(self._braid(request).count_tokens, asked.text)}
+        """The token ids of a text as a context chunk."""
+        tokens = await run_sync(self._braid(request).tokenize, asked.text)
+        return {"count": len(tokens), "tokens": tokens}
+
+    async def detokenize(self, asked: Tokens, request: Request) -> dict[str, Any]:
+        """The text of token ids."""
+        return {"text": await run_sync(self._braid(request).detokenize, asked.tokens)}
 
 
-def _shown(chunk: Chunk) -> dict[str, Any]:
+def shown(chunk: Chunk) -> dict[str, Any]:
     """A chunk without its text. It tokenizes it: not for the event loop."""
     return {
         "id": chunk.id,

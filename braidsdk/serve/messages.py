@@ -106,12 +106,13 @@ class Prompt:
     question: str
 
 
-def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt:
+def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = (), *, param: str = "messages") -> Prompt:
     """Read a conversation.
 
     Args:
         messages: at least one.
         chunks: names or ids of more chunks, which stand after the system prompt.
+        param: the field that they came in, for what is refused.
 
     Raises:
         Problem: roles or contents are not of this form.
@@ -119,7 +120,7 @@ def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt
     systems = 0
     while systems < len(messages) and messages[systems].role in ("system", "developer"):
         systems += 1
-    turns = _turns(messages[systems:], systems)
+    turns = _turns(messages[systems:], param)
     composed: list[str | Inline] = []
     marks = [0]
     for message in messages[:systems]:
@@ -128,10 +129,10 @@ def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = ()) -> Prompt
     composed += chunks
     first = [part for message in turns[0] for part in message.parts]
     if not first or not isinstance(first[-1], TextPart):
-        raise Problem(400, "The user's message must end with a text, the question; got none.", param="messages")
+        raise Problem(400, "The user's message must end with a text, the question; got none.", param=param)
     for part in first[:-1]:
         _add(composed, marks, part, LEVEL_CONTEXT)
-    later = [_texts(turn) for turn in turns[1:]]
+    later = [_texts(turn, param) for turn in turns[1:]]
     if any(text.cache_control for text in (first[-1], *chain.from_iterable(later))):
         marks.append(len(composed))  # turns are never stored, but what stands before them is
     asked = [first[-1].text, *("\n".join(text.text for text in texts) for texts in later)]
@@ -150,30 +151,29 @@ def _add(composed: list[str | Inline], marks: list[int], part: Part, level: int)
         marks.append(len(composed))
 
 
-def _turns(messages: Sequence[Message], offset: int) -> list[list[Message]]:
+def _turns(messages: Sequence[Message], param: str) -> list[list[Message]]:
     """Messages of users and assistants in turn; several of one role that follow each other are one turn.
 
     Raises:
         Problem: the first or last is not a user's, or a system message comes late.
     """
     turns: list[list[Message]] = []
-    for place, message in enumerate(messages, offset):
+    for message in messages:
         if message.role in ("system", "developer"):
-            raise Problem(
-                400, f"Message {place} is a {message.role}'s; it must stand before all others.", param="messages"
-            )
+            why = f"A {message.role}'s message must stand before all others; got one after a {turns[-1][0].role}'s."
+            raise Problem(400, why, param=param)
         if turns and turns[-1][0].role == message.role:
             turns[-1].append(message)
         else:
             turns.append([message])
     if not turns or turns[0][0].role != "user" or turns[-1][0].role != "user":
         raise Problem(
-            400, "After system messages a conversation must begin and end with a user's message.", param="messages"
+            400, "After system messages a conversation must begin and end with a user's message.", param=param
         )
     return turns
 
 
-def _texts(turn: Sequence[Message]) -> list[TextPart]:
+def _texts(turn: Sequence[Message], param: str) -> list[TextPart]:
     """The texts of a later turn.
 
     Raises:
@@ -183,6 +183,6 @@ def _texts(turn: Sequence[Message]) -> list[TextPart]:
     for part in (part for message in turn for part in message.parts):
         if not isinstance(part, TextPart):
             message = f"A {part.type} must stand in the first user message, or in braid.chunks; got one later."
-            raise Problem(400, message, param="messages")
+            raise Problem(400, message, param=param)
         texts.append(part)
     return texts

@@ -5,7 +5,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from braidsdk import Answer, Braid, Usage
+from braidsdk import Answer, Braid
 
 PREFIX = "braid"
 
@@ -33,6 +33,7 @@ class Metrics:
         )
         self._first = self._histogram("time_to_first_token_seconds", "From the request to its first token.")
         self._between = self._histogram("inter_token_latency_seconds", "Mean time between the tokens of an answer.")
+        self._queue = self._histogram("request_queue_time_seconds", "From the request to its admission.")
         self._whole = self._histogram("e2e_request_latency_seconds", "From the request to its last token.")
 
     def _histogram(self, name: str, what: str) -> Histogram:
@@ -52,6 +53,7 @@ class Metrics:
         self._finished.labels(answer.finish_reason).inc()
         first_s = timings.first_token_ms / 1e3
         self._first.observe(first_s)
+        self._queue.observe(timings.queue_ms / 1e3)
         decoding_s = 0.0
         if timings.decode_tokens_per_s:
             self._between.observe(1 / timings.decode_tokens_per_s)
@@ -65,16 +67,6 @@ class Metrics:
     def text(self) -> bytes:
         """All of them in Prometheus's text format."""
         return generate_latest(self._registry)
-
-
-def tokens_by_source(usage: Usage) -> dict[str, int]:
-    """Where the prompt's tokens came from."""
-    return {
-        "exact": usage.exact_tokens,
-        "composed": usage.cached_tokens - usage.exact_tokens,
-        "repaired": usage.repaired_tokens,
-        "computed": usage.computed_tokens,
-    }
 
 
 class _Engine(Collector):

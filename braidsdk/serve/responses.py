@@ -15,8 +15,9 @@ class Json(JSONResponse):
 
 
 def event(data: dict[str, Any], name: str | None = None) -> str:
-    """A server-sent event."""
-    return f"event: {name}\ndata: {text_of(data)}\n\n" if name else f"data: {text_of(data)}\n\n"
+    """A server-sent event, with a name if the API gives it one."""
+    named = "" if name is None else f"event: {name}\n"
+    return f"{named}data: {text_of(data)}\n\n"
 
 
 def text_of(content: Any) -> str:

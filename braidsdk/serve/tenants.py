@@ -5,6 +5,10 @@ from threading import Lock
 
 from braidsdk import Braid
 
+SALTED = "\x1f"
+"""Stands between a namespace and the salt of a request. No namespace of a key has it, so that no salt leads to another
+key's chunks."""
+
 MOST = 256
 """Namespaces that are remembered. One that was forgotten only tokenizes its texts again."""
 
@@ -12,9 +16,9 @@ MOST = 256
 class Tenants:
     """Gives each caller the Braid of their namespace."""
 
-    def __init__(self, braid: Braid, namespace: str) -> None:
+    def __init__(self, braid: Braid) -> None:
         self.first = braid
-        self._known: OrderedDict[str, Braid] = OrderedDict({namespace: braid})
+        self._known: OrderedDict[str, Braid] = OrderedDict()
         self._lock = Lock()
 
     def __getitem__(self, namespace: str) -> Braid:

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra `serve`")
 
 import httpx
-import uvicorn
 
 from braidsdk import Braid
 from braidsdk.serve import Settings, create_app
+from braidsdk.serve.run import Server, bind, config
 from braidsdk.testing import FakeBraid
 
 RULES = "You answer questions from the documents."
@@ -41,10 +41,9 @@ class Served:
 
     def __init__(self, braid: Braid, settings: Settings) -> None:
         self.braid = braid
-        config = uvicorn.Config(create_app(braid, settings), port=0, http="h11", log_level="warning")
-        self._socket = config.bind_socket()
+        self._socket = bind("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        self._server = uvicorn.Server(config)
+        self._server = Server(config(create_app(braid, settings)))
         self._server.capture_signals = _nothing  # type: ignore[method-assign]  # signals are the main thread's
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, daemon=True)
         self._thread.start()
@@ -77,6 +76,23 @@ def _until() -> Callable[[Callable[[], object]], None]:
 
 
 @pytest.fixture
+def run_example(serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run examples of docs/serve.md against one server: `run_example("chat.completions")` is the block of code that
+    holds these words. A block sees the names of those that ran before it. What it prints is returned."""
+    page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    url = serve(name="braid-tiny").url
+    names: dict[str, Any] = {}
+
+    def run(words: str) -> str:
+        (code,) = (block for block in blocks if words in block)
+        exec(compile(code.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), names)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
     """Start a server: `serve(max_queue=1)(keys={...})` is one for a FakeBraid with these options."""
     running: list[Served] = []
@@ -98,20 +114,6 @@ def served(serve: Callable[..., Served]) -> Served:
     found.braid.register_system(RULES, name="rules")
     found.braid.register_many(list(DOCS.values()), names=list(DOCS), progress=False)
     return found
-
-
-@pytest.fixture
-def run_example(serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
-    """Run the documentation's example of a client against a server, and give what it prints."""
-
-    def run(client: str) -> str:
-        page = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
-        (code,) = (each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if f"from {client} " in each)
-        url = serve(name="braid-tiny").url
-        exec(compile(code.replace("http://127.0.0.1:8000", url), "serve.md", "exec"), {})
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture

@@ -83,6 +83,10 @@ def test_a_composition_is_explained(served: Any) -> None:
     assert served.http.post("/v1/explain", json={"chunks": ["rules"], "mode": "best"}).status_code == 400
 
 
-def test_tokens_are_counted(served: Any) -> None:
-    assert served.http.post("/tokenize", json={"text": "four"}).json() == {"count": 5}
-    assert served.http.post("/tokenize", json={"text": " "}).json() == {"count": 0}
+def test_a_text_is_tokenized_and_back(served: Any) -> None:
+    found = served.http.post("/tokenize", json={"text": " four "}).json()
+    assert found == {"count": 5, "tokens": [*b"four\n"]}
+    assert served.http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"text": "four\n"}
+    assert served.http.post("/tokenize", json={"text": " "}).status_code == 400
+    for tokens in ([-1], [10**6], ["a"], "abc"):
+        assert served.http.post("/detokenize", json={"tokens": tokens}).status_code == 400

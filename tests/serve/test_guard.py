@@ -13,6 +13,7 @@ import pytest
 from braidsdk.errors import InputError
 from braidsdk.serve import Settings
 from braidsdk.serve.problems import Problem
+from braidsdk.testing import FakeBraid
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "What?"}]}
 
@@ -51,7 +52,30 @@ def test_each_key_has_its_namespace(serve: Callable[..., Any]) -> None:
     assert http.post("/v1/chat/completions", json=salted, headers=of("two")).status_code == 404
 
 
-@pytest.mark.parametrize("key", ["", "  ", "schl\u00fcssel"])
+@pytest.mark.parametrize("salt", ["secret", "\x1fsecret", "/secret", "../team/secret"])
+@pytest.mark.parametrize("other", ["team/secret", "teamsecret"])
+def test_no_salt_leads_into_the_namespace_of_another_key(salt: str, other: str, serve: Callable[..., Any]) -> None:
+    http = serve(keys={"one": "team", "two": other}).http
+    http.post("/v1/chunks", json={"text": "A secret.", "name": "s"}, headers={"X-API-Key": "two"})
+    salted = {**CHAT, "cache_salt": salt, "braid": {"chunks": ["s"]}}
+    assert http.post("/v1/chat/completions", json=salted, headers={"X-API-Key": "one"}).status_code == 404
+
+
+def test_a_key_has_its_namespace_whichever_the_braid_has(serve: Callable[..., Any]) -> None:
+    served = serve(FakeBraid(namespace="a"), keys={"one": "default", "two": "a"})
+    served.braid.register("A secret.", name="s")
+    assert served.http.get("/v1/chunks/s", headers={"X-API-Key": "one"}).status_code == 404
+    assert served.http.get("/v1/chunks/s", headers={"X-API-Key": "two"}).status_code == 200
+
+
+@pytest.mark.parametrize("namespace", ["", "x" * 129, "team\x1fsecret"])
+def test_a_namespace_that_can_not_be_salted_is_refused(namespace: str) -> None:
+    for settings in ({"namespace": namespace}, {"keys": {"key": namespace}}):
+        with pytest.raises(InputError, match="Namespaces of a server"):
+            Settings(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("key", ["", "  ", " key", "schl\u00fcssel"])
 def test_a_key_that_no_client_can_send_is_refused(key: str) -> None:
     with pytest.raises(InputError, match="API keys"):
         Settings(keys={key: "default"})

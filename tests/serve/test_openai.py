@@ -19,7 +19,7 @@ def client(served: Any) -> Any:
 
 
 def test_the_example_of_the_documentation_runs(run_example: Callable[[str], str]) -> None:
-    text, cached = run_example("openai").rsplit(maxsplit=1)
+    text, cached = run_example("client.chat.completions").rsplit(maxsplit=1)
     assert text == f"What is the capital of Aistonia? | {AISTONIA}"
     assert int(cached) > len(AISTONIA)
 

@@ -1,10 +1,12 @@
 """Health, metrics, the log, clients that go away, and how a server ends."""
 
+import asyncio
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
+from braidsdk import Braid
+from braidsdk.errors import InputError
+from braidsdk.serve.run import bind
 from braidsdk.testing import FakeBraid
 
 COUNT = [{"role": "user", "content": "Count on."}]
@@ -90,14 +95,17 @@ def test_a_full_queue_is_told(serve: Callable[..., Any], until: Callable[..., No
 
 
 def test_the_log_names_routes_and_no_text(
-    served: Any, ask: Callable[..., httpx.Response], caplog: pytest.LogCaptureFixture
+    served: Any, ask: Callable[..., httpx.Response], caplog: pytest.LogCaptureFixture, until: Callable[..., None]
 ) -> None:
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "braidsdk.serve.guard"]
+
     caplog.set_level(logging.INFO, "braidsdk.serve")
     ask("A secret question?")
     served.http.get("/v1/chunks/secret-name?after=secret-query")
-    lines = [record.getMessage() for record in caplog.records if record.name == "braidsdk.serve.guard"]
-    assert re.fullmatch(r"POST /v1/chat/completions 200 [\d.]+ ms", lines[0])
-    assert re.fullmatch(r"GET /v1/chunks/\{chunk:path\} 404 [\d.]+ ms", lines[1])
+    until(lambda: len(lines()) == 2)  # a line follows its response
+    assert re.fullmatch(r"POST /v1/chat/completions 200 [\d.]+ ms", lines()[0])
+    assert re.fullmatch(r"GET /v1/chunks/\{chunk:path\} 404 [\d.]+ ms", lines()[1])
     assert "secret" not in caplog.text
 
 
@@ -107,11 +115,35 @@ def test_an_error_that_nobody_expected_shows_nothing(
     def fails(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a secret")
 
-    monkeypatch.setattr(type(served.braid), "compose", fails)
+    monkeypatch.setattr(Braid, "compose", fails)
     found = ask("What?")
     assert found.status_code == 500
     assert found.json()["error"]["code"] == "internal_error"
     assert "secret" not in found.text
+
+
+# how it listens
+
+
+def test_pieces_of_an_answer_are_sent_at_once(monkeypatch: pytest.MonkeyPatch, served: Any) -> None:
+    """asyncio switches Nagle's algorithm off for sockets whose protocol is named, and for no others."""
+    set_on: list[bool] = []
+    honest = asyncio.base_events._set_nodelay  # type: ignore[attr-defined]
+
+    def looking(connection: socket.socket) -> None:
+        honest(connection)
+        set_on.append(bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+
+    monkeypatch.setattr("asyncio.base_events._set_nodelay", looking)
+    served.http.get("/health")
+    assert set_on == [True]
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with bind("127.0.0.1", 0) as taken, pytest.raises(InputError, match="host and port"):
+        bind("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match="host and port"):
+        bind("no.such.host.invalid", 0)
 
 
 # the command
