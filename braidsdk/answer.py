@@ -19,7 +19,7 @@ from braidsdk.engine.scheduler import ROW_SLOTS
 from braidsdk.errors import BraidError
 from braidsdk.prompt.answer_text import AnswerText
 from braidsdk.prompt.history import Spoken
-from braidsdk.types import Answer
+from braidsdk.types import Answer, Usage
 
 Start = Callable[[], Request]
 """Checks a call's arguments and makes its request."""
@@ -96,6 +96,17 @@ class _Reader:
         if self._answer is None:
             raise BraidError("The answer is not complete. Read the stream to its end first.")
         return self._answer
+
+    @property
+    def usage(self) -> Usage:
+        """Where the prompt's tokens came from, from the first piece on. Of the answer's tokens it counts those so far.
+
+        Raises:
+            BraidError: no piece was read yet.
+        """
+        if self._request is None or not self._read:
+            raise BraidError("The usage is not known yet. Read the stream's first piece.")
+        return self._request.usage
 
     def _submit(self, request: Request) -> Request:
         """Give the request to the engine; it is cancelled when this reader is dropped."""
@@ -329,6 +340,7 @@ def _answer(engine: Engine, request: Request, text: AnswerText) -> Answer:
         sources=documents,
         token_sources=by_token,
         fidelity=request.fidelity,
+        stop_string=text.stop_string,
     )
 
 

@@ -358,6 +358,7 @@ class Answer:
             not counted, so a token that hardly looked at the documents weighs little.
         token_sources: with `sources=True` the same of each token, one for each of `token_ids`; else None.
         fidelity: what `Braid.fidelity` measured of this mode, for this model and as many chunks; None if it did not.
+        stop_string: the stop string that ended the text; None if none did.
     """
 
     text: str
@@ -369,6 +370,7 @@ class Answer:
     sources: tuple[Source, ...] | None = None
     token_sources: tuple[TokenSources, ...] | None = None
     fidelity: Certificate | None = None
+    stop_string: str | None = None
 
     def __str__(self) -> str:
         return self.text

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,8 +133,13 @@ def test_a_stream_gives_the_answer_in_pieces(random_braid: Braid) -> None:
     assert isinstance(stream, Stream)
     with pytest.raises(BraidError, match="not complete"):
         _ = stream.answer
-    pieces = list(stream)
+    with pytest.raises(BraidError, match="not known yet"):
+        _ = stream.usage
+    pieces = [next(stream)]
+    known = stream.usage
+    pieces += stream
     assert len(pieces) > 1
+    assert replace(known, completion_tokens=20) == stream.usage == stream.answer.usage
     assert "".join(pieces) == whole.text == stream.answer.text
     assert stream.answer.token_ids == whole.token_ids
 

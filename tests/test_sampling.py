@@ -175,12 +175,13 @@ def test_a_stop_string_ends_the_answer_before_it(
         pieces = list(stream)
         answer = stream.answer
         assert answer.text == "".join(pieces) == whole.text[: whole.text.index(stop)]
-        assert answer.finish_reason == "stop"
+        assert (answer.finish_reason, answer.stop_string) == ("stop", stop)
         assert len(answer.token_ids) < len(whole.token_ids), "generation ended there"
         assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
         assert answer.usage.completion_tokens == len(answer.token_ids)
     again = context.ask("Well?", max_new_tokens=40, stop="never there")
     assert (again.text, again.finish_reason) == (whole.text, whole.finish_reason), "held back, and given at the end"
+    assert again.stop_string is None
     pool = pool_of(random_braid)
     assert pool.room == pool.capacity_pages
 
@@ -193,16 +194,17 @@ STOPS = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 def test_stop_strings_do_not_depend_on_how_the_text_is_cut(pieces: list[str], stops: list[str]) -> None:
     text = "".join(pieces)
     ends = [end for end in range(len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
-    want = text
+    want, found = text, None
     if ends:
-        want = text[: ends[0] - max(len(stop) for stop in stops if text[: ends[0]].endswith(stop))]
+        found = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+        want = text[: ends[0] - len(found)]
     watch = StopStrings(stops)
     shown = ""
     for piece in pieces:
         shown += watch.feed(piece)
         assert want.startswith(shown), "a part of a stop string was shown"
     assert shown + watch.flush() == want
-    assert watch.found == bool(ends)
+    assert watch.found == found
 
 
 def test_text_that_cannot_become_a_stop_string_is_shown_at_once() -> None:

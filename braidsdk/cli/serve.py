@@ -42,7 +42,7 @@ def serve(
     weights: opt.WeightsOption = "auto",
     namespace: opt.NamespaceOption = "default",
 ) -> None:
-    """Serve a model over HTTP: OpenAI's chat API, and one for chunks.
+    """Serve a model over HTTP: OpenAI's chat API, Anthropic's Messages API, and one for chunks.
 
     SIGTERM lets running answers end; a second one ends them. Needs the extra: pip install "braidsdk[serve]".
     """

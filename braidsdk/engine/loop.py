@@ -46,7 +46,7 @@ from braidsdk.kernels.paging import PagedSegment
 from braidsdk.models.base import Model
 from braidsdk.settings import checks_itself
 from braidsdk.store import ChunkStore, ModelIdentity, counters
-from braidsdk.types import Timings, Usage
+from braidsdk.types import Timings
 
 STEP_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens that one step prefills at most, by device; bounds the memory of activations."""
@@ -496,7 +496,7 @@ class Loop:
         if request.text and stopped:
             kept = min(kept, len(request.text.ids()))
         ended = bool(stopped) or bool(request.params and tokens[-1] in request.params.stop_ids)
-        request.outcome = Outcome(_usage(request), _timings(request), "stop" if ended else "length", shares)
+        request.outcome = Outcome(request.usage, _timings(request), "stop" if ended else "length", shares)
         if not self._tasks[request].repair:  # else it has seen more than what a turn's key says
             turn = request.composition.with_turn((*request.composition.tail, *tokens[:kept]))
             self.residency.adopt_turn(request, turn.keys(self._identity, request.namespace, request.keys)[-1])
@@ -676,22 +676,6 @@ def closed() -> ClosedError:
 def _within(places: Sequence[range], positions: Sequence[int]) -> int:
     """How many of the ascending positions are in one of the places."""
     return sum(bisect_left(positions, each.stop) - bisect_left(positions, each.start) for each in places)
-
-
-def _usage(request: Request) -> Usage:
-    prompt = request.composition.tokens
-    computed = request.computed_tokens - request.twice_tokens + len(request.composition.tail)
-    repaired_tokens = request.repaired_tokens
-    return Usage(
-        prompt_tokens=prompt,
-        cached_tokens=prompt - computed - repaired_tokens,
-        computed_tokens=computed,
-        repaired_tokens=repaired_tokens,
-        completion_tokens=len(request.tokens),
-        budget=request.budget,
-        exact_tokens=request.exact_tokens,
-        stored_tokens=request.stored_tokens,
-    )
 
 
 def _timings(request: Request) -> Timings:

@@ -135,6 +135,22 @@ class Request(Job):
         return self.state in ENDED
 
     @property
+    def usage(self) -> Usage:
+        """Where its prompt's tokens came from, once its first token is there."""
+        prompt = self.composition.tokens
+        computed = self.computed_tokens - self.twice_tokens + len(self.composition.tail)
+        return Usage(
+            prompt_tokens=prompt,
+            cached_tokens=prompt - computed - self.repaired_tokens,
+            computed_tokens=computed,
+            repaired_tokens=self.repaired_tokens,
+            completion_tokens=len(self.tokens),
+            budget=self.budget,
+            exact_tokens=self.exact_tokens,
+            stored_tokens=self.stored_tokens,
+        )
+
+    @property
     def keeps(self) -> list[bool]:
         """For each segment, whether its entry is written to the store once it is computed."""
         return [segment.keep for segment in self.composition.segments]

@@ -31,6 +31,7 @@ class AnswerText:
     Attributes:
         text: what may be shown so far.
         stopped: whether a stop string is complete. No id after that counts.
+        stop_string: which one.
     """
 
     def __init__(self, layout: Layout, stop: Sequence[str], stop_ids: Collection[int]) -> None:
@@ -51,6 +52,10 @@ class AnswerText:
 
     @property
     def stopped(self) -> bool:
+        return self._stop.found is not None
+
+    @property
+    def stop_string(self) -> str | None:
         return self._stop.found
 
     def feed(self, token_id: int) -> str:

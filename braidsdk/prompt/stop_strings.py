@@ -11,23 +11,24 @@ class StopStrings:
     complete first counts; among those that end together, the longest.
 
     Attributes:
-        found: whether a stop string is complete. Nothing is let through after that.
+        found: the stop string that is complete; None while none is. Nothing is let through after that.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
-        self.found = False
+        self.found: str | None = None
         self._stop = tuple(stop)
         self._held = ""
 
     def feed(self, piece: str) -> str:
         """Take the next piece of text. Returns the part of the text so far that may be shown now."""
-        if self.found or not self._stop:
+        if self.found or not self._stop:  # a stop string has characters
             return "" if self.found else piece
         text = self._held + piece
         ends = [(start + len(stop), start) for stop in self._stop if (start := text.find(stop)) >= 0]
         if ends:
-            self.found, self._held = True, ""
-            return text[: min(ends)[1]]
+            end, start = min(ends)
+            self.found, self._held = text[start:end], ""
+            return text[:start]
         open_from = next(
             start for start in range(len(text) + 1) if any(stop.startswith(text[start:]) for stop in self._stop)
         )

@@ -58,7 +58,7 @@ class Asked:
 
 def sampling_of(temperature: float | None, **shape: float | None) -> dict[str, Any]:
     """Keywords of `ask`. Without a temperature an answer is greedy, unless another option of sampling is given: then it
-    is 1, as with OpenAI.
+    is 1, as in the clouds' APIs.
 
     Args:
         temperature: what the client gives.
@@ -109,6 +109,20 @@ class Answering:
         running = await run_sync(partial(self._prepare, braid, asked))
         running.first = await unless_gone(request, anext(running.stream, ""))
         return running
+
+    async def count(self, request: Request, asked: Asked) -> int:
+        """How many tokens a prompt has. Nothing is registered, and nothing computed.
+
+        Raises:
+            BraidError: why it is refused.
+        """
+        braid, prompt = self.braid_of(request, asked.salt), asked.prompt
+
+        def work() -> int:
+            context = braid.compose(prompt.chunks, mode=asked.options.mode)
+            return len(context.prompt_ids(prompt.question, history=prompt.history))
+
+        return await run_sync(work)
 
     def _prepare(self, braid: Braid, asked: Asked) -> "Running":
         """Check a request; register what the client wants cached. Runs in a thread."""

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from braidsdk import Braid, __version__
 from braidsdk.errors import BraidError, InputError, shown
 from braidsdk.serve.answering import Answering
+from braidsdk.serve.anthropic import Messages
 from braidsdk.serve.chat import Chat
 from braidsdk.serve.chunks import ChunkRoutes
 from braidsdk.serve.guard import Guard
@@ -95,6 +96,7 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
     answering = Answering(tenants, metrics, model=settings.name, default_tokens=settings.default_tokens)
     app.include_router(Chat(answering).router)
     app.include_router(Responses(answering).router)
+    app.include_router(Messages(answering).router)
     app.include_router(ChunkRoutes(tenants).router)
     app.include_router(Registering(tenants).router)
     app.include_router(page)
@@ -115,30 +117,31 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
         """Counts, in Prometheus's text format."""
         return PlainTextResponse(await run_sync(metrics.text), media_type=CONTENT_TYPE_LATEST)
 
-    def answer(problem: Problem) -> Json:
-        metrics.refused(problem.status)
-        return problem.response()
+    def answer(request: Request, problem: Problem) -> Json:
+        response = problem.response(request.scope)
+        metrics.refused(response.status_code)
+        return response
 
     @app.exception_handler(Problem)
-    async def on_problem(_request: Request, problem: Problem) -> Json:
-        return answer(problem)
+    async def on_problem(request: Request, problem: Problem) -> Json:
+        return answer(request, problem)
 
     @app.exception_handler(BraidError)
-    async def on_error(_request: Request, error: BraidError) -> Json:
-        return answer(problem_of(error))
+    async def on_error(request: Request, error: BraidError) -> Json:
+        return answer(request, problem_of(error))
 
     @app.exception_handler(RequestValidationError)
-    async def on_invalid(_request: Request, error: RequestValidationError) -> Json:
-        return answer(_invalid(error))
+    async def on_invalid(request: Request, error: RequestValidationError) -> Json:
+        return answer(request, _invalid(error))
 
     @app.exception_handler(HTTPException)
-    async def on_http(_request: Request, error: HTTPException) -> Json:
-        return answer(Problem(error.status_code, str(error.detail)))
+    async def on_http(request: Request, error: HTTPException) -> Json:
+        return answer(request, Problem(error.status_code, str(error.detail)))
 
     @app.exception_handler(Exception)
-    async def on_bug(_request: Request, error: Exception) -> Json:
+    async def on_bug(request: Request, error: Exception) -> Json:
         _log.exception("a request failed", exc_info=error)
-        return answer(problem_of(error))
+        return answer(request, problem_of(error))
 
     app.add_middleware(Guard, keys=settings.keys, namespace=settings.namespace, max_body_bytes=settings.max_body_bytes)
     return app

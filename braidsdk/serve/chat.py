@@ -176,5 +176,5 @@ def usage_of(answer: Answer, written: int) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": cache_counts(answer, written),
-        "braid": origins(answer),
+        "braid": origins(usage),
     }

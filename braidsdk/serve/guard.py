@@ -65,7 +65,7 @@ class Guard:
             namespace = self._namespace_of(headers, scope["path"])
             body = await self._body(headers, receive)
         except Problem as problem:
-            await problem.response()(scope, receive, send)
+            await problem.response(scope)(scope, receive, send)
             return
         scope.setdefault("state", {})["namespace"] = namespace
         read = False
@@ -90,7 +90,8 @@ class Guard:
                 found = namespace
         if found is None:
             got = "this one is not known" if given else "got none"
-            message = f"An API key must come as 'Authorization: Bearer KEY'; {got}. Ask who runs this server for one."
+            ways = "'Authorization: Bearer KEY' or 'x-api-key: KEY'"
+            message = f"An API key must come as {ways}; {got}. Ask who runs this server for one."
             raise Problem(401, message, code="invalid_api_key")
         return found
 

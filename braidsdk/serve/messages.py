@@ -1,15 +1,17 @@
-"""Messages of OpenAI's chat API, as what is composed: chunks, a conversation's past, and a question.
+"""Messages of a chat API, as what is composed: chunks, a conversation's past, and a question.
 
     system message(s)                       the anchor, and texts after it
     user message(s) before the first answer documents, and at last the first question
     assistant, user, assistant ...          the past
     the last user message                   the question
 
-A text that equals a registered chunk is that chunk; see `braidsdk.Inline`.
+A text that equals a registered chunk is that chunk; see `braidsdk.Inline`. Messages are OpenAI's; Anthropic's are
+translated to them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,9 +28,10 @@ class Strict(BaseModel):
 
 
 class CacheControl(Strict):
-    """Anthropic's mark: what stands up to here shall be cached."""
+    """Anthropic's mark: what stands up to here shall be cached. It stays until it is deleted, whatever `ttl` says."""
 
     type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
 
 
 class TextPart(Strict):
@@ -46,11 +49,30 @@ class ChunkPart(Strict):
     chunk: str
 
 
+class PlainText(Strict):
+    """The text of a document."""
+
+    type: Literal["text"]
+    media_type: Literal["text/plain"]
+    data: str
+
+
+class DocumentPart(Strict):
+    """Anthropic's document. It is never a question, and never a system prompt."""
+
+    type: Literal["document"]
+    source: PlainText
+    cache_control: CacheControl | None = None
+
+
+Part = TextPart | DocumentPart | ChunkPart
+
+
 class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ChunkPart, Field(discriminator="type")]] | None = None
+    content: str | list[Annotated[Part, Field(discriminator="type")]] | None = None
     name: None = None
     reasoning_content: str | None = None  # of an answer that is sent back; templates leave past thoughts out
     refusal: None = None  # this and what follows: empty fields of an answer that is sent back
@@ -60,7 +82,7 @@ class Message(Strict):
     tool_calls: None = None
 
     @property
-    def parts(self) -> list[TextPart | ChunkPart]:
+    def parts(self) -> list[Part]:
         """Its content as parts."""
         if isinstance(self.content, str):
             return [TextPart(type="text", text=self.content)]
@@ -106,22 +128,25 @@ def prompt_of(messages: Sequence[Message], chunks: Sequence[str] = (), *, param:
             _add(composed, marks, part, LEVEL_CONTEXT if composed else LEVEL_SYSTEM)
     composed += chunks
     first = [part for message in turns[0] for part in message.parts]
-    if not first or isinstance(first[-1], ChunkPart):
+    if not first or not isinstance(first[-1], TextPart):
         raise Problem(400, "The user's message must end with a text, the question; got none.", param=param)
     for part in first[:-1]:
         _add(composed, marks, part, LEVEL_CONTEXT)
-    asked = [first[-1].text, *(_text(turn, param) for turn in turns[1:])]
+    later = [_texts(turn, param) for turn in turns[1:]]
+    if any(text.cache_control for text in (first[-1], *chain.from_iterable(later))):
+        marks.append(len(composed))  # turns are never stored, but what stands before them is
+    asked = [first[-1].text, *("\n".join(text.text for text in texts) for texts in later)]
     roles = ("user", "assistant")
     history = tuple({"role": roles[at % 2], "content": text} for at, text in enumerate(asked[:-1]))
     return Prompt(tuple(composed), marks[-1], history, asked[-1])
 
 
-def _add(composed: list[str | Inline], marks: list[int], part: TextPart | ChunkPart, level: int) -> None:
+def _add(composed: list[str | Inline], marks: list[int], part: Part, level: int) -> None:
     """Add a part to what is composed, and note a mark on it."""
     if isinstance(part, ChunkPart):
         composed.append(part.chunk)
         return
-    composed.append(Inline(part.text, level))
+    composed.append(Inline(part.text, level) if isinstance(part, TextPart) else Inline(part.source.data))
     if part.cache_control:
         marks.append(len(composed))
 
@@ -148,17 +173,16 @@ def _turns(messages: Sequence[Message], param: str) -> list[list[Message]]:
     return turns
 
 
-def _text(turn: Sequence[Message], param: str) -> str:
-    """The text of a later turn.
+def _texts(turn: Sequence[Message], param: str) -> list[TextPart]:
+    """The texts of a later turn.
 
     Raises:
-        Problem: it holds a chunk.
+        Problem: it holds a chunk or a document.
     """
     texts = []
     for part in (part for message in turn for part in message.parts):
-        if isinstance(part, ChunkPart):
-            raise Problem(
-                400, "Chunks must stand in the first user message, or in braid.chunks; got one later.", param=param
-            )
-        texts.append(part.text)
-    return "\n".join(texts)
+        if not isinstance(part, TextPart):
+            message = f"A {part.type} must stand in the first user message, or in braid.chunks; got one later."
+            raise Problem(400, message, param=param)
+        texts.append(part)
+    return texts

@@ -333,5 +333,5 @@ def usage_of(answer: Answer, written: int) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},  # a text's thoughts are found, not their tokens
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "braid": origins(answer),
+        "braid": origins(answer.usage),
     }

@@ -1,11 +1,20 @@
-"""Errors as clients see them: a status, and OpenAI's shape `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as clients see them: a status, and a shape.
+
+OpenAI's                         {"error": {"message", "type", "param", "code"}}
+Anthropic's, below /v1/messages  {"type": "error", "error": {"type", "message", "details": {"error_code"}}}
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.types import Scope
+
 from braidsdk import errors
 from braidsdk.errors import BraidError
 from braidsdk.serve.responses import Json
+
+ANTHROPIC = "/v1/messages"
+"""Where Anthropic's API begins."""
 
 RETRY_S = 1
 """Seconds after which a client may come again when the queue is full or memory is short."""
@@ -25,12 +34,36 @@ class Problem(Exception):  # noqa: N818 - it is what the client did, not what fa
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Json:
-        """The whole response."""
+    @property
+    def anthropic_status(self) -> int:
+        """The status that Anthropic's clients know it by."""
+        return 529 if self.code == "kv_memory_full" else self.status
+
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """What Anthropic's clients read."""
+        status = self.anthropic_status
+        kind = _ANTHROPIC_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+        error = {"type": kind, "message": str(self)}
+        return {"type": "error", "error": error | ({"details": {"error_code": self.code}} if self.code else {})}
+
+    def response(self, scope: Scope) -> Json:
+        """The whole response, as clients of the route's API read it."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # if the application is mounted elsewhere
+        if path == ANTHROPIC or path.startswith(f"{ANTHROPIC}/"):
+            return Json(self.anthropic_body, status_code=self.anthropic_status, headers=self.headers)
         return Json(self.body, status_code=self.status, headers=self.headers)
 
 
 _TYPES: Mapping[int, str] = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+_ANTHROPIC_TYPES: Mapping[int, str] = {
+    **_TYPES,
+    403: "permission_error",
+    413: "request_too_large",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
 
 _STATUS: tuple[tuple[type[BraidError], int, str], ...] = (
     (errors.WindowExceededError, 400, "context_length_exceeded"),

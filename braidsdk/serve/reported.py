@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from braidsdk import Answer
+from braidsdk import Answer, Usage
 from braidsdk.serve.answering import Running
 
 
@@ -18,9 +18,8 @@ def cache_counts(answer: Answer, written: int) -> dict[str, int]:
     return {"cached_tokens": usage.cached_tokens, "cache_write_tokens": usage.stored_tokens + written}
 
 
-def origins(answer: Answer) -> dict[str, int]:
+def origins(usage: Usage) -> dict[str, int]:
     """Where the prompt's tokens came from. The counts add up to all of them."""
-    usage = answer.usage
     return {
         "exact": usage.exact_tokens,
         "composed": usage.cached_tokens - usage.exact_tokens,

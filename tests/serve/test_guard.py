@@ -12,6 +12,7 @@ import pytest
 
 from braidsdk.errors import InputError
 from braidsdk.serve import Settings
+from braidsdk.serve.problems import Problem
 from braidsdk.testing import FakeBraid
 
 DOCS = ("aistonia", "belmora")
@@ -132,6 +133,21 @@ def test_a_body_that_can_not_be_read_is_refused_at_once(body: bytes, served: Any
     assert found.status_code == 400, found.text
     assert found.json()["error"]["type"] == "invalid_request_error"
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("path", "root", "anthropics"),
+    [
+        ("/v1/messages", "", True),
+        ("/v1/messages/count_tokens", "", True),
+        ("/llm/v1/messages", "/llm", True),
+        ("/v1/messages_too", "", False),
+        ("/v1/chat/completions", "", False),
+    ],
+)
+def test_an_error_has_the_shape_of_the_api_of_its_path(path: str, root: str, anthropics: bool) -> None:
+    response = Problem(404, "It is not there.").response({"type": "http", "path": path, "root_path": root})
+    assert ("type" in json.loads(bytes(response.body))) == anthropics
 
 
 def test_what_is_no_http_is_hung_up_on(served: Any) -> None:

@@ -20,6 +20,10 @@ def chunk(name: str) -> dict[str, Any]:
     return {"type": "chunk", "chunk": name}
 
 
+def document(content: str, **more: Any) -> dict[str, Any]:
+    return {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": content}, **more}
+
+
 def read(*messages: tuple[str, Any], chunks: tuple[str, ...] = ()) -> Any:
     return prompt_of([Message(role=role, content=content) for role, content in messages], chunks)  # type: ignore[arg-type]
 
@@ -41,6 +45,8 @@ def read(*messages: tuple[str, Any], chunks: tuple[str, ...] = ()) -> Any:
             "R\nS",
         ),
         ([("user", "Q"), ("assistant", None), ("user", "R")], (), ["Q", ""], "R"),
+        ([("user", [document("d"), text("Q")])], (Inline("d"),), [], "Q"),
+        ([("system", [document("d")]), ("user", "Q")], (Inline("d"),), [], "Q"),
     ],
 )
 def test_messages_are_read(messages: Any, composed: Any, history: list[str], question: str) -> None:
@@ -59,7 +65,14 @@ def test_a_mark_reaches_back_to_the_start() -> None:
     marked = [text("d"), text("e", cache_control=MARK), text("f"), text("Q")]
     assert read(("system", "S"), ("user", marked)).cached == 3
     assert read(("system", [text("S", cache_control=MARK)]), ("user", "Q"), chunks=("a",)).cached == 1
+    assert read(("system", "S"), ("user", [document("d", cache_control=MARK), text("Q")])).cached == 2
     assert read(("system", "S"), ("user", "Q")).cached == 0
+
+
+def test_a_mark_on_a_turn_reaches_back_over_all_documents() -> None:
+    marked = text("Q", cache_control={**MARK, "ttl": "1h"})
+    assert read(("system", "S"), ("user", [text("d"), marked])).cached == 2
+    assert read(("system", "S"), ("user", [text("d"), text("P")]), ("assistant", "A"), ("user", [marked])).cached == 2
 
 
 @pytest.mark.parametrize(
@@ -71,7 +84,9 @@ def test_a_mark_reaches_back_to_the_start() -> None:
         ([("user", "Q"), ("system", "S")], "before all others"),
         ([("user", [chunk("d")])], "end with a text"),
         ([("user", [])], "end with a text"),
-        ([("user", "Q"), ("assistant", "A"), ("user", [chunk("d"), text("R")])], "first user message"),
+        ([("user", [document("d")])], "end with a text"),
+        ([("user", "Q"), ("assistant", "A"), ("user", [chunk("d"), text("R")])], "chunk must stand in the first"),
+        ([("user", "Q"), ("assistant", "A"), ("user", [document("d"), text("R")])], "document must stand in the first"),
     ],
 )
 def test_what_can_not_be_read_is_refused(messages: Any, why: str) -> None:
@@ -87,6 +102,9 @@ def test_what_can_not_be_read_is_refused(messages: Any, why: str) -> None:
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "for ever"}}]},
         {"role": "assistant", "content": "x", "tool_calls": [{}]},
+        {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {**MARK, "ttl": "1d"}}]},
+        {"role": "user", "content": [document("d", title="x")]},
+        {"role": "user", "content": [{"type": "document", "source": {"type": "url", "url": "x"}}]},
         {"role": "user", "content": "x", "more": 1},
         {"role": "user", "content": 7},
     ],
