@@ -154,9 +154,10 @@ class Braid:
             opened.close()
             raise
         self._adopt(engine, f"{model} (int8)" if int8 else str(model), folder == EMBEDDED["braid-tiny"])
+        self._name_model(self._model)
         _log.info("opened a model of %d layers in %.1f ms", loaded.config.layers, (perf_counter() - started) * 1e3)
 
-    def in_namespace(self, namespace: str) -> "Braid":
+    def in_namespace(self, namespace: str, *, counted: bool = True) -> "Braid":
         """A Braid of another namespace with the same model, memory and store, served by the same engine: an application
         with many tenants loads the model once.
 
@@ -164,6 +165,8 @@ class Braid:
 
         Args:
             namespace: see `Braid`.
+            counted: whether its hits and misses are counted, and remembered when the Braid is closed. Leave it off for
+                a namespace that a single request has, so that a million of them leave nothing.
 
         Raises:
             InputError: it is no text of 1 to 200 characters.
@@ -172,7 +175,7 @@ class Braid:
         _check_namespace(namespace)
         self._engine.check_open()
         other = Braid.__new__(Braid)
-        other._adopt(self._engine.in_namespace(namespace), self._model, self._is_tiny)
+        other._adopt(self._engine.in_namespace(namespace, counted=counted), self._model, self._is_tiny)
         return other
 
     def _adopt(self, engine: Engine, model: str, is_tiny: bool) -> None:
@@ -188,7 +191,6 @@ class Braid:
         self.kernels = Kernels(engine)
         self._is_tiny = is_tiny
         self._described = f"Braid({model!r}, {engine.dtype} on {engine.device}, store={str(engine.store.path)!r})"
-        self._name_model(model)
 
     def _name_model(self, model: str) -> None:
         """Remember what this model is called, for statistics."""

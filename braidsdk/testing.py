@@ -210,6 +210,7 @@ class FakeBraid(Braid):
         folder = tempfile.mkdtemp(prefix="braid-fake-") if store is None else str(store)
         opened = ChunkStore(folder)
         self._adopt(Engine(model, FakeLayout(), opened, pool, namespace, max_queue=max_queue), "fake", is_tiny=False)
+        self._name_model("fake")
         self._process = os.getpid()
         self._remove = weakref.finalize(self._engine, _remove, folder, self._process) if store is None else None
 

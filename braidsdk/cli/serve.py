@@ -1,6 +1,7 @@
 """`braid serve` serves a model over HTTP."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,9 +29,14 @@ def serve(
         ),
     ] = None,
     served_name: Annotated[
-        str | None, typer.Option("--served-name", help="What clients call the model.", show_default="the model")
+        str | None,
+        typer.Option(
+            "--served-name", help="What clients call the model.", show_default="the model, or its folder's name"
+        ),
     ] = None,
-    max_body_mb: Annotated[float, typer.Option("--max-body-mb", min=0.001, help="Largest body of a request.")] = 8.0,
+    max_body_mb: Annotated[
+        float, typer.Option("--max-body-mb", min=0.001, max=4096, help="Largest body of a request.")
+    ] = 8.0,
     default_tokens: Annotated[
         int, typer.Option("--default-tokens", min=1, help="Longest answer where a client names no limit.")
     ] = 1024,
@@ -47,7 +53,7 @@ def serve(
     SIGTERM lets running answers end; a second one ends them. Needs the extra: pip install "braidsdk[serve]".
     """
     try:
-        from braidsdk.serve import Settings, create_app, run
+        from braidsdk.serve import LOOPBACK, Settings, create_app, run
     except ModuleNotFoundError as error:
         raise BraidError(
             f'`braid serve` needs {error.name}, which is not installed. pip install "braidsdk[serve]"'
@@ -55,14 +61,16 @@ def serve(
     keys = dict(_key(each, namespace) for each in api_key or ())
     if not keys and ENVIRONMENT in os.environ:
         raise InputError(f"{ENVIRONMENT} must hold at least one key; got none. Unset it to serve without keys.")
+    is_local = host in ("127.0.0.1", "localhost", "::1")
     settings = Settings(
-        name=served_name or model,
+        name=served_name or (Path(model).name if Path(model).exists() else model),
         namespace=namespace,
         keys=keys,
         max_body_bytes=int(max_body_mb * 2**20),
         default_tokens=default_tokens,
+        hosts=LOOPBACK if is_local and not keys else (),
     )
-    if host not in ("127.0.0.1", "localhost", "::1") and not keys:
+    if not is_local and not keys:
         out.warn(f"Everybody who reaches {host} may read and change chunks. --api-key asks for a key.")
 
     with open_braid(

@@ -66,6 +66,7 @@ class Engine:
         turns: the ids of past answers, for conversations that go on.
         rates: how fast this model was on this device.
         certificates: what was measured of this model's modes.
+        counted: whether hits and misses of this namespace are counted.
     """
 
     _first: "Engine | None" = None
@@ -82,7 +83,7 @@ class Engine:
     ) -> None:
         self.layout = layout
         self.store = store
-        self.namespace = namespace
+        self.namespace, self.counted = namespace, True
         self.config = model.config
         self.device, self.dtype, self.backends = model.device, model.dtype, model.backends
         self.geometry = model.geometry
@@ -105,12 +106,12 @@ class Engine:
         self._stop = weakref.finalize(self, self._loop.stop)
         self._loop.start()
 
-    def in_namespace(self, namespace: str) -> Self:
+    def in_namespace(self, namespace: str, *, counted: bool) -> Self:
         """A handle of the same thread, model, memory and store for another namespace. What one remembers of texts, keys
         and turns the other does not see."""
         other = copy(self)
         other._first = self  # the thread ends with the handle that began it
-        other.namespace = namespace
+        other.namespace, other.counted = namespace, counted
         other._remember_apart()
         other.layout = self.layout.apart()
         return other

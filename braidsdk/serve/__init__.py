@@ -6,7 +6,7 @@
 hold no state, and call only what `Braid` shows to everybody.
 """
 
-from braidsdk.serve.app import Settings, create_app
+from braidsdk.serve.app import LOOPBACK, Settings, create_app
 from braidsdk.serve.run import run
 
-__all__ = ["Settings", "create_app", "run"]
+__all__ = ["LOOPBACK", "Settings", "create_app", "run"]

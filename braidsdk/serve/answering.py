@@ -5,16 +5,17 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from anyio.to_thread import run_sync
 from fastapi import Request
+from pydantic import Field
 
 from braidsdk import Answer, AsyncStream, Braid, Chunk, Context, Explanation, Inline
-from braidsdk.serve.messages import Prompt, Strict
+from braidsdk.serve.messages import MOST_CHUNKS, Prompt, Strict
 from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.problems import Problem
-from braidsdk.serve.tenants import SALTED, Tenants
+from braidsdk.serve.tenants import Tenants
 from braidsdk.serve.thoughts import Kind, Thoughts
 from braidsdk.types import LEVEL_SYSTEM
 
@@ -31,7 +32,7 @@ class BraidOptions(Strict):
         explain: whether the answer says what was cached and what was not.
     """
 
-    chunks: tuple[str, ...] = ()
+    chunks: Annotated[tuple[str, ...], Field(max_length=MOST_CHUNKS)] = ()
     mode: str | None = None
     sources: bool = False
     explain: bool = False
@@ -96,7 +97,7 @@ class Answering:
     def braid_of(self, request: Request, salt: str | None = None) -> Braid:
         """The Braid of a caller."""
         namespace = request.state.namespace
-        return self.tenants[namespace if salt is None else f"{namespace}{SALTED}{salt}"]
+        return self.tenants[namespace] if salt is None else self.tenants.salted(namespace, salt)
 
     async def start(self, request: Request, asked: Asked) -> "Running":
         """Start to answer, and wait for the first piece: what is refused raises here, before any status is sent.
@@ -105,6 +106,9 @@ class Answering:
             BraidError: why it is refused.
             Problem: the client went away.
         """
+        if asked.salt is not None and asked.prompt.cached:
+            message = "cache_control must not come with cache_salt: nobody else could see or delete what it registers."
+            raise Problem(400, message, param="cache_salt")
         braid = self.braid_of(request, asked.salt)
         running = await run_sync(partial(self._prepare, braid, asked))
         running.first = await unless_gone(request, anext(running.stream, ""))

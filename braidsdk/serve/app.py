@@ -34,6 +34,10 @@ MOST_CHARACTERS = 128
 """Of a namespace; a salt comes behind it."""
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+"""Names of this machine to itself."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a server behaves.
@@ -44,6 +48,7 @@ class Settings:
         keys: the namespace of each API key. Without any, everybody who reaches the server may ask.
         max_body_bytes: the most bytes of a request's body.
         default_tokens: the most tokens of an answer for which a client names no limit.
+        hosts: names in `Host` by which it may be asked, such as `LOOPBACK`; without any, all.
     """
 
     name: str = "braid-tiny"
@@ -51,6 +56,7 @@ class Settings:
     keys: Mapping[str, str] = field(default_factory=dict)
     max_body_bytes: int = 8 * 2**20
     default_tokens: int = 1024
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check them.
@@ -143,7 +149,14 @@ def create_app(braid: Braid, settings: Settings | None = None) -> FastAPI:
         _log.exception("a request failed", exc_info=error)
         return answer(request, problem_of(error))
 
-    app.add_middleware(Guard, keys=settings.keys, namespace=settings.namespace, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        Guard,
+        keys=settings.keys,
+        namespace=settings.namespace,
+        max_body_bytes=settings.max_body_bytes,
+        hosts=settings.hosts,
+        on_refused=metrics.refused,
+    )
     return app
 
 

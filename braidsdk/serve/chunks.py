@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
 from braidsdk import Braid, Chunk
-from braidsdk.serve.messages import Strict
+from braidsdk.serve.messages import MOST_CHUNKS, Strict
 from braidsdk.serve.responses import Json
 from braidsdk.serve.tenants import Tenants
 from braidsdk.types import LEVEL_CONTEXT
@@ -40,7 +40,7 @@ class ChangedChunk(Strict):
 class Explained(Strict):
     """A composition to explain; see `Context.explain`."""
 
-    chunks: list[str]
+    chunks: Annotated[list[str], Field(max_length=MOST_CHUNKS)]
     mode: str | None = None
 
 
@@ -61,7 +61,7 @@ class ChunkRoutes:
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
-        self.router = APIRouter(tags=["chunks"], default_response_class=Json)
+        self.router = APIRouter(tags=["chunks"])
         self.router.post("/v1/chunks", response_model=None, status_code=201)(self.create)
         self.router.get("/v1/chunks", response_model=None)(self.list)
         self.router.get("/v1/chunks/{chunk:path}", response_model=None)(self.get)
@@ -74,11 +74,11 @@ class ChunkRoutes:
     def _braid(self, request: Request) -> Braid:
         return self._tenants[request.state.namespace]
 
-    async def create(self, new: NewChunk, request: Request) -> dict[str, Any]:
+    async def create(self, new: NewChunk, request: Request) -> Json:
         """Register a text. With an anchor its KV entry is computed and stored before this answers."""
         given = new.model_dump(exclude={"text"})
         register = partial(self._braid(request).register, new.text, **given)
-        return await run_sync(lambda: shown(register()))
+        return await run_sync(lambda: Json(shown(register()), status_code=201))
 
     async def list(
         self,
@@ -87,29 +87,29 @@ class ChunkRoutes:
         level: int | None = None,
         after: str | None = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> dict[str, Any]:
+    ) -> Json:
         """Chunks in the order of their registration, a page at a time, without their texts. `name` is a pattern."""
         chunks = self._braid(request).chunks
 
-        def work() -> dict[str, Any]:
+        def work() -> Json:
             page = chunks.list(name=name, level=level, after=after, limit=limit + 1)
             last_id = page[:limit][-1].id if page else None
             data = [shown(each) for each in page[:limit]]
-            return {"object": "list", "data": data, "has_more": len(page) > limit, "last_id": last_id}
+            return Json({"object": "list", "data": data, "has_more": len(page) > limit, "last_id": last_id})
 
         return await run_sync(work)
 
-    async def get(self, chunk: str, request: Request) -> dict[str, Any]:
+    async def get(self, chunk: str, request: Request) -> Json:
         """A chunk with its text, by name or id."""
         get = self._braid(request).chunks.get
-        return await run_sync(lambda: shown(found := get(chunk)) | {"text": found.text})
+        return await run_sync(lambda: Json(shown(found := get(chunk)) | {"text": found.text}))
 
-    async def update(self, chunk: str, changed: ChangedChunk, request: Request) -> dict[str, Any]:
+    async def update(self, chunk: str, changed: ChangedChunk, request: Request) -> Json:
         """Change a chunk's metadata, pin it, or give it one more name."""
         update = partial(self._braid(request).chunks.update, chunk, **changed.model_dump())
-        return await run_sync(lambda: shown(update()))
+        return await run_sync(lambda: Json(shown(update())))
 
-    async def delete(self, chunk: str, request: Request) -> dict[str, Any]:
+    async def delete(self, chunk: str, request: Request) -> Json:
         """Delete a chunk with its KV entries."""
         chunks = self._braid(request).chunks
 
@@ -118,29 +118,31 @@ class ChunkRoutes:
             chunks.delete(found)
             return found.id
 
-        return {"id": await run_sync(work), "object": "chunk.deleted", "deleted": True}
+        return Json({"id": await run_sync(work), "object": "chunk.deleted", "deleted": True})
 
-    async def explain(self, asked: Explained, request: Request) -> dict[str, Any]:
+    async def explain(self, asked: Explained, request: Request) -> Json:
         """What a call over these chunks would find, and why it would not find the rest."""
         braid = self._braid(request)
         found = await run_sync(lambda: braid.compose(asked.chunks, mode=asked.mode).explain())
-        return {
-            "mode": found.mode,
-            "notes": list(found.notes),
-            "cached_tokens": found.cached_tokens,
-            "missing_tokens": found.missing_tokens,
-            "expected_ms": found.expected_ms,
-            "chunks": [asdict(row) for row in found.chunks],
-        }
+        return Json(
+            {
+                "mode": found.mode,
+                "notes": list(found.notes),
+                "cached_tokens": found.cached_tokens,
+                "missing_tokens": found.missing_tokens,
+                "expected_ms": found.expected_ms,
+                "chunks": [asdict(row) for row in found.chunks],
+            }
+        )
 
-    async def tokenize(self, asked: Text, request: Request) -> dict[str, Any]:
+    async def tokenize(self, asked: Text, request: Request) -> Json:
         """The token ids of a text as a context chunk."""
         tokens = await run_sync(self._braid(request).tokenize, asked.text)
-        return {"count": len(tokens), "tokens": tokens}
+        return Json({"count": len(tokens), "tokens": tokens})
 
-    async def detokenize(self, asked: Tokens, request: Request) -> dict[str, Any]:
+    async def detokenize(self, asked: Tokens, request: Request) -> Json:
         """The text of token ids."""
-        return {"text": await run_sync(self._braid(request).detokenize, asked.tokens)}
+        return Json({"text": await run_sync(self._braid(request).detokenize, asked.tokens)})
 
 
 def shown(chunk: Chunk) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 Bodies are read here, whole and within a bound, so that no route and no parser sees more.
 """
 
+import asyncio
 import hmac
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from starlette.datastructures import Headers
@@ -19,13 +20,25 @@ OPEN = ("/", "/health")
 MAX_HEADER_BYTES = 16 * 2**10
 """Of all headers of a request together."""
 
+BODY_S = 60.0
+"""Seconds in which a body must have come. A client that stops in the middle would hold up the server's end."""
+
 _log = logging.getLogger(__name__)
 
 
 class Guard:
     """ASGI middleware. It puts the caller's namespace into `scope["state"]`."""
 
-    def __init__(self, app: ASGIApp, *, keys: Mapping[str, str], namespace: str, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Mapping[str, str],
+        namespace: str,
+        max_body_bytes: int,
+        hosts: tuple[str, ...],
+        on_refused: Callable[[int], None],
+    ) -> None:
         """Guard an application.
 
         Args:
@@ -33,8 +46,11 @@ class Guard:
             keys: the namespace of each API key. Without any, everybody may ask.
             namespace: of who needs no key.
             max_body_bytes: of a request's body.
+            hosts: names by which the server may be asked; without any, all.
+            on_refused: is told the status of what is refused here.
         """
         self._app, self._namespace, self._max_body_bytes = app, namespace, max_body_bytes
+        self._hosts, self._on_refused = hosts, on_refused
         self._keys = [(key.encode(), of) for key, of in keys.items()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,10 +78,17 @@ class Guard:
             if size > MAX_HEADER_BYTES:
                 message = f"The headers must have at most {MAX_HEADER_BYTES:,} bytes; got {size:,}."
                 raise Problem(431, message, code="headers_too_large")
+            self._check_host(headers)
             namespace = self._namespace_of(headers, scope["path"])
-            body = await self._body(headers, receive)
+            try:
+                async with asyncio.timeout(BODY_S):
+                    body = await self._body(headers, receive)
+            except TimeoutError:
+                raise Problem(408, f"The body must come within {BODY_S:.0f} s; it did not.", code="timeout") from None
         except Problem as problem:
-            await problem.response(scope)(scope, receive, send)
+            response = problem.response(scope)
+            self._on_refused(response.status_code)
+            await response(scope, receive, send)
             return
         scope.setdefault("state", {})["namespace"] = namespace
         read = False
@@ -78,6 +101,15 @@ class Guard:
             return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, again, send)
+
+    def _check_host(self, headers: Headers) -> None:
+        """Refuse another name of this machine: a page elsewhere may have its own name point here, and would be let in
+        by the browser."""
+        host = headers.get("host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+        if self._hosts and name.lower() not in self._hosts:
+            message = f"Host must be {' or '.join(self._hosts)}; got another. A server with --api-key takes any."
+            raise Problem(403, message, code="unknown_host")
 
     def _namespace_of(self, headers: Headers, path: str) -> str:
         if not self._keys or path in OPEN:

@@ -20,6 +20,9 @@ from braidsdk import Inline
 from braidsdk.serve.problems import Problem
 from braidsdk.types import LEVEL_CONTEXT, LEVEL_SYSTEM
 
+MOST_CHUNKS = 4096
+"""Chunks or parts that a message, or a list, may have."""
+
 
 class Strict(BaseModel):
     """A body or a part of one. A field that is not known is refused, since nothing would come of it."""
@@ -72,7 +75,9 @@ class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[Part, Field(discriminator="type")]] | None = None
+    content: (
+        str | Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=MOST_CHUNKS)] | None
+    ) = None
     name: None = None
     reasoning_content: str | None = None  # of an answer that is sent back; templates leave past thoughts out
     refusal: None = None  # this and what follows: empty fields of an answer that is sent back

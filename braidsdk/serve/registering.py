@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
@@ -20,6 +21,9 @@ from braidsdk.serve.problems import problem_of
 from braidsdk.serve.responses import Json, event
 from braidsdk.serve.tenants import Tenants
 from braidsdk.types import LEVEL_CONTEXT
+
+AT_ONCE = 4
+"""Registrations that run at once; more wait. They last long, and other requests need threads, too."""
 
 Events = AsyncGenerator[dict[str, Any], None]
 
@@ -48,13 +52,14 @@ class Registering:
 
     def __init__(self, tenants: Tenants) -> None:
         self._tenants = tenants
+        self._limiter = CapacityLimiter(AT_ONCE)
         self.router = APIRouter(tags=["chunks"])
         self.router.post("/v1/chunks:register", response_model=None)(self.register)
 
     async def register(self, many: ManyChunks, request: Request) -> Json | StreamingResponse:
         """Register texts. With `stream`, events tell how far it is. If the client goes away, it ends after the batch
         that is computed: what is stored stays, and the same request goes on from there."""
-        told = _events(self._tenants[request.state.namespace], many)
+        told = _events(self._tenants[request.state.namespace], many, self._limiter)
         first = await unless_gone(request, anext(told))  # what is refused is refused before any status is sent
         if many.stream:
             return StreamingResponse(_stream(first, told), media_type="text/event-stream")
@@ -65,7 +70,7 @@ class _GoneError(Exception):
     """Nobody waits for it any more."""
 
 
-async def _events(braid: Braid, many: ManyChunks) -> Events:
+async def _events(braid: Braid, many: ManyChunks, limiter: CapacityLimiter) -> Events:
     """How far it is, and at last what is registered. To stop reading ends it."""
     loop, news, gone = asyncio.get_running_loop(), asyncio.Queue[dict[str, Any] | None](), threading.Event()
 
@@ -91,7 +96,7 @@ async def _events(braid: Braid, many: ManyChunks) -> Events:
             working.exception()  # asyncio logs one that nobody has looked at, as when the client is gone
         news.put_nowait(None)
 
-    working = asyncio.ensure_future(run_sync(work))
+    working = asyncio.ensure_future(run_sync(work, limiter=limiter))
     working.add_done_callback(ended)
     try:
         while told := await news.get():

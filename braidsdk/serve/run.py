@@ -9,6 +9,9 @@ from fastapi import FastAPI
 
 from braidsdk.errors import InputError
 
+DRAIN_S = 300
+"""Seconds that running answers have to end after the first signal."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens.
@@ -59,7 +62,14 @@ def run(app: FastAPI, host: str, port: int, on_listening: Callable[[str], None])
 
 def config(app: FastAPI) -> uvicorn.Config:
     """How uvicorn runs it: with h11, which bounds what it holds of a request's head, and without a log of its own."""
-    return uvicorn.Config(app, http="h11", log_level="warning", access_log=False, server_header=False)
+    return uvicorn.Config(
+        app,
+        http="h11",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
 
 
 class Server(uvicorn.Server):

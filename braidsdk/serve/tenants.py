@@ -21,6 +21,10 @@ class Tenants:
         self._known: OrderedDict[str, Braid] = OrderedDict()
         self._lock = Lock()
 
+    def salted(self, namespace: str, salt: str) -> Braid:
+        """A Braid for one request, of which nothing is remembered but entries in memory: there may be any number."""
+        return self.first.in_namespace(f"{namespace}{SALTED}{salt}", counted=False)
+
     def __getitem__(self, namespace: str) -> Braid:
         with self._lock:
             found = self._known.get(namespace)

@@ -67,7 +67,7 @@ def test_a_chunk_that_can_not_be_registered_is_refused(body: Any, status: int, c
 
 
 def test_any_metadata_of_json_can_be_shown(served: Any) -> None:
-    metadata = {"path": "caf\udce9.txt", "deep": [[[{"\u00e9": None}]]]}  # a file's name that is not UTF-8
+    metadata = {"_sa_x": 1, "path": "caf\udce9.txt", "deep": [[[{"\u00e9": None}]]]}  # a file's name that is not UTF-8
     content = json.dumps({"text": "x", "name": "x", "metadata": metadata})
     made = served.http.post("/v1/chunks", content=content, headers={"Content-Type": "application/json"})
     assert made.status_code == 201

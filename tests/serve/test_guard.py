@@ -4,6 +4,7 @@ import json
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -11,8 +12,9 @@ import psutil
 import pytest
 
 from braidsdk.errors import InputError
-from braidsdk.serve import Settings
+from braidsdk.serve import LOOPBACK, Settings
 from braidsdk.serve.problems import Problem
+from braidsdk.store import ChunkStore
 from braidsdk.testing import FakeBraid
 
 DOCS = ("aistonia", "belmora")
@@ -166,3 +168,60 @@ def test_a_request_whose_body_never_came_whole_is_not_carried_out(served: Any, u
                 assert raw.recv(20).startswith(b"HTTP/1.1 200")
     until(lambda: len(served.braid.chunks) == 2)
     assert served.braid.chunks.get("aistonia")
+
+
+def test_a_server_without_keys_answers_to_names_of_its_own_machine(serve: Callable[..., Any]) -> None:
+    http = serve(hosts=LOOPBACK).http
+    port = http.base_url.port
+    for host in ("127.0.0.1", f"127.0.0.1:{port}", f"LocalHost:{port}", "[::1]", f"[::1]:{port}"):
+        assert http.get("/v1/models", headers={"Host": host}).status_code == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "localhost:80:90"):
+        refused = http.get("/v1/models", headers={"Host": host})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "unknown_host")
+
+
+def test_a_body_that_never_ends_does_not_hold_up_the_server(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("braidsdk.serve.guard.BODY_S", 0.2)
+    served = serve()
+    with socket.create_connection(("127.0.0.1", served.http.base_url.port)) as raw:
+        raw.sendall(b"POST /v1/chunks HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert raw.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_what_is_refused_at_the_door_is_counted(serve: Callable[..., Any]) -> None:
+    http = serve(keys={"one": "default"}).http
+    assert http.get("/v1/models").status_code == 401
+    metrics = http.get("/metrics", headers={"X-API-Key": "one"}).text
+    assert 'braid_http_errors_total{status="401"} 1.0' in metrics
+
+
+def test_salts_leave_nothing_behind(serve: Callable[..., Any], tmp_path: Path) -> None:
+    served = serve(FakeBraid(store=tmp_path / "store"))
+    for n in range(5):
+        assert served.http.post("/v1/chat/completions", json={**CHAT, "cache_salt": f"salt-{n}"}).status_code == 200
+    assert served.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+    served.braid.close()
+    with ChunkStore(tmp_path / "store") as store:
+        kept = store.recall_all("")
+    assert any("misses:default" in name for name in kept)
+    assert not any("salt" in name for name in kept)
+
+
+def test_a_salt_and_a_mark_do_not_go_together(served: Any) -> None:
+    content = [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "Q"}]
+    body = {**CHAT, "messages": [{"role": "user", "content": content}], "cache_salt": "a"}
+    refused = served.http.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "cache_salt")
+    assert len(served.braid.chunks) == 3
+
+
+def test_parts_and_chunks_are_bounded(served: Any) -> None:
+    parts = [{"type": "text", "text": "x"}] * 5_000
+    for body in (
+        {**CHAT, "messages": [{"role": "user", "content": parts}]},
+        {**CHAT, "braid": {"chunks": ["rules"] * 5_000}},
+    ):
+        assert served.http.post("/v1/chat/completions", json=body).status_code == 400
+    assert served.http.post("/v1/explain", json={"chunks": ["rules"] * 5_000}).status_code == 400
