@@ -183,6 +183,7 @@ def tail_logits() -> Callable[[Braid, Composition], torch.Tensor]:
             priority=Priority.QUESTION,
             submitted=0.0,
             decodes=False,
+            namespace=engine.namespace,
             composition=composition,
             keys=engine.keys(composition),
             then=lambda _, logits: logits[0].clone(),

@@ -268,7 +268,7 @@ class Scheduler(Generic[J]):
     def expired(self, now: float) -> list[tuple[J, DeadlineError]]:
         """Requests that are past their deadline, each with an error for its reader."""
         return [
-            (job, DeadlineError(f"The answer must be complete within timeout_s={job.deadline - job.submitted:g}; the "
+            (job, DeadlineError(f"The answer must be complete within timeout_s={job.deadline - job.submitted:.3g}; the "
             f"request was still {job.state}. Ask with a larger timeout_s, or when fewer requests are running."))
             for job in self._timed
             if job.deadline is not None and job.deadline <= now
