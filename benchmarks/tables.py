@@ -543,6 +543,28 @@ def store_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def http_table(report: dict[str, Any]) -> str:
+    """Callers over HTTP beside callers of the SDK, as Markdown."""
+    lines = [
+        f"{report['model']}, on {report['cores']} cores ({report['device']}), torch {report['versions']['torch']}:",
+        "",
+        "| callers | requests/s, SDK | over HTTP | first token, SDK | over HTTP | over HTTP, p99 / p50 |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["rows"]:
+        sdk, http = row["sdk"], row["http"]
+        cells = [
+            str(row["callers"]),
+            f"{sdk['requests_per_s']:.3g}",
+            f"{http['requests_per_s']:.3g} ({row['of_sdk']:.0%})",
+            f"{sdk['first_token_ms']['p50']:,.0f} ms",
+            f"{http['first_token_ms']['p50']:,.0f} ms",
+            f"{row['p99_over_p50']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def campaign_table(report: dict[str, Any]) -> str:
     """What was done to the store, how often, and how often something was wrong then, as Markdown."""
     rows = [f"| {row['what']} | {row['cases']:,} | {row['wrong']:,} |" for row in report["rows"]]
@@ -617,6 +639,7 @@ TABLES = {
     "repairs-gpu": (_QUALITY, "repairs-cuda.json", repairs_table),
     "store": ("docs/store.md", "store.json", store_table),
     "campaign": ("docs/store.md", "store_campaign.json", campaign_table),
+    "http": ("docs/serve.md", "serving-http-cpu.json", http_table),
     "sources": (_QUALITY, "quality.json quality-real.json", sources_table),
     "ttft": ("README.md", "ttft.json", ttft_table),
     "cpu": (_USERS, "cpu.json", cpu_table),
