@@ -58,7 +58,7 @@ def serve(
         raise BraidError(
             f'`braid serve` needs {error.name}, which is not installed. pip install "braidsdk[serve]"'
         ) from error
-    keys = dict(_key(each, namespace) for each in api_key or ())
+    keys = dict(key_of(each, namespace) for each in api_key or ())
     if not keys and ENVIRONMENT in os.environ:
         raise InputError(f"{ENVIRONMENT} must hold at least one key; got none. Unset it to serve without keys.")
     is_local = host in ("127.0.0.1", "localhost", "::1")
@@ -92,7 +92,7 @@ def serve(
         )
 
 
-def _key(given: str, namespace: str) -> tuple[str, str]:
+def key_of(given: str, namespace: str) -> tuple[str, str]:
     """A key and its namespace, which stands behind the last equals sign if there is one: keys may hold some."""
     key, equals, of = given.rpartition("=")
     return (key, of) if equals else (given, namespace)

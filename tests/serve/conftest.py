@@ -94,7 +94,7 @@ def run_example(serve: Callable[..., Served], capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Served]]:
-    """Start a server: `serve(max_queue=1)(keys={...})` is one for a FakeBraid with these options."""
+    """Start a server: `serve(keys={...})` over a `FakeBraid`, `serve(braid)` over another one."""
     running: list[Served] = []
 
     def start(braid: Braid | None = None, **settings: Any) -> Served:

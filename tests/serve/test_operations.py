@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from braidsdk import Braid, Stats
-from braidsdk.cli.serve import _key
+from braidsdk.cli.serve import key_of
 from braidsdk.errors import InputError
 from braidsdk.serve.metrics import Metrics
 from braidsdk.serve.run import bind
@@ -83,7 +83,7 @@ def test_metrics_count_what_happened(served: Any, ask: Callable[..., httpx.Respo
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_ends_its_request(stream: bool, served: Any, until: Callable[..., None]) -> None:
-    with httpx.Client(base_url=served.url, timeout=0.3) as http:
+    with httpx.Client(base_url=served.url, timeout=30 if stream else 0.2) as http:
         if stream:
             with http.stream("POST", "/v1/chat/completions", json=body(stream=True)) as response:
                 next(response.iter_lines())
@@ -262,5 +262,5 @@ def test_the_command_starts_with_no_key_that_is_not_whole(keys: str, tmp_path: P
 
 
 def test_a_key_of_the_command_may_hold_equals_signs() -> None:
-    assert _key("abc==tenant", "default") == ("abc=", "tenant")
-    assert _key("abc", "default") == ("abc", "default")
+    assert key_of("abc==tenant", "default") == ("abc=", "tenant")
+    assert key_of("abc", "default") == ("abc", "default")

@@ -58,7 +58,7 @@ def test_a_client_that_goes_away_ends_it_and_what_is_stored_stays(
 ) -> None:
     monkeypatch.setattr("braidsdk.ingest.register.GROUP_TOKENS", {"cpu": 600})
     body = many(3_000, anchor="rules", stream=stream)
-    with httpx.Client(base_url=served.url, timeout=30 if stream else 1.0) as http:
+    with httpx.Client(base_url=served.url, timeout=30 if stream else 0.4) as http:
         if stream:
             with http.stream("POST", "/v1/chunks:register", json=body) as response:
                 lines = (line for line in response.iter_lines() if line)
